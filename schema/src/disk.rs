@@ -1,0 +1,240 @@
+//! Bytes of a [`Record`]: `rkyv` archives, checked on access, without alignment demands.
+//!
+//! The frame around them (length, checksum, type, version) is the log's. A type number is never reused; a changed
+//! layout is a new type number, so a log tells its own format record by record.
+
+use bytes::Bytes;
+use rkyv::rancor::Error;
+use rkyv::util::AlignedVec;
+use rkyv::with::InlineAsBox;
+use rkyv::{Archive, Serialize};
+
+use crate::ids::{ConversationId, DeviceId, Seq, UserName};
+use crate::message::BodyKind;
+use crate::record::{Record, StoredMessage, User};
+
+/// What the payload of a log record is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum RecordType {
+    Message = 1,
+    User = 2,
+    Conversation = 3,
+    Cursor = 4,
+}
+
+impl RecordType {
+    pub fn from_number(number: u8) -> Option<Self> {
+        match number {
+            1 => Some(Self::Message),
+            2 => Some(Self::User),
+            3 => Some(Self::Conversation),
+            4 => Some(Self::Cursor),
+            _ => None,
+        }
+    }
+}
+
+/// A payload that is not an archive of its type, or holds a value outside its rules.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("record does not decode: {0}")]
+pub struct DiskError(String);
+
+#[derive(Archive, Serialize)]
+struct DiskMessage<'a> {
+    conversation: u128,
+    seq: u64,
+    device: u64,
+    client_seq: u64,
+    time_ms: u64,
+    kind: u8,
+    #[rkyv(with = InlineAsBox)]
+    from: &'a str,
+    #[rkyv(with = InlineAsBox)]
+    to: &'a str,
+    #[rkyv(with = InlineAsBox)]
+    body: &'a [u8],
+}
+
+#[derive(Archive, Serialize)]
+struct DiskUser<'a> {
+    created_ms: u64,
+    #[rkyv(with = InlineAsBox)]
+    name: &'a str,
+    /// Empty: none.
+    #[rkyv(with = InlineAsBox)]
+    password_hash: &'a str,
+}
+
+#[derive(Archive, Serialize)]
+struct DiskConversation<'a> {
+    conversation: u128,
+    created_ms: u64,
+    #[rkyv(with = InlineAsBox)]
+    low: &'a str,
+    #[rkyv(with = InlineAsBox)]
+    high: &'a str,
+}
+
+#[derive(Archive, Serialize)]
+struct DiskCursor<'a> {
+    conversation: u128,
+    seq: u64,
+    device: u64,
+    #[rkyv(with = InlineAsBox)]
+    user: &'a str,
+}
+
+/// Appends the payload of a record to `out` and says its type.
+///
+/// Fails only if a field is larger than the format can hold, which the wire limits exclude.
+pub fn encode(record: &Record, out: &mut AlignedVec) -> Result<RecordType, DiskError> {
+    let taken = std::mem::take(out);
+    let (record_type, result) = match record {
+        Record::Message(message) => {
+            let disk = DiskMessage {
+                conversation: message.conversation.0,
+                seq: message.seq.0,
+                device: message.device.0,
+                client_seq: message.client_seq,
+                time_ms: message.time_ms,
+                kind: message.kind as u8,
+                from: message.from.as_str(),
+                to: message.to.as_str(),
+                body: &message.body,
+            };
+            (RecordType::Message, rkyv::api::high::to_bytes_in::<_, Error>(&disk, taken))
+        }
+        Record::User(user) => {
+            let password_hash = user.password_hash.as_deref().unwrap_or_default();
+            let disk = DiskUser { created_ms: user.created_ms, name: user.name.as_str(), password_hash };
+            (RecordType::User, rkyv::api::high::to_bytes_in::<_, Error>(&disk, taken))
+        }
+        Record::Conversation { conversation, members: [low, high], created_ms } => {
+            let (low, high) = (low.as_str(), high.as_str());
+            let disk = DiskConversation { conversation: conversation.0, created_ms: *created_ms, low, high };
+            (RecordType::Conversation, rkyv::api::high::to_bytes_in::<_, Error>(&disk, taken))
+        }
+        Record::Cursor { user, device, conversation, seq } => {
+            let disk =
+                DiskCursor { conversation: conversation.0, seq: seq.0, device: device.0, user: user.as_str() };
+            (RecordType::Cursor, rkyv::api::high::to_bytes_in::<_, Error>(&disk, taken))
+        }
+    };
+    *out = result.map_err(refused)?;
+    Ok(record_type)
+}
+
+/// Reads a payload back. `payload` may lie at any address; the body is copied out of it.
+pub fn decode(record_type: RecordType, payload: &[u8]) -> Result<Record, DiskError> {
+    let record = match record_type {
+        RecordType::Message => {
+            let disk = rkyv::access::<ArchivedDiskMessage<'_>, Error>(payload).map_err(refused)?;
+            Record::Message(StoredMessage {
+                conversation: ConversationId(disk.conversation.to_native()),
+                seq: Seq(disk.seq.to_native()),
+                from: name(&disk.from)?,
+                to: name(&disk.to)?,
+                device: DeviceId(disk.device.to_native()),
+                client_seq: disk.client_seq.to_native(),
+                time_ms: disk.time_ms.to_native(),
+                kind: BodyKind::from_number(disk.kind).ok_or_else(|| DiskError("body kind".into()))?,
+                body: Bytes::copy_from_slice(&disk.body),
+            })
+        }
+        RecordType::User => {
+            let disk = rkyv::access::<ArchivedDiskUser<'_>, Error>(payload).map_err(refused)?;
+            let password_hash = (!disk.password_hash.is_empty()).then(|| disk.password_hash.to_string());
+            Record::User(User { name: name(&disk.name)?, password_hash, created_ms: disk.created_ms.to_native() })
+        }
+        RecordType::Conversation => {
+            let disk = rkyv::access::<ArchivedDiskConversation<'_>, Error>(payload).map_err(refused)?;
+            Record::Conversation {
+                conversation: ConversationId(disk.conversation.to_native()),
+                members: [name(&disk.low)?, name(&disk.high)?],
+                created_ms: disk.created_ms.to_native(),
+            }
+        }
+        RecordType::Cursor => {
+            let disk = rkyv::access::<ArchivedDiskCursor<'_>, Error>(payload).map_err(refused)?;
+            Record::Cursor {
+                user: name(&disk.user)?,
+                device: DeviceId(disk.device.to_native()),
+                conversation: ConversationId(disk.conversation.to_native()),
+                seq: Seq(disk.seq.to_native()),
+            }
+        }
+    };
+    Ok(record)
+}
+
+fn name(text: &str) -> Result<UserName, DiskError> {
+    UserName::new(text).map_err(|_| DiskError("user name".into()))
+}
+
+fn refused(error: Error) -> DiskError {
+    DiskError(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn samples() -> Vec<Record> {
+        let (ann, bob) = (UserName::new("ann").unwrap(), UserName::new("Bøb with a rather long name").unwrap());
+        let conversation = ConversationId::direct(&ann, &bob);
+        vec![
+            Record::Message(StoredMessage {
+                conversation,
+                seq: Seq(7),
+                from: ann.clone(),
+                to: bob.clone(),
+                device: DeviceId(3),
+                client_seq: 99,
+                time_ms: 1_700_000_000_000,
+                kind: BodyKind::Voice,
+                body: Bytes::from_static(b"hello \0 there"),
+            }),
+            Record::User(User { name: ann.clone(), password_hash: Some("$argon2id$".into()), created_ms: 5 }),
+            Record::User(User { name: bob.clone(), password_hash: None, created_ms: 6 }),
+            Record::Conversation { conversation, members: [ann.clone(), bob], created_ms: 8 },
+            Record::Cursor { user: ann, device: DeviceId(3), conversation, seq: Seq(7) },
+        ]
+    }
+
+    #[test]
+    fn every_record_survives_the_disk_at_any_address() {
+        for record in samples() {
+            let mut payload = AlignedVec::new();
+            let record_type = encode(&record, &mut payload).unwrap();
+            for shift in 0..9 {
+                let moved = [&vec![0; shift][..], &payload].concat();
+                assert_eq!(decode(record_type, &moved[shift..]).unwrap(), record);
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn garbage_is_an_error_and_never_a_panic(
+            number in 1u8..=4,
+            at in any::<prop::sample::Index>(),
+            value in any::<u8>(),
+            garbage in prop::collection::vec(any::<u8>(), 0..200),
+            cut in 0usize..64,
+        ) {
+            let record_type = RecordType::from_number(number).unwrap();
+            let _ = decode(record_type, &garbage);
+            for record in samples() {
+                let mut payload = AlignedVec::new();
+                let own = encode(&record, &mut payload).unwrap();
+                let mut bytes = payload.to_vec();
+                let place = at.index(bytes.len());
+                bytes[place] = value;
+                let _ = decode(own, &bytes);
+                let _ = decode(own, &payload[cut.min(payload.len())..]);
+            }
+        }
+    }
+}

@@ -1,0 +1,276 @@
+//! The frame: a 16-byte little-endian header and a body, and the incremental decoder that cuts a byte stream into frames.
+//!
+//! The decoder yields frames in place. Only a frame that the input splits is copied, into a tail that is given back
+//! when it empties, so an idle connection owns no buffer.
+
+use crate::codec::Codec;
+use crate::commands::Command;
+use crate::errors::ErrorCode;
+use crate::limits::FRAME_HEADER_BYTES;
+
+/// First two bytes of every frame, `"RL"` on the wire.
+pub const MAGIC: u16 = u16::from_le_bytes(*b"RL");
+/// The frame version this build speaks.
+pub const VERSION: u8 = 1;
+
+/// A decoded header. All fields have been checked but the command, which may be unknown without harm to the stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    pub codec: Codec,
+    /// Raw number: an unknown one is answered, and the stream goes on.
+    pub command: u16,
+    /// Chosen by the client; answers carry it back. 0 on pushes.
+    pub request_id: u32,
+    /// Bytes after the header.
+    pub body_bytes: u32,
+}
+
+impl Header {
+    /// The 16 bytes of this header.
+    pub fn encode(&self) -> [u8; FRAME_HEADER_BYTES] {
+        let mut bytes = [0; FRAME_HEADER_BYTES];
+        bytes[0..2].copy_from_slice(&MAGIC.to_le_bytes());
+        bytes[2] = VERSION;
+        bytes[3] = self.codec as u8;
+        bytes[4..6].copy_from_slice(&self.command.to_le_bytes());
+        // 6..8: flags, none defined in version 1.
+        bytes[8..12].copy_from_slice(&self.request_id.to_le_bytes());
+        bytes[12..16].copy_from_slice(&self.body_bytes.to_le_bytes());
+        bytes
+    }
+
+    /// Checks a header against everything that would make the rest of the stream unreadable.
+    ///
+    /// `frame_bytes_max` counts header and body.
+    pub fn decode(bytes: &[u8; FRAME_HEADER_BYTES], frame_bytes_max: u32) -> Result<Self, FrameError> {
+        let [m0, m1, version, codec, c0, c1, f0, f1, r0, r1, r2, r3, b0, b1, b2, b3] = *bytes;
+        let request_id = u32::from_le_bytes([r0, r1, r2, r3]);
+        let refuse = |code| FrameError { code, request_id };
+        if u16::from_le_bytes([m0, m1]) != MAGIC {
+            return Err(FrameError { code: ErrorCode::BadMagic, request_id: 0 });
+        }
+        if version != VERSION {
+            return Err(refuse(ErrorCode::BadVersion));
+        }
+        let codec = Codec::from_number(codec).ok_or(refuse(ErrorCode::BadCodec))?;
+        if u16::from_le_bytes([f0, f1]) != 0 {
+            return Err(refuse(ErrorCode::BadFlags));
+        }
+        let body_bytes = u32::from_le_bytes([b0, b1, b2, b3]);
+        let command = u16::from_le_bytes([c0, c1]);
+        let own_max = Command::from_number(command).map_or(u32::MAX, Command::body_bytes_max);
+        if body_bytes > own_max || body_bytes > frame_bytes_max.saturating_sub(FRAME_HEADER_BYTES as u32) {
+            return Err(refuse(ErrorCode::FrameTooLarge));
+        }
+        Ok(Self { codec, command, request_id, body_bytes })
+    }
+
+    fn frame_bytes(&self) -> usize {
+        FRAME_HEADER_BYTES + self.body_bytes as usize
+    }
+}
+
+/// Why a byte stream can't be read on. Always the sender's fault; the connection ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{code}")]
+pub struct FrameError {
+    pub code: ErrorCode,
+    /// As far as the header could be read; 0 otherwise.
+    pub request_id: u32,
+}
+
+/// One frame, borrowed from the input or from the decoder's tail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Frame<'a> {
+    pub header: Header,
+    pub body: &'a [u8],
+    /// Header and body as they came, for handing a connection over.
+    pub raw: &'a [u8],
+}
+
+/// Cuts a stream into frames. Bounded: never holds more than one frame of `frame_bytes_max`.
+#[derive(Debug, Default)]
+pub struct FrameDecoder {
+    tail: Vec<u8>,
+    /// The tail holds a frame that `next` has given out; it is dropped at the next call.
+    tail_given: bool,
+}
+
+impl FrameDecoder {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Bytes of an unfinished frame held back.
+    pub fn buffered(&self) -> usize {
+        if self.tail_given { 0 } else { self.tail.len() }
+    }
+
+    /// The unfinished frame, to hand it over with the connection.
+    pub fn into_tail(self) -> Vec<u8> {
+        if self.tail_given { Vec::new() } else { self.tail }
+    }
+
+    /// The next frame of `input`, which is advanced past it. `Ok(None)`: the input is used up, more is needed.
+    ///
+    /// After an error the stream is unreadable: do not call again.
+    pub fn next<'s, 'i: 's>(
+        &'s mut self,
+        input: &mut &'i [u8],
+        frame_bytes_max: u32,
+    ) -> Result<Option<Frame<'s>>, FrameError> {
+        if self.tail_given {
+            self.tail = Vec::new();
+            self.tail_given = false;
+        }
+        if self.tail.is_empty() {
+            let Some(header_bytes) = input.first_chunk::<FRAME_HEADER_BYTES>() else {
+                self.keep(input);
+                return Ok(None);
+            };
+            let header = Header::decode(header_bytes, frame_bytes_max)?;
+            let Some((raw, rest)) = input.split_at_checked(header.frame_bytes()) else {
+                self.tail.reserve_exact(header.frame_bytes());
+                self.keep(input);
+                return Ok(None);
+            };
+            *input = rest;
+            return Ok(Some(Frame { header, body: raw.get(FRAME_HEADER_BYTES..).unwrap_or(&[]), raw }));
+        }
+        self.finish_tail(input, frame_bytes_max)
+    }
+
+    fn finish_tail<'s>(
+        &'s mut self,
+        input: &mut &[u8],
+        frame_bytes_max: u32,
+    ) -> Result<Option<Frame<'s>>, FrameError> {
+        self.fill(input, FRAME_HEADER_BYTES);
+        let Some(header_bytes) = self.tail.first_chunk::<FRAME_HEADER_BYTES>() else {
+            return Ok(None);
+        };
+        let header = Header::decode(header_bytes, frame_bytes_max)?;
+        self.fill(input, header.frame_bytes());
+        if self.tail.len() < header.frame_bytes() {
+            return Ok(None);
+        }
+        self.tail_given = true;
+        Ok(Some(Frame { header, body: self.tail.get(FRAME_HEADER_BYTES..).unwrap_or(&[]), raw: &self.tail }))
+    }
+
+    /// Moves bytes from the input until the tail holds `wanted`, or the input is empty.
+    fn fill(&mut self, input: &mut &[u8], wanted: usize) {
+        let missing = wanted.saturating_sub(self.tail.len()).min(input.len());
+        let (taken, rest) = input.split_at(missing);
+        self.tail.extend_from_slice(taken);
+        *input = rest;
+    }
+
+    fn keep(&mut self, input: &mut &[u8]) {
+        self.tail.extend_from_slice(input);
+        *input = &[];
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const MAX: u32 = 1024;
+
+    fn frame(command: u16, request_id: u32, body: &[u8]) -> Vec<u8> {
+        let header = Header { codec: Codec::FlatBuffers, command, request_id, body_bytes: body.len() as u32 };
+        [&header.encode()[..], body].concat()
+    }
+
+    /// All frames of a stream cut at the given points, as (command, request id, body).
+    fn decode_in_parts(stream: &[u8], cuts: &[usize]) -> (Vec<(u16, u32, Vec<u8>)>, Option<FrameError>) {
+        let mut decoder = FrameDecoder::new();
+        let mut frames = Vec::new();
+        let mut bounds: Vec<usize> = cuts.iter().map(|cut| cut % (stream.len() + 1)).collect();
+        bounds.extend([0, stream.len()]);
+        bounds.sort_unstable();
+        for window in bounds.windows(2) {
+            let mut input = &stream[window[0]..window[1]];
+            loop {
+                match decoder.next(&mut input, MAX) {
+                    Ok(Some(frame)) => {
+                        assert_eq!(frame.raw.len(), 16 + frame.body.len());
+                        frames.push((frame.header.command, frame.header.request_id, frame.body.to_vec()));
+                    }
+                    Ok(None) => break,
+                    Err(error) => return (frames, Some(error)),
+                }
+            }
+            assert!(input.is_empty());
+            assert!(decoder.buffered() <= MAX as usize);
+        }
+        (frames, None)
+    }
+
+    proptest! {
+        #[test]
+        fn any_split_gives_the_same_frames(
+            bodies in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..200), 0..8),
+            cuts in prop::collection::vec(any::<usize>(), 0..40),
+        ) {
+            let stream: Vec<u8> =
+                bodies.iter().enumerate().flat_map(|(at, body)| frame(0x106, at as u32, body)).collect();
+            let (frames, error) = decode_in_parts(&stream, &cuts);
+            prop_assert_eq!(error, None);
+            prop_assert_eq!(frames.len(), bodies.len());
+            for (at, (frame, body)) in frames.iter().zip(&bodies).enumerate() {
+                prop_assert_eq!(frame, &(0x106, at as u32, body.clone()));
+            }
+        }
+
+        #[test]
+        fn any_split_of_any_bytes_gives_the_same_result(
+            stream in prop::collection::vec(any::<u8>(), 0..200),
+            good in any::<bool>(),
+            cuts in prop::collection::vec(any::<usize>(), 0..20),
+        ) {
+            let mut bytes = if good { frame(0x104, 1, b"x") } else { Vec::new() };
+            bytes.extend(stream);
+            prop_assert_eq!(decode_in_parts(&bytes, &cuts), decode_in_parts(&bytes, &[]));
+        }
+    }
+
+    #[test]
+    fn hostile_headers_give_typed_errors() {
+        let good = frame(0x106, 9, b"");
+        let refused = |at: usize, value: u8| {
+            let mut bytes = good.clone();
+            bytes[at] = value;
+            decode_in_parts(&bytes, &[]).1.map(|error| (error.code, error.request_id))
+        };
+        assert_eq!(refused(0, b'G'), Some((ErrorCode::BadMagic, 0)));
+        assert_eq!(refused(2, 2), Some((ErrorCode::BadVersion, 9)));
+        assert_eq!(refused(3, 1), Some((ErrorCode::BadCodec, 9)));
+        assert_eq!(refused(3, 250), Some((ErrorCode::BadCodec, 9)));
+        assert_eq!(refused(6, 1), Some((ErrorCode::BadFlags, 9)));
+        assert_eq!(refused(15, 0xff), Some((ErrorCode::FrameTooLarge, 9)));
+        assert_eq!(refused(4, 0xee), None, "an unknown command does not break the stream");
+    }
+
+    #[test]
+    fn a_command_has_its_own_limit_below_the_frame_limit() {
+        let body = vec![0; Command::Ping.body_bytes_max() as usize + 1];
+        let mut decoder = FrameDecoder::new();
+        let bytes = frame(Command::Ping as u16, 3, &body);
+        let error = decoder.next(&mut &bytes[..], 1 << 20).unwrap_err();
+        assert_eq!(error.code, ErrorCode::FrameTooLarge);
+    }
+
+    #[test]
+    fn an_emptied_tail_owns_no_memory() {
+        let bytes = frame(0x106, 1, &[7; 500]);
+        let mut decoder = FrameDecoder::new();
+        assert!(decoder.next(&mut &bytes[..100], MAX).unwrap().is_none());
+        assert_eq!(decoder.buffered(), 100);
+        assert!(decoder.next(&mut &bytes[100..], MAX).unwrap().is_some());
+        assert!(decoder.next(&mut &[][..], MAX).unwrap().is_none());
+        assert_eq!(decoder.tail.capacity(), 0);
+    }
+}
