@@ -1,0 +1,96 @@
+//! What a shard is told at its start. Defaults and bounds of the configurable ones stand in the server's key table.
+
+use ringline_cluster::placement::{CorePlacement, ShardIndex};
+use ringline_schema::limits;
+
+/// How many devices of one user may be logged in at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DevicePolicy {
+    /// Up to `devices_max`; one more kicks the oldest.
+    #[default]
+    Many,
+    /// One per device kind.
+    OnePerKind,
+    /// One in all.
+    One,
+}
+
+/// Settings of a shard.
+#[derive(Clone, Debug)]
+pub struct CoreConfig {
+    pub shard: ShardIndex,
+    pub placement: CorePlacement,
+    /// This node's name and client address, for ROUTE.
+    pub node: String,
+    pub address: String,
+    pub frame_bytes_max: u32,
+    /// Bytes waiting for one client; over it durable pushes become LAGGED and transient ones are dropped.
+    pub outbox_bytes_max: usize,
+    /// No output progress for this long closes the connection.
+    pub write_stall_ms: u64,
+    pub login_timeout_ms: u64,
+    pub idle_timeout_ms: u64,
+    pub ping_interval_ms: u64,
+    /// Requests a second one connection may make, and how many at once after a pause.
+    pub requests_per_s: u32,
+    pub requests_burst: u32,
+    pub device_policy: DevicePolicy,
+    pub devices_max: u16,
+    /// A valid token of a name that is not registered creates the user.
+    pub token_creates_user: bool,
+    /// Conversations and users kept in memory by this shard.
+    pub conversations_cached_max: usize,
+    pub users_cached_max: usize,
+    pub connections_max: usize,
+}
+
+impl CoreConfig {
+    /// The defaults, for a shard of a node.
+    pub fn new(shard: ShardIndex, placement: CorePlacement) -> Self {
+        Self {
+            shard,
+            placement,
+            node: "ringline".to_owned(),
+            address: "127.0.0.1:9700".to_owned(),
+            frame_bytes_max: limits::FRAME_BYTES_MAX,
+            outbox_bytes_max: 256 * 1024,
+            write_stall_ms: 30_000,
+            login_timeout_ms: 10_000,
+            idle_timeout_ms: 60_000,
+            ping_interval_ms: 20_000,
+            requests_per_s: 50_000,
+            requests_burst: 50_000,
+            device_policy: DevicePolicy::Many,
+            devices_max: 16,
+            token_creates_user: true,
+            conversations_cached_max: 65_536,
+            users_cached_max: 65_536,
+            connections_max: 100_000,
+        }
+    }
+}
+
+/// Records appended and not yet durable, per shard; over it a SEND is answered BUSY.
+pub const APPENDS_IN_FLIGHT_MAX: usize = 65_536;
+/// Bytes of the same.
+pub const APPEND_BYTES_IN_FLIGHT_MAX: usize = 64 * 1024 * 1024;
+/// Questions open at the store, per shard; over it BUSY.
+pub const LOADS_IN_FLIGHT_MAX: usize = 4_096;
+/// Requests that wait for one loaded conversation or user; over it BUSY.
+pub const WAITERS_PER_LOAD_MAX: usize = 1_024;
+/// Credential checks open at the workers, per shard; over it BUSY.
+pub const WORK_IN_FLIGHT_MAX: usize = 8_192;
+/// Delivery acknowledgements a shard waits for; over it BUSY.
+pub const DELIVERY_ACKS_MAX: usize = 65_536;
+/// Failed logins after which a connection is closed: `TOO_MANY_LOGINS`.
+pub const LOGIN_FAILURES_MAX: u8 = 5;
+/// Conversations a connection can be told LAGGED about one by one; the rest wait until those are told.
+pub const LAGGED_CONVERSATIONS_MAX: usize = 256;
+/// Output buffers kept for reuse, per shard.
+pub const SPARE_BUFFERS_MAX: usize = 1_024;
+/// A larger output buffer is given back to the allocator instead of being kept.
+pub const SPARE_BUFFER_BYTES_MAX: usize = 16 * 1024;
+/// How often cursors that moved are written: a crash repeats at most this much.
+pub const CURSOR_FLUSH_MS: u64 = 1_000;
+/// What a client is told to wait after BUSY.
+pub const BUSY_RETRY_MS: u32 = 50;

@@ -1,0 +1,422 @@
+//! The owner's side of durable messages: duplicate check, sequence, append, and what follows the commit.
+//!
+//! A conversation is loaded on demand and kept in a bounded cache. While it loads, sends to it wait in order. Numbers
+//! are given at append and become visible at commit; records commit in order, so a conversation's sequence is dense.
+
+use std::collections::VecDeque;
+
+use ringline_cluster::placement::ShardIndex;
+use ringline_schema::errors::ErrorCode;
+use ringline_schema::ids::{ConversationId, DeviceKey, Seq, UserName, body_hash};
+use ringline_schema::message::SendAck;
+use ringline_schema::record::{Answer, Query, Record, StoredMessage, User};
+
+use crate::config::WAITERS_PER_LOAD_MAX;
+use crate::event::{ConnId, Effects, ShardMessage};
+use crate::filter::{Filter, Seen};
+use crate::peer::{Origin, Submit, Wanted};
+use crate::shard::{Question, Shard};
+
+/// Devices whose filters one conversation keeps in memory before it lets go of those of others.
+const FILTERS_PER_CONVERSATION_MAX: usize = 64;
+/// A question about a user that was not answered for this long is asked again when the next send comes.
+const ASK_AGAIN_US: u64 = 1_000_000;
+/// How many cached conversations are looked at to find one that may go.
+const EVICTION_LOOKS_MAX: usize = 8;
+
+/// What a conversation waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stage {
+    Ready,
+    /// The store, for the head and a device's filter.
+    Loading,
+    /// The shard of the other user, since this moment: may the first message be written?
+    AskingUser {
+        since_us: u64,
+    },
+}
+
+/// A conversation this shard owns.
+#[derive(Debug)]
+pub(crate) struct Conversation {
+    pub stage: Stage,
+    /// The head is known (a filter may still be missing).
+    pub loaded: bool,
+    /// Its first record is written or on its way.
+    pub exists: bool,
+    /// The highest number given.
+    pub head: Seq,
+    /// The highest number on disk.
+    pub committed: Seq,
+    /// Messages appended and not yet on disk: `head − committed`.
+    pub in_flight: u64,
+    pub filters: Vec<(DeviceKey, Filter)>,
+    /// Sends that wait for the stage to pass, in order of arrival.
+    pub waiting: VecDeque<Submit>,
+}
+
+impl Conversation {
+    fn new() -> Self {
+        Self {
+            stage: Stage::Loading,
+            loaded: false,
+            exists: false,
+            head: Seq::ZERO,
+            committed: Seq::ZERO,
+            in_flight: 0,
+            filters: Vec::new(),
+            waiting: VecDeque::new(),
+        }
+    }
+
+    fn may_go(&self) -> bool {
+        self.stage == Stage::Ready && self.in_flight == 0 && self.waiting.is_empty()
+    }
+
+    fn filter(&mut self, device: DeviceKey) -> Option<&mut Filter> {
+        self.filters.iter_mut().find(|(key, _)| *key == device).map(|(_, filter)| filter)
+    }
+}
+
+/// Something that waits for record `lsn` to be durable.
+#[derive(Debug)]
+pub(crate) struct Pending {
+    pub lsn: u64,
+    pub weight: usize,
+    pub work: PendingWork,
+}
+
+#[derive(Debug)]
+pub(crate) enum PendingWork {
+    Message {
+        message: Box<StoredMessage>,
+        origin: Origin,
+        ack_timeout_ms: Option<u32>,
+    },
+    /// A repeat of a message that is itself still on its way.
+    Repeat {
+        origin: Origin,
+        ack: SendAck,
+    },
+    User {
+        conn: ConnId,
+        user: User,
+    },
+}
+
+impl Shard {
+    /// A durable send has reached the owner of its conversation.
+    pub(crate) fn submit(&mut self, submit: Submit, fx: &mut Effects) {
+        if let Err(code) = self.may_append() {
+            return self.refuse(submit.origin, code, fx);
+        }
+        let id = submit.conversation;
+        if self.conversations.get(&id).is_none() {
+            if !self.may_load() {
+                return self.refuse(submit.origin, ErrorCode::Busy, fx);
+            }
+            let mut conversation = Conversation::new();
+            let device = submit.device_key;
+            conversation.waiting.push_back(submit);
+            self.conversations.put(id, conversation);
+            self.evict_conversations();
+            let query = Query::Head { conversation: id, device };
+            return self.load(Question::Head(id, device), query, fx);
+        }
+        let Some(conversation) = self.conversations.get_mut(&id) else { return };
+        if conversation.stage == Stage::Ready {
+            return self.accept(submit, fx);
+        }
+        if conversation.waiting.len() >= WAITERS_PER_LOAD_MAX {
+            return self.refuse(submit.origin, ErrorCode::Busy, fx);
+        }
+        conversation.waiting.push_back(submit);
+        // The question or its answer may have been lost; the sender's retry brings us here.
+        if let Stage::AskingUser { since_us } = conversation.stage
+            && self.now.mono_us >= since_us + ASK_AGAIN_US
+            && let Some(user) = conversation.waiting.front().map(|submit| submit.to.clone())
+        {
+            conversation.stage = Stage::AskingUser { since_us: self.now.mono_us };
+            self.ask_user(id, user, fx);
+        }
+    }
+
+    /// Takes one send of a conversation that is ready, or makes the conversation wait for what it needs.
+    fn accept(&mut self, submit: Submit, fx: &mut Effects) {
+        if let Err(code) = self.may_append() {
+            return self.refuse(submit.origin, code, fx);
+        }
+        let id = submit.conversation;
+        let Some(conversation) = self.conversations.get_mut(&id) else { return };
+        let Some(filter) = conversation.filter(submit.device_key) else {
+            conversation.stage = Stage::Loading;
+            let device = submit.device_key;
+            conversation.waiting.push_front(submit);
+            return self.load(Question::Head(id, device), Query::Head { conversation: id, device }, fx);
+        };
+        match filter.check(submit.client_seq, body_hash(&submit.body)) {
+            Seen::New if !conversation.exists && submit.to != submit.from => {
+                conversation.stage = Stage::AskingUser { since_us: self.now.mono_us };
+                let user = submit.to.clone();
+                conversation.waiting.push_front(submit);
+                self.ask_user(id, user, fx);
+            }
+            Seen::New => self.write(submit, fx),
+            Seen::Repeat(accepted) => {
+                let ack = SendAck { conversation: id, seq: accepted.seq, time_ms: accepted.time_ms, dup: true };
+                let on_disk = accepted.seq <= conversation.committed;
+                self.sessions.counters.duplicates += 1;
+                if on_disk {
+                    self.answer_send(submit.origin, (true, Ok(ack)), None, fx);
+                } else {
+                    let work = PendingWork::Repeat { origin: submit.origin, ack };
+                    self.pending.push_back(Pending { lsn: self.appended, weight: 0, work });
+                }
+            }
+            Seen::Conflict => self.refuse(submit.origin, ErrorCode::Conflict, fx),
+            Seen::Stale => self.refuse(submit.origin, ErrorCode::StaleClientSeq, fx),
+        }
+    }
+
+    /// Gives a new message its number and sends it to the log.
+    fn write(&mut self, submit: Submit, fx: &mut Effects) {
+        let (id, time_ms) = (submit.conversation, self.now.unix_ms);
+        let Some(conversation) = self.conversations.get_mut(&id) else { return };
+        let first = !std::mem::replace(&mut conversation.exists, true);
+        let seq = conversation.head.next();
+        conversation.head = seq;
+        conversation.in_flight += 1;
+        let message = StoredMessage {
+            conversation: id,
+            seq,
+            from: submit.from,
+            to: submit.to,
+            device: submit.device,
+            client_seq: submit.client_seq,
+            time_ms,
+            kind: submit.kind,
+            body: submit.body,
+        };
+        if let Some(filter) = conversation.filter(submit.device_key) {
+            filter.insert(message.accepted());
+        }
+        if first {
+            let (one, other) = (message.from.clone(), message.to.clone());
+            let members = if one <= other { [one, other] } else { [other, one] };
+            self.append(Record::Conversation { conversation: id, members, created_ms: time_ms }, fx);
+        }
+        let record = Record::Message(message.clone());
+        let weight = record.weight();
+        self.pending_bytes += weight;
+        let lsn = self.append(record, fx);
+        let (message, origin) = (Box::new(message), submit.origin);
+        let work = PendingWork::Message { message, origin, ack_timeout_ms: submit.ack_timeout_ms };
+        self.pending.push_back(Pending { lsn, weight, work });
+    }
+
+    /// Serves what has waited, until the conversation has to wait again.
+    fn advance(&mut self, id: ConversationId, fx: &mut Effects) {
+        while let Some(conversation) = self.conversations.get_mut(&id)
+            && conversation.stage == Stage::Ready
+            && let Some(submit) = conversation.waiting.pop_front()
+        {
+            self.accept(submit, fx);
+        }
+    }
+
+    /// The store has answered about a conversation and one device.
+    pub(crate) fn head_loaded(&mut self, id: ConversationId, device: DeviceKey, answer: Answer, fx: &mut Effects) {
+        let Some(conversation) = self.conversations.get_mut(&id) else { return };
+        conversation.stage = Stage::Ready;
+        let Answer::Head(head) = answer else {
+            // Nothing was appended, so this is a plain refusal.
+            let loaded = conversation.loaded;
+            for submit in std::mem::take(&mut conversation.waiting) {
+                self.refuse(submit.origin, ErrorCode::Internal, fx);
+            }
+            if !loaded {
+                self.conversations.pop(&id);
+            }
+            return;
+        };
+        if !conversation.loaded {
+            conversation.loaded = true;
+            conversation.exists = head.exists;
+            conversation.head = head.head;
+            conversation.committed = head.head;
+        }
+        if conversation.filter(device).is_none() {
+            if conversation.filters.len() >= FILTERS_PER_CONVERSATION_MAX && conversation.in_flight == 0 {
+                conversation.filters.clear();
+            }
+            conversation.filters.push((device, Filter::restore(head.filter)));
+        }
+        self.advance(id, fx);
+    }
+
+    /// Whether the other user of a new conversation exists: known here, or asked of its shard.
+    fn ask_user(&mut self, conversation: ConversationId, user: UserName, fx: &mut Effects) {
+        let owner = self.owner(user.partition());
+        if self.is_here(owner) {
+            self.know_user(owner, conversation, user, fx);
+        } else if self.is_blocked(owner) {
+            self.user_known(conversation, None, fx);
+        } else {
+            self.tell_shard(owner, ShardMessage::AskUser { conversation, user }, fx);
+        }
+    }
+
+    /// Another shard (or this one) asks whether a user of ours exists.
+    pub(crate) fn know_user(
+        &mut self,
+        asker: ShardIndex,
+        conversation: ConversationId,
+        user: UserName,
+        fx: &mut Effects,
+    ) {
+        if self.users.get(&user).is_some() {
+            self.tell_user_known(asker, conversation, Some(true), fx);
+        } else if self.may_load() {
+            self.load(Question::KnowUser { asker, conversation }, Query::User { name: user }, fx);
+        } else {
+            self.tell_user_known(asker, conversation, None, fx);
+        }
+    }
+
+    pub(crate) fn user_loaded(
+        &mut self,
+        asker: ShardIndex,
+        conversation: ConversationId,
+        answer: Answer,
+        fx: &mut Effects,
+    ) {
+        let known = match answer {
+            Answer::User(Some(user)) => {
+                self.remember_user(user);
+                Some(true)
+            }
+            Answer::User(None) => Some(false),
+            Answer::Head(_) | Answer::Messages { .. } | Answer::Conversations(_) | Answer::Failed => None,
+        };
+        self.tell_user_known(asker, conversation, known, fx);
+    }
+
+    fn tell_user_known(
+        &mut self,
+        asker: ShardIndex,
+        conversation: ConversationId,
+        known: Option<bool>,
+        fx: &mut Effects,
+    ) {
+        if self.is_here(asker) {
+            self.user_known(conversation, known, fx);
+        } else {
+            self.tell_shard(asker, ShardMessage::UserKnown { conversation, known }, fx);
+        }
+    }
+
+    /// The answer that a new conversation waits for.
+    pub(crate) fn user_known(&mut self, id: ConversationId, known: Option<bool>, fx: &mut Effects) {
+        let Some(conversation) = self.conversations.get_mut(&id) else { return };
+        if !matches!(conversation.stage, Stage::AskingUser { .. }) {
+            return;
+        }
+        conversation.stage = Stage::Ready;
+        let refusal = match known {
+            Some(true) => {
+                // The head of the queue is the send that asked: write it without asking again.
+                if let Some(submit) = conversation.waiting.pop_front() {
+                    match self.may_append() {
+                        Ok(()) => self.write(submit, fx),
+                        Err(code) => self.refuse(submit.origin, code, fx),
+                    }
+                }
+                return self.advance(id, fx);
+            }
+            Some(false) => ErrorCode::NoSuchUser,
+            None => ErrorCode::Busy,
+        };
+        // Both directions wait here; a sender exists, so only those that wrote to the unknown user are refused.
+        let Some(unknown) = conversation.waiting.front().map(|submit| submit.to.clone()) else { return };
+        let (refused, kept): (VecDeque<_>, VecDeque<_>) =
+            std::mem::take(&mut conversation.waiting).into_iter().partition(|submit| submit.to == unknown);
+        conversation.waiting = kept;
+        for submit in refused {
+            self.refuse(submit.origin, refusal, fx);
+        }
+        self.advance(id, fx);
+    }
+
+    /// Records up to `upto` are durable: answer, deliver.
+    pub(crate) fn stored(&mut self, upto: u64, fx: &mut Effects) {
+        debug_assert!(upto <= self.appended && upto >= self.stored, "commits only rise, up to what was appended");
+        self.stored = upto.min(self.appended);
+        while self.pending.front().is_some_and(|pending| pending.lsn <= upto) {
+            let Some(pending) = self.pending.pop_front() else { return };
+            self.pending_bytes -= pending.weight;
+            match pending.work {
+                PendingWork::Message { message, origin, ack_timeout_ms } => {
+                    self.committed(message, origin, ack_timeout_ms, fx);
+                }
+                PendingWork::Repeat { origin, ack } => self.answer_send(origin, (true, Ok(ack)), None, fx),
+                PendingWork::User { conn, user } => self.user_created(conn, user, fx),
+            }
+        }
+    }
+
+    fn committed(
+        &mut self,
+        message: Box<StoredMessage>,
+        origin: Origin,
+        ack_timeout_ms: Option<u32>,
+        fx: &mut Effects,
+    ) {
+        if let Some(conversation) = self.conversations.peek_mut(&message.conversation) {
+            debug_assert_eq!(conversation.committed.next(), message.seq, "commits are dense");
+            conversation.committed = message.seq;
+            conversation.in_flight -= 1;
+        }
+        self.sessions.counters.accepted += 1;
+        let (conversation, seq, time_ms) = (message.conversation, message.seq, message.time_ms);
+        let ack = SendAck { conversation, seq, time_ms, dup: false };
+        let to_self = message.from == message.to;
+        let copy = (!to_self).then_some(&*message);
+        self.answer_send(origin, (true, Ok(ack)), copy, fx);
+        let wanted = ack_timeout_ms.map(|timeout_ms| Wanted { origin, timeout_ms });
+        let target = self.owner(message.to.partition());
+        if self.is_here(target) {
+            self.deliver(&message, wanted, fx);
+        } else {
+            self.tell_shard(target, ShardMessage::Deliver { message, wanted }, fx);
+        }
+    }
+
+    /// The store failed under something that waited: whether it was kept is unknown.
+    pub(crate) fn pending_failed(&mut self, pending: Pending, fx: &mut Effects) {
+        match pending.work {
+            PendingWork::Message { origin, .. } | PendingWork::Repeat { origin, .. } => {
+                self.refuse(origin, ErrorCode::StoreFailed, fx);
+            }
+            PendingWork::User { conn, user } => self.user_not_created(conn, &user, fx),
+        }
+    }
+
+    fn refuse(&mut self, origin: Origin, code: ErrorCode, fx: &mut Effects) {
+        self.answer_send(origin, (true, Err(code)), None, fx);
+    }
+
+    /// Keeps the cache within its bound. Conversations with something in flight stay, so the bound can be passed by
+    /// as many as are in flight at once.
+    fn evict_conversations(&mut self) {
+        let mut looks = 0;
+        while self.conversations.len() > self.config.conversations_cached_max && looks < EVICTION_LOOKS_MAX {
+            looks += 1;
+            let Some((id, conversation)) = self.conversations.pop_lru() else { return };
+            if conversation.may_go() {
+                self.sessions.counters.conversations_evicted += 1;
+            } else {
+                self.conversations.put(id, conversation);
+            }
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! The receiving side: DELIVER to the devices of a user, their ACKs, cursors, and delivery acknowledgements.
+
+use std::collections::BTreeMap;
+
+use ringline_schema::errors::ErrorCode;
+use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
+use ringline_schema::message::{Ack, Outcome, Receipt, Reply};
+use ringline_schema::record::{Record, StoredMessage};
+
+use crate::config::DELIVERY_ACKS_MAX;
+use crate::event::{ConnId, Effects, ShardMessage};
+use crate::peer::{Origin, Wanted};
+use crate::session::Login;
+use crate::shard::Shard;
+use crate::timers::{Timer, Timers};
+
+/// A sender that waits to hear of a device's ACK.
+#[derive(Debug)]
+pub(crate) struct DeliveryWait {
+    pub wanted: Wanted,
+    /// Who has to acknowledge.
+    pub user: UserName,
+    pub conversation: ConversationId,
+    pub seq: Seq,
+    pub client_seq: u64,
+}
+
+/// Registers a wait and arms its timeout. `BUSY` when too many are open.
+pub(crate) fn await_delivery(
+    (waits, next): (&mut BTreeMap<u64, DeliveryWait>, &mut u64),
+    timers: &mut Timers,
+    wait: DeliveryWait,
+    now_us: u64,
+) -> Result<u64, ErrorCode> {
+    if waits.len() >= DELIVERY_ACKS_MAX {
+        return Err(ErrorCode::Busy);
+    }
+    *next += 1;
+    timers.arm(now_us + u64::from(wait.wanted.timeout_ms) * 1_000, Timer::Delivery(*next));
+    waits.insert(*next, wait);
+    Ok(*next)
+}
+
+impl Shard {
+    /// Gives a committed message to every device of its receiver that is online here.
+    pub(crate) fn deliver(&mut self, message: &StoredMessage, wanted: Option<Wanted>, fx: &mut Effects) {
+        if let Some(wanted) = wanted {
+            let (user, conversation, seq) = (message.to.clone(), message.conversation, message.seq);
+            let wait = DeliveryWait { wanted, user: user.clone(), conversation, seq, client_seq: message.client_seq };
+            let waits = (&mut self.delivery_waits, &mut self.next_delivery);
+            match await_delivery(waits, &mut self.timers, wait, self.now.mono_us) {
+                Ok(number) => {
+                    self.delivery_index.insert((conversation, user, seq), number);
+                }
+                // The message is kept all the same; only the news of its delivery can't be waited for.
+                Err(_) => self.tell_receipt(wanted.origin, timeout_receipt(message), fx),
+            }
+        }
+        let Some(conns) = self.online.get(&message.to) else { return };
+        let wire = message.as_wire();
+        for &conn in conns {
+            self.sessions.deliver_durable(conn, &wire, &message.from, fx);
+        }
+    }
+
+    pub(crate) fn ack(&mut self, conn: ConnId, request_id: u32, ack: Ack, fx: &mut Effects) {
+        let acked = match ack {
+            Ack::Upto { conversation, seq } => self.ack_upto(conn, conversation, seq, fx),
+            Ack::Delivery(number) => self.ack_delivery(conn, number, fx),
+        };
+        if let Err(code) = acked {
+            self.sessions.fail(conn, request_id, code, fx);
+        }
+    }
+
+    /// A device has everything of a conversation up to `seq`. It can only say so of what this session was given.
+    fn ack_upto(
+        &mut self,
+        conn: ConnId,
+        conversation: ConversationId,
+        seq: Seq,
+        fx: &mut Effects,
+    ) -> Result<(), ErrorCode> {
+        let login = self.sessions.login_mut(conn).ok_or(ErrorCode::NotLoggedIn)?;
+        let known = login.known.get_mut(&conversation).ok_or(ErrorCode::NoSuchConversation)?;
+        if seq > known.shown {
+            return Err(ErrorCode::BadRequest);
+        }
+        if seq <= known.acked {
+            return Ok(());
+        }
+        known.acked = seq;
+        let newly_dirty = !std::mem::replace(&mut known.dirty, true);
+        let (user, device) = (login.user.clone(), login.device);
+        if newly_dirty {
+            self.dirty_cursors.push((conn, conversation));
+        }
+        if self.draining {
+            self.flush_cursors(fx);
+        } else {
+            self.arm_cursors();
+        }
+        let range = (conversation, user.clone(), Seq::ZERO)..=(conversation, user, seq);
+        let reached: Vec<_> = self.delivery_index.range(range).map(|(key, number)| (key.clone(), *number)).collect();
+        for (key, number) in reached {
+            self.delivery_index.remove(&key);
+            self.delivered(number, device, fx);
+        }
+        Ok(())
+    }
+
+    fn ack_delivery(&mut self, conn: ConnId, number: u64, fx: &mut Effects) -> Result<(), ErrorCode> {
+        let login = self.sessions.login_mut(conn).ok_or(ErrorCode::NotLoggedIn)?;
+        // Another device was first, or the time is over: nothing is left to do.
+        let Some(wait) = self.delivery_waits.get(&number) else { return Ok(()) };
+        if wait.user != login.user || wait.seq != Seq::ZERO {
+            return Err(ErrorCode::BadRequest);
+        }
+        let device = login.device;
+        self.delivered(number, device, fx);
+        Ok(())
+    }
+
+    fn delivered(&mut self, number: u64, device: DeviceId, fx: &mut Effects) {
+        let Some(wait) = self.delivery_waits.remove(&number) else { return };
+        let receipt = Receipt {
+            conversation: wait.conversation,
+            seq: wait.seq,
+            client_seq: wait.client_seq,
+            outcome: Outcome::Delivered,
+            device,
+        };
+        self.tell_receipt(wait.wanted.origin, receipt, fx);
+    }
+
+    /// The time for an acknowledgement is over.
+    pub(crate) fn delivery_due(&mut self, number: u64, fx: &mut Effects) {
+        let Some(wait) = self.delivery_waits.remove(&number) else { return };
+        let receipt = Receipt {
+            conversation: wait.conversation,
+            seq: wait.seq,
+            client_seq: wait.client_seq,
+            outcome: Outcome::DeliveryTimeout,
+            device: DeviceId(0),
+        };
+        self.delivery_index.remove(&(wait.conversation, wait.user, wait.seq));
+        self.tell_receipt(wait.wanted.origin, receipt, fx);
+    }
+
+    fn tell_receipt(&mut self, origin: Origin, receipt: Receipt, fx: &mut Effects) {
+        if self.is_here(origin.shard) {
+            self.receipt(origin, receipt, fx);
+        } else {
+            self.tell_shard(origin.shard, ShardMessage::Receipt { origin, receipt }, fx);
+        }
+    }
+
+    /// What became of a message, at its origin.
+    pub(crate) fn receipt(&mut self, origin: Origin, receipt: Receipt, fx: &mut Effects) {
+        self.sessions.counters.receipts += 1;
+        self.sessions.push(origin.conn, &Reply::Receipt(receipt), fx);
+    }
+
+    /// Writes the cursors that moved since the last time.
+    pub(crate) fn flush_cursors(&mut self, fx: &mut Effects) {
+        for (conn, conversation) in std::mem::take(&mut self.dirty_cursors) {
+            let Some(login) = self.sessions.login_mut(conn) else { continue };
+            let Some(known) = login.known.get_mut(&conversation) else { continue };
+            known.dirty = false;
+            let (acked, user, device) = (known.acked, login.user.clone(), login.device);
+            self.append_cursor(Record::Cursor { user, device, conversation, seq: acked }, fx);
+        }
+    }
+
+    /// Writes one cursor of a device that is going.
+    pub(crate) fn write_cursor(&mut self, login: &Login, conversation: ConversationId, seq: Seq, fx: &mut Effects) {
+        self.append_cursor(Record::Cursor { user: login.user.clone(), device: login.device, conversation, seq }, fx);
+    }
+
+    /// A cursor that can't be written is only redelivery after a restart, which clients filter.
+    fn append_cursor(&mut self, record: Record, fx: &mut Effects) {
+        let busy = self.may_append() == Err(ErrorCode::Busy);
+        if !self.poisoned && !busy {
+            self.sessions.counters.cursors_written += 1;
+            self.append(record, fx);
+        }
+    }
+}
+
+fn timeout_receipt(message: &StoredMessage) -> Receipt {
+    Receipt {
+        conversation: message.conversation,
+        seq: message.seq,
+        client_seq: message.client_seq,
+        outcome: Outcome::DeliveryTimeout,
+        device: DeviceId(0),
+    }
+}

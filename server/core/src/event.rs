@@ -1,0 +1,162 @@
+//! The shard's whole interface: events in, effects out, and what shards say to each other.
+
+use ringline_cluster::placement::ShardIndex;
+use ringline_schema::codec::Codec;
+use ringline_schema::errors::ErrorCode;
+use ringline_schema::ids::UserName;
+use ringline_schema::message::Request;
+use ringline_schema::record::{Answer, Query, Record};
+
+pub use crate::peer::ShardMessage;
+
+/// Time as the shell sees it at the head of an event.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Now {
+    /// Monotonic microseconds since any fixed moment. Deadlines are counted in it.
+    pub mono_us: u64,
+    /// Unix milliseconds. Only stamped on messages, never compared.
+    pub unix_ms: u64,
+}
+
+/// A connection of this shard. The shell makes the numbers; one is not used again for another connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ConnId {
+    /// Place in the shell's table, used again after a close.
+    pub slot: u32,
+    /// Tells the tenants of one slot apart.
+    pub generation: u32,
+}
+
+/// Names an open question to the store or the workers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Token(pub u64);
+
+/// Everything that can happen to a shard.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// A socket was accepted here, or handed over by another shard.
+    Opened { conn: ConnId },
+    /// A decoded request. `bytes` is its whole frame.
+    Request { conn: ConnId, codec: Codec, request_id: u32, bytes: u32, request: Request<'a> },
+    /// The edge could not decode what came; it is answered, and the connection ends if `code.closes()`.
+    Refused { conn: ConnId, codec: Codec, request_id: u32, code: ErrorCode },
+    /// `bytes` of the connection's output went into the kernel.
+    Sent { conn: ConnId, bytes: usize },
+    /// The socket is gone, whoever ended it. The last event of a connection, also after [`Effect::Close`].
+    Closed { conn: ConnId },
+    /// The first `upto` records this shard appended are durable.
+    Stored { upto: u64 },
+    /// The store is poisoned: nothing more will become durable.
+    StoreFailed,
+    /// The answer to [`Effect::Load`].
+    Loaded { token: Token, answer: Answer },
+    /// The answer to [`Effect::Work`].
+    Worked { token: Token, outcome: WorkOutcome },
+    /// Another shard of this node says something. In order per sender.
+    Shard { from: ShardIndex, message: ShardMessage },
+    /// At or after [`crate::Shard::next_deadline_us`].
+    Timer,
+    /// The node is stopping: refuse new work, tell clients, let what is in flight be answered.
+    Drain,
+}
+
+/// What the shell does with the rest of a connection's bytes after an event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Verdict {
+    /// Decode on.
+    Continue,
+    /// This connection's user lives on another shard: take the socket out, send it there with the raw frame that was
+    /// just handled and every byte after it. This shard has forgotten the connection: no `Closed` follows.
+    HandOver(ShardIndex),
+    /// The connection ends: read nothing more of it. `Effect::Close` says the same to the writer.
+    Stop,
+}
+
+/// Why the server ends a connection; for logs and counters. The client has been told by a frame where one fits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CloseReason {
+    /// The client logged out.
+    Logout,
+    /// Told by a FAILURE frame.
+    Error(ErrorCode),
+    /// Told by KICKED.
+    Kicked,
+    /// Told by GOAWAY.
+    Draining,
+}
+
+/// Work that may block, for the pool.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Work {
+    HashPassword {
+        password: String,
+    },
+    /// `hash: None`: there is no such user (or no password). The same time is spent, and the outcome is `false`.
+    VerifyPassword {
+        password: String,
+        hash: Option<String>,
+    },
+    /// True when the token is valid now and its subject is this user.
+    VerifyToken {
+        token: String,
+        user: UserName,
+    },
+}
+
+/// Never prints a secret.
+impl std::fmt::Debug for Work {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::HashPassword { .. } => "HashPassword",
+            Self::VerifyPassword { .. } => "VerifyPassword",
+            Self::VerifyToken { .. } => "VerifyToken",
+        })
+    }
+}
+
+/// What the pool says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum WorkOutcome {
+    /// The PHC string.
+    Hashed(String),
+    Verified(bool),
+    /// The pool's queue is full; the client is told BUSY.
+    Busy,
+    /// The worker could not do it; the client is told INTERNAL.
+    Failed,
+}
+
+/// What the shell does for a shard, in this order.
+#[derive(Debug)]
+pub enum Effect {
+    /// Write what output is left, then close; then say `Event::Closed`.
+    Close {
+        conn: ConnId,
+        reason: CloseReason,
+    },
+    /// Queue for the store. The n-th append of a shard is record n of `Event::Stored`.
+    Append(Record),
+    /// Ask the store; a store that can't take it answers `Answer::Failed`.
+    Load {
+        token: Token,
+        query: Query,
+    },
+    Work {
+        token: Token,
+        work: Work,
+    },
+    /// Put on the lane to another shard of this node. Never to itself.
+    ToShard {
+        to: ShardIndex,
+        message: ShardMessage,
+    },
+}
+
+/// Effects of one or several events, kept by the shell and reused.
+#[derive(Debug, Default)]
+pub struct Effects {
+    pub list: Vec<Effect>,
+    /// Connections that have output to take ([`crate::Shard::take_output`]). Each at most once until taken.
+    pub dirty: Vec<ConnId>,
+}

@@ -1,0 +1,29 @@
+//! The pure shard of Ringline, floor 2: events in, effects out.
+//!
+//! One [`Shard`] is the only writer of the users, sessions and conversations of its partitions. It has no socket,
+//! clock, thread or randomness: time comes with each event, so the same code runs under the reactor and under a seeded
+//! simulator. Everything enters by [`Shard::handle`]; one event runs to completion.
+//!
+//! - [`event`]: the interface. [`config`]: settings and bounds.
+//! - `session`: connections, their states and output. `login`: who is who. `send`, `conversation`: the way of a
+//!   message from its sender to the log. `deliver`: from the log to the devices, and back as acknowledgements.
+//!   `read`: history and lists.
+
+#![forbid(unsafe_code)]
+
+pub mod config;
+mod conversation;
+pub mod counters;
+mod deliver;
+pub mod event;
+mod filter;
+mod invariants;
+mod login;
+mod peer;
+mod read;
+mod send;
+mod session;
+mod shard;
+mod timers;
+
+pub use shard::Shard;

@@ -1,0 +1,111 @@
+//! What shards of one node say to each other. In order per pair, never lost, bounded by the lanes that carry it.
+
+use bytes::Bytes;
+use ringline_cluster::placement::ShardIndex;
+use ringline_schema::errors::ErrorCode;
+use ringline_schema::ids::{ConversationId, DeviceId, DeviceKey, UserName};
+use ringline_schema::message::{BodyKind, Receipt, SendAck};
+use ringline_schema::record::{Answer, Range, StoredMessage};
+
+use crate::event::ConnId;
+
+/// The request that something is an answer to. The connection may be gone when the answer comes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Origin {
+    pub shard: ShardIndex,
+    pub conn: ConnId,
+    pub request_id: u32,
+}
+
+/// A durable send on its way to the owner of its conversation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Submit {
+    pub origin: Origin,
+    pub conversation: ConversationId,
+    pub from: UserName,
+    pub to: UserName,
+    pub device: DeviceId,
+    pub device_key: DeviceKey,
+    pub client_seq: u64,
+    pub kind: BodyKind,
+    pub body: Bytes,
+    pub ack_timeout_ms: Option<u32>,
+}
+
+/// A transient send on its way to the shard of its target.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TransientSend {
+    pub origin: Origin,
+    pub from: UserName,
+    pub to: UserName,
+    pub device: DeviceId,
+    pub client_seq: u64,
+    pub kind: BodyKind,
+    pub body: Bytes,
+    pub ack_timeout_ms: Option<u32>,
+}
+
+/// Somebody waits to hear that a message reached a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    pub origin: Origin,
+    pub timeout_ms: u32,
+}
+
+/// See the module.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ShardMessage {
+    /// To the owner of the conversation.
+    Submit(Box<Submit>),
+    /// To the shard of the target.
+    Transient(Box<TransientSend>),
+    /// To the origin of a send; `copy` is what the sender's other devices get.
+    SendResult {
+        origin: Origin,
+        durable: bool,
+        result: Result<SendAck, ErrorCode>,
+        copy: Option<Box<StoredMessage>>,
+    },
+    /// To the shard of a receiving user.
+    Deliver {
+        message: Box<StoredMessage>,
+        wanted: Option<Wanted>,
+    },
+    /// To the origin of a send that asked for a delivery acknowledgement.
+    Receipt {
+        origin: Origin,
+        receipt: Receipt,
+    },
+    /// To the shard of `user`: may a conversation with it begin?
+    AskUser {
+        conversation: ConversationId,
+        user: UserName,
+    },
+    /// The answer; `None` when it could not be found out.
+    UserKnown {
+        conversation: ConversationId,
+        known: Option<bool>,
+    },
+    /// To the owner of the conversation.
+    Fetch {
+        origin: Origin,
+        conversation: ConversationId,
+        range: Range,
+    },
+    Fetched {
+        origin: Origin,
+        conversation: ConversationId,
+        answer: Answer,
+    },
+    /// To a shard whose part of the online list is wanted.
+    Online {
+        origin: Origin,
+        after: Option<UserName>,
+        limit: u16,
+    },
+    OnlinePage {
+        origin: Origin,
+        users: Vec<(UserName, u16)>,
+        more: bool,
+    },
+}

@@ -1,0 +1,184 @@
+//! History and lists: FETCH, CONVERSATIONS, ONLINE. A page is never larger than a frame, and one client has at most
+//! an outbox of pages on their way.
+
+use ringline_cluster::placement::ShardIndex;
+use ringline_schema::errors::ErrorCode;
+use ringline_schema::ids::{ConversationId, Seq, UserName};
+use ringline_schema::limits;
+use ringline_schema::message::{Conversation, Fetch, OnlineUser, Reply};
+use ringline_schema::record::{Answer, Query, Range};
+
+use crate::event::{ConnId, Effects, ShardMessage};
+use crate::peer::Origin;
+use crate::shard::{Question, Shard};
+
+/// What one row of a page may take besides its body: two names and a table.
+const ROW_OVERHEAD_BYTES: u32 = 256;
+
+impl Shard {
+    /// Rows of a page, for what a client asked: never more than fit into half a frame without bodies.
+    fn page_rows(&self, asked: u16) -> u16 {
+        let fit = (self.config.frame_bytes_max / 2 / ROW_OVERHEAD_BYTES).clamp(1, u32::from(limits::PAGE_ROWS_MAX));
+        let asked = if asked == 0 { limits::PAGE_ROWS_DEFAULT } else { asked };
+        asked.min(fit as u16)
+    }
+
+    /// Whether a client may ask for a page now: its outbox has room and questions can be opened.
+    fn may_page(&self, conn: ConnId) -> Result<(), ErrorCode> {
+        if self.sessions.room_for_page(conn) && self.may_load() { Ok(()) } else { Err(ErrorCode::Busy) }
+    }
+
+    pub(crate) fn fetch(&mut self, conn: ConnId, request_id: u32, fetch: &Fetch<'_>, fx: &mut Effects) {
+        let origin = Origin { shard: self.config.shard, conn, request_id };
+        if let Err(code) = self.try_fetch(origin, fetch, fx) {
+            self.sessions.fail(conn, request_id, code, fx);
+        }
+    }
+
+    fn try_fetch(&mut self, origin: Origin, fetch: &Fetch<'_>, fx: &mut Effects) -> Result<(), ErrorCode> {
+        self.may_page(origin.conn)?;
+        let with = UserName::new(fetch.with)?;
+        let login = self.sessions.login_mut(origin.conn).ok_or(ErrorCode::NotLoggedIn)?;
+        // The id is made from the session's own name, so nobody reads a conversation of others.
+        let conversation = ConversationId::direct(&login.user, &with);
+        let range = Range {
+            after: fetch.after,
+            before: fetch.before,
+            limit: self.page_rows(fetch.limit),
+            bytes_max: self.config.frame_bytes_max / 2,
+            newest: fetch.newest,
+        };
+        let owner = self.owner(conversation.partition());
+        if self.is_here(owner) {
+            self.load(Question::Fetch(origin, conversation), Query::Messages { conversation, range }, fx);
+        } else if self.is_blocked(owner) {
+            return Err(ErrorCode::Busy);
+        } else {
+            self.tell_shard(owner, ShardMessage::Fetch { origin, conversation, range }, fx);
+        }
+        Ok(())
+    }
+
+    /// The page of a FETCH has come from the store, here or at the owner.
+    pub(crate) fn fetched(&mut self, origin: Origin, id: ConversationId, answer: Answer, fx: &mut Effects) {
+        if !self.is_here(origin.shard) {
+            let message = ShardMessage::Fetched { origin, conversation: id, answer };
+            return self.tell_shard(origin.shard, message, fx);
+        }
+        let Answer::Messages { first, head, messages } = answer else {
+            return self.sessions.fail(origin.conn, origin.request_id, ErrorCode::Internal, fx);
+        };
+        if let Some(login) = self.sessions.login_mut(origin.conn)
+            && let Some(last) = messages.last()
+        {
+            login.show(id, last.seq);
+        }
+        let messages = messages.iter().map(|message| message.as_wire()).collect();
+        let reply = Reply::FetchOk { conversation: id, first, head, messages };
+        self.sessions.answer(origin.conn, origin.request_id, &reply, fx);
+    }
+
+    pub(crate) fn conversations(
+        &mut self,
+        conn: ConnId,
+        request_id: u32,
+        (cursor, limit): (ConversationId, u16),
+        fx: &mut Effects,
+    ) {
+        let origin = Origin { shard: self.config.shard, conn, request_id };
+        if let Err(code) = self.may_page(conn) {
+            return self.sessions.fail(conn, request_id, code, fx);
+        }
+        let limit = self.page_rows(limit);
+        let Some(login) = self.sessions.login_mut(conn) else { return };
+        let query = Query::Conversations { user: login.user.clone(), device: login.key, cursor, limit };
+        self.load(Question::Conversations(origin), query, fx);
+    }
+
+    pub(crate) fn conversations_loaded(&mut self, origin: Origin, answer: Answer, fx: &mut Effects) {
+        let Answer::Conversations(rows) = answer else {
+            return self.sessions.fail(origin.conn, origin.request_id, ErrorCode::Internal, fx);
+        };
+        let Some(login) = self.sessions.login_mut(origin.conn) else { return };
+        // What this session has said is newer than what was written of it.
+        let acked = |id: &ConversationId| login.known.get(id).map_or(Seq::ZERO, |known| known.acked);
+        let conversations = rows
+            .iter()
+            .map(|row| Conversation {
+                conversation: row.conversation,
+                with: row.with.as_str(),
+                first: row.first,
+                head: row.head,
+                last_time_ms: row.last_time_ms,
+                acked: row.acked.max(acked(&row.conversation)),
+            })
+            .collect();
+        // A short page is not the last one for sure, an empty one is.
+        let next = rows.last().map_or(ConversationId(0), |row| row.conversation);
+        let reply = Reply::ConversationsOk { conversations, next };
+        self.sessions.answer(origin.conn, origin.request_id, &reply, fx);
+    }
+
+    /// The online list goes shard by shard: its cursor is `"<shard>/<last name>"`.
+    pub(crate) fn online(&mut self, conn: ConnId, request_id: u32, (cursor, limit): (&str, u16), fx: &mut Effects) {
+        let origin = Origin { shard: self.config.shard, conn, request_id };
+        let limit = self.page_rows(limit);
+        let started = self.may_page(conn).and_then(|()| self.online_place(cursor));
+        match started {
+            Err(code) => self.sessions.fail(conn, request_id, code, fx),
+            Ok((shard, after)) if self.is_here(shard) => self.online_part(origin, (after, limit), fx),
+            Ok((shard, _)) if self.is_blocked(shard) => self.sessions.fail(conn, request_id, ErrorCode::Busy, fx),
+            Ok((shard, after)) => self.tell_shard(shard, ShardMessage::Online { origin, after, limit }, fx),
+        }
+    }
+
+    fn online_place(&self, cursor: &str) -> Result<(ShardIndex, Option<UserName>), ErrorCode> {
+        if cursor.is_empty() {
+            return Ok((ShardIndex(0), None));
+        }
+        let (shard, name) = cursor.split_once('/').ok_or(ErrorCode::BadRequest)?;
+        let shard: u16 = shard.parse().map_err(|_| ErrorCode::BadRequest)?;
+        if shard >= self.config.placement.shards() {
+            return Err(ErrorCode::BadRequest);
+        }
+        let after = if name.is_empty() { None } else { Some(UserName::new(name)?) };
+        Ok((ShardIndex(shard), after))
+    }
+
+    /// This shard's part of the online list.
+    pub(crate) fn online_part(&mut self, origin: Origin, (after, limit): (Option<UserName>, u16), fx: &mut Effects) {
+        use std::ops::Bound::{Excluded, Unbounded};
+        let start = after.as_ref().map_or(Unbounded, Excluded);
+        let mut names = self.online_names.range::<UserName, _>((start, Unbounded));
+        let users: Vec<_> = names
+            .by_ref()
+            .take(usize::from(limit))
+            .map(|name| (name.clone(), self.online.get(name).map_or(0, |conns| conns.len() as u16)))
+            .collect();
+        let more = names.next().is_some();
+        if self.is_here(origin.shard) {
+            self.online_page(origin, self.config.shard, (users, more), fx);
+        } else {
+            self.tell_shard(origin.shard, ShardMessage::OnlinePage { origin, users, more }, fx);
+        }
+    }
+
+    pub(crate) fn online_page(
+        &mut self,
+        origin: Origin,
+        from: ShardIndex,
+        (users, more): (Vec<(UserName, u16)>, bool),
+        fx: &mut Effects,
+    ) {
+        let next = if more {
+            let last = users.last().map_or("", |(name, _)| name.as_str());
+            format!("{}/{last}", from.0)
+        } else if from.0 + 1 < self.config.placement.shards() {
+            format!("{}/", from.0 + 1)
+        } else {
+            String::new()
+        };
+        let users = users.iter().map(|(name, devices)| OnlineUser { user: name.as_str(), devices: *devices }).collect();
+        self.sessions.answer(origin.conn, origin.request_id, &Reply::OnlineOk { users, next: &next }, fx);
+    }
+}

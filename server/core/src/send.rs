@@ -1,0 +1,222 @@
+//! The origin's side of SEND: checks, the way to the owner or the target, and the one answer.
+
+use bytes::Bytes;
+use ringline_schema::errors::ErrorCode;
+use ringline_schema::ids::{ConversationId, Seq, UserName};
+use ringline_schema::limits;
+use ringline_schema::message::{Class, Message, Reply, Send, SendAck};
+use ringline_schema::record::StoredMessage;
+
+use crate::deliver::DeliveryWait;
+use crate::event::{ConnId, Effects, ShardMessage};
+use crate::peer::{Origin, Submit, TransientSend, Wanted};
+use crate::shard::Shard;
+
+/// How a send ended: whether it was durable, and what its sender is told.
+pub(crate) type SendEnd = (bool, Result<SendAck, ErrorCode>);
+
+impl Shard {
+    pub(crate) fn send(&mut self, conn: ConnId, request_id: u32, send: &Send<'_>, fx: &mut Effects) {
+        let body_bytes_max = self.config.frame_bytes_max.saturating_sub(limits::MESSAGE_OVERHEAD_BYTES_MAX);
+        let checked = if self.draining {
+            Err(ErrorCode::ShuttingDown)
+        } else if send.client_seq == 0 {
+            Err(ErrorCode::BadRequest)
+        } else if send.body.len() > body_bytes_max as usize {
+            Err(ErrorCode::BodyTooLarge)
+        } else {
+            UserName::new(send.to)
+        };
+        let sent = checked.and_then(|to| match send.class {
+            Class::Durable => self.send_durable(conn, request_id, (to, send), fx),
+            Class::Transient => self.send_transient(conn, request_id, (to, send), fx),
+        });
+        if let Err(code) = sent {
+            self.sessions.fail(conn, request_id, code, fx);
+        }
+    }
+
+    fn origin(&self, conn: ConnId, request_id: u32) -> Origin {
+        Origin { shard: self.config.shard, conn, request_id }
+    }
+
+    fn send_durable(
+        &mut self,
+        conn: ConnId,
+        request_id: u32,
+        (to, send): (UserName, &Send<'_>),
+        fx: &mut Effects,
+    ) -> Result<(), ErrorCode> {
+        let origin = self.origin(conn, request_id);
+        let login = self.sessions.get(conn).and_then(|session| session.login()).ok_or(ErrorCode::NotLoggedIn)?;
+        if login.sends_in_flight >= limits::SENDS_IN_FLIGHT_MAX {
+            return Err(ErrorCode::Busy);
+        }
+        let conversation = ConversationId::direct(&login.user, &to);
+        let owner = self.owner(conversation.partition());
+        if !self.is_here(owner) && self.is_blocked(owner) {
+            return Err(ErrorCode::Busy);
+        }
+        let submit = Submit {
+            origin,
+            conversation,
+            from: login.user.clone(),
+            to,
+            device: login.device,
+            device_key: login.key,
+            client_seq: send.client_seq,
+            kind: send.kind,
+            body: Bytes::copy_from_slice(send.body),
+            ack_timeout_ms: send.ack_timeout_ms.map(|ms| ms.min(limits::ACK_TIMEOUT_MS_MAX)),
+        };
+        if let Some(login) = self.sessions.login_mut(conn) {
+            login.sends_in_flight += 1;
+        }
+        self.sessions.counters.sends_durable += 1;
+        if self.is_here(owner) {
+            self.submit(submit, fx);
+        } else {
+            self.tell_shard(owner, ShardMessage::Submit(Box::new(submit)), fx);
+        }
+        Ok(())
+    }
+
+    fn send_transient(
+        &mut self,
+        conn: ConnId,
+        request_id: u32,
+        (to, send): (UserName, &Send<'_>),
+        fx: &mut Effects,
+    ) -> Result<(), ErrorCode> {
+        let origin = self.origin(conn, request_id);
+        let target = self.owner(to.partition());
+        let here = self.is_here(target);
+        if !here && self.is_blocked(target) {
+            return Err(ErrorCode::Busy);
+        }
+        let login = self.sessions.get(conn).and_then(|session| session.login()).ok_or(ErrorCode::NotLoggedIn)?;
+        let (from, device) = (login.user.clone(), login.device);
+        let ack_timeout_ms = send.ack_timeout_ms.map(|ms| ms.min(limits::ACK_TIMEOUT_MS_MAX));
+        self.sessions.counters.sends_transient += 1;
+        if here {
+            let message = Message {
+                conversation: NO_CONVERSATION,
+                seq: Seq::ZERO,
+                time_ms: self.now.unix_ms,
+                from: from.as_str(),
+                to: to.as_str(),
+                device,
+                client_seq: send.client_seq,
+                class: Class::Transient,
+                kind: send.kind,
+                delivery: 0,
+                body: send.body,
+            };
+            let wanted = ack_timeout_ms.map(|timeout_ms| Wanted { origin, timeout_ms });
+            let result = self.deliver_transient(&to, message, wanted, fx);
+            self.answer_send(origin, (false, result), None, fx);
+        } else {
+            let (client_seq, kind, body) = (send.client_seq, send.kind, Bytes::copy_from_slice(send.body));
+            let send = TransientSend { origin, from, to, device, client_seq, kind, body, ack_timeout_ms };
+            self.tell_shard(target, ShardMessage::Transient(Box::new(send)), fx);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn transient_from_peer(&mut self, send: &TransientSend, fx: &mut Effects) {
+        let message = Message {
+            conversation: NO_CONVERSATION,
+            seq: Seq::ZERO,
+            time_ms: self.now.unix_ms,
+            from: send.from.as_str(),
+            to: send.to.as_str(),
+            device: send.device,
+            client_seq: send.client_seq,
+            class: Class::Transient,
+            kind: send.kind,
+            delivery: 0,
+            body: &send.body,
+        };
+        let wanted = send.ack_timeout_ms.map(|timeout_ms| Wanted { origin: send.origin, timeout_ms });
+        let result = self.deliver_transient(&send.to, message, wanted, fx);
+        self.answer_send(send.origin, (false, result), None, fx);
+    }
+
+    /// Gives a transient message to every device of its target that has room.
+    fn deliver_transient(
+        &mut self,
+        to: &UserName,
+        mut message: Message<'_>,
+        wanted: Option<Wanted>,
+        fx: &mut Effects,
+    ) -> Result<SendAck, ErrorCode> {
+        let Some(conns) = self.online.get(to) else { return Err(ErrorCode::NotOnline) };
+        if let Some(wanted) = wanted {
+            let wait = DeliveryWait {
+                wanted,
+                user: to.clone(),
+                conversation: NO_CONVERSATION,
+                seq: Seq::ZERO,
+                client_seq: message.client_seq,
+            };
+            let timers = &mut self.timers;
+            let waits = (&mut self.delivery_waits, &mut self.next_delivery);
+            message.delivery = crate::deliver::await_delivery(waits, timers, wait, self.now.mono_us)?;
+        }
+        let mut queued = false;
+        for &conn in conns {
+            queued |= self.sessions.deliver_transient(conn, &message, fx);
+        }
+        if !queued {
+            self.delivery_waits.remove(&message.delivery);
+            return Err(ErrorCode::Busy);
+        }
+        Ok(SendAck { conversation: NO_CONVERSATION, seq: Seq::ZERO, time_ms: message.time_ms, dup: false })
+    }
+
+    /// Tells the origin how its send ended; `copy` is for the sender's other devices.
+    pub(crate) fn answer_send(
+        &mut self,
+        origin: Origin,
+        (durable, result): SendEnd,
+        copy: Option<&StoredMessage>,
+        fx: &mut Effects,
+    ) {
+        if self.is_here(origin.shard) {
+            self.send_result(origin, (durable, result), copy, fx);
+        } else {
+            let copy = copy.map(|message| Box::new(message.clone()));
+            self.tell_shard(origin.shard, ShardMessage::SendResult { origin, durable, result, copy }, fx);
+        }
+    }
+
+    /// The end of a send, at its origin.
+    pub(crate) fn send_result(
+        &mut self,
+        origin: Origin,
+        (durable, result): SendEnd,
+        copy: Option<&StoredMessage>,
+        fx: &mut Effects,
+    ) {
+        if durable && let Some(login) = self.sessions.login_mut(origin.conn) {
+            login.sends_in_flight = login.sends_in_flight.saturating_sub(1);
+            if let Ok(ack) = &result {
+                login.show(ack.conversation, ack.seq);
+            }
+        }
+        match result {
+            Ok(ack) => self.sessions.answer(origin.conn, origin.request_id, &Reply::SendAck(ack), fx),
+            Err(code) => self.sessions.fail(origin.conn, origin.request_id, code, fx),
+        }
+        if let Some(message) = copy
+            && let Some(conns) = self.online.get(&message.from)
+        {
+            for &conn in conns.iter().filter(|&&conn| conn != origin.conn) {
+                self.sessions.deliver_durable(conn, &message.as_wire(), &message.to, fx);
+            }
+        }
+    }
+}
+
+/// Transient messages belong to no stored conversation.
+const NO_CONVERSATION: ConversationId = ConversationId(0);

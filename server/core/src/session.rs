@@ -1,0 +1,414 @@
+//! Connections of a shard: their states, their limits, and the output that waits for each.
+//!
+//! States go fresh → greeted → logged in → draining, and end by `Event::Closed`. Output is bounded: above
+//! `outbox_bytes_max` durable pushes become LAGGED and transient ones are dropped; answers may reach twice that, then
+//! the connection is closed as SLOW_READER. An idle connection owns no buffer.
+
+use std::collections::BTreeMap;
+
+use ringline_schema::codec::{Codec, Encoder};
+use ringline_schema::errors::ErrorCode;
+use ringline_schema::ids::{ConversationId, DeviceId, DeviceKey, Seq, UserName};
+use ringline_schema::limits;
+use ringline_schema::message::{DeviceKind, Message, Reply};
+
+use crate::config::{CoreConfig, LAGGED_CONVERSATIONS_MAX, SPARE_BUFFER_BYTES_MAX, SPARE_BUFFERS_MAX};
+use crate::counters::Counters;
+use crate::event::{CloseReason, ConnId, Effect, Effects};
+use crate::login::Attempt;
+
+/// Conversations whose delivered range a session remembers, to judge its ACKs; above it the lowest id is forgotten.
+const KNOWN_CONVERSATIONS_MAX: usize = 4_096;
+
+/// Where a connection stands.
+#[derive(Debug)]
+pub enum State {
+    /// Nothing was heard yet.
+    Fresh,
+    /// Speaks the protocol, has not proved who it is. At most one REGISTER or LOGIN is under way.
+    Greeted {
+        attempt: Option<Box<Attempt>>,
+        failures: u8,
+    },
+    LoggedIn(Box<Login>),
+    /// Told why it ends; what is queued is still written.
+    Draining,
+}
+
+/// A logged-in device.
+#[derive(Debug)]
+pub struct Login {
+    pub user: UserName,
+    pub device: DeviceId,
+    pub key: DeviceKey,
+    pub kind: DeviceKind,
+    /// Durable sends without an answer.
+    pub sends_in_flight: u32,
+    /// Conversations this device has seen something of.
+    pub known: BTreeMap<ConversationId, Known>,
+    /// Dropped durable deliveries that LAGGED has yet to tell.
+    pub lagged: BTreeMap<ConversationId, Lag>,
+}
+
+/// What a device has been given of a conversation, and what it says it has.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Known {
+    pub shown: Seq,
+    pub acked: Seq,
+    /// `acked` has moved since it was last written.
+    pub dirty: bool,
+}
+
+/// A range of dropped deliveries.
+#[derive(Clone, Debug)]
+pub struct Lag {
+    pub with: UserName,
+    pub from: Seq,
+    pub to: Seq,
+}
+
+impl Login {
+    /// Notes that this device was given `seq`.
+    pub fn show(&mut self, conversation: ConversationId, seq: Seq) {
+        let known = self.known.entry(conversation).or_default();
+        known.shown = known.shown.max(seq);
+        if self.known.len() > KNOWN_CONVERSATIONS_MAX {
+            let clean = self.known.iter().find(|(id, known)| !known.dirty && **id != conversation);
+            if let Some(id) = clean.map(|(id, _)| *id) {
+                self.known.remove(&id);
+            }
+        }
+    }
+}
+
+/// One connection.
+#[derive(Debug)]
+pub struct Session {
+    pub conn: ConnId,
+    pub codec: Codec,
+    pub state: State,
+    pub opened_us: u64,
+    /// When the last whole request came. Bytes that complete nothing do not count.
+    pub heard_us: u64,
+    /// When output last moved, or began to wait.
+    pub progress_us: u64,
+    out: Vec<u8>,
+    in_flight_bytes: usize,
+    dirty: bool,
+    bucket: Bucket,
+}
+
+impl Session {
+    pub fn login(&self) -> Option<&Login> {
+        match &self.state {
+            State::LoggedIn(login) => Some(login),
+            State::Fresh | State::Greeted { .. } | State::Draining => None,
+        }
+    }
+
+    pub fn login_mut(&mut self) -> Option<&mut Login> {
+        match &mut self.state {
+            State::LoggedIn(login) => Some(login),
+            State::Fresh | State::Greeted { .. } | State::Draining => None,
+        }
+    }
+
+    pub fn is_draining(&self) -> bool {
+        matches!(self.state, State::Draining)
+    }
+
+    /// Bytes queued here or in the shell's hands.
+    pub fn waiting_bytes(&self) -> usize {
+        self.out.len() + self.in_flight_bytes
+    }
+}
+
+/// Token bucket in millionths of a request, so that it refills by whole microseconds.
+#[derive(Debug)]
+struct Bucket {
+    level: u64,
+    filled_us: u64,
+}
+
+impl Bucket {
+    /// Takes one request, or says after how many milliseconds one will be there.
+    fn take(&mut self, now_us: u64, per_s: u32, burst: u32) -> Result<(), u32> {
+        const ONE: u64 = 1_000_000;
+        let gained = now_us.saturating_sub(self.filled_us).saturating_mul(u64::from(per_s));
+        self.level = self.level.saturating_add(gained).min(u64::from(burst) * ONE);
+        self.filled_us = now_us;
+        if self.level >= ONE {
+            self.level -= ONE;
+            return Ok(());
+        }
+        let wait_us = (ONE - self.level).div_ceil(u64::from(per_s.max(1)));
+        Err(u32::try_from(wait_us.div_ceil(1_000)).unwrap_or(u32::MAX))
+    }
+}
+
+/// All connections of a shard, and the one way output is written.
+pub struct Sessions {
+    table: Vec<Option<Session>>,
+    count: usize,
+    encoder: Encoder,
+    spare: Vec<Vec<u8>>,
+    outbox_bytes_max: usize,
+    pub counters: Counters,
+    pub now_us: u64,
+    /// Logins that ended during this event.
+    pub ended: Vec<(ConnId, Box<Login>)>,
+    /// Output of a connection that was just handed over, for the shell to write before it lets go.
+    handed: Option<(ConnId, Vec<u8>)>,
+}
+
+impl Sessions {
+    pub fn new(config: &CoreConfig) -> Self {
+        Self {
+            table: Vec::new(),
+            count: 0,
+            encoder: Encoder::new(),
+            spare: Vec::new(),
+            outbox_bytes_max: config.outbox_bytes_max,
+            counters: Counters::default(),
+            now_us: 0,
+            ended: Vec::new(),
+            handed: None,
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Session> {
+        self.table.iter().flatten()
+    }
+
+    pub fn ids(&self) -> Vec<ConnId> {
+        self.iter().map(|session| session.conn).collect()
+    }
+
+    pub fn get(&self, conn: ConnId) -> Option<&Session> {
+        self.table.get(conn.slot as usize)?.as_ref().filter(|session| session.conn == conn)
+    }
+
+    pub fn get_mut(&mut self, conn: ConnId) -> Option<&mut Session> {
+        self.table.get_mut(conn.slot as usize)?.as_mut().filter(|session| session.conn == conn)
+    }
+
+    pub fn login_mut(&mut self, conn: ConnId) -> Option<&mut Login> {
+        self.get_mut(conn)?.login_mut()
+    }
+
+    pub fn open(&mut self, conn: ConnId, burst: u32) {
+        let slot = conn.slot as usize;
+        if self.table.len() <= slot {
+            self.table.resize_with(slot + 1, || None);
+        }
+        let now_us = self.now_us;
+        let Some(place) = self.table.get_mut(slot) else { return };
+        debug_assert!(place.is_none(), "slot {slot} has a tenant");
+        self.count += usize::from(place.is_none());
+        *place = Some(Session {
+            conn,
+            codec: Codec::default(),
+            state: State::Fresh,
+            opened_us: now_us,
+            heard_us: now_us,
+            progress_us: now_us,
+            out: Vec::new(),
+            in_flight_bytes: 0,
+            dirty: false,
+            bucket: Bucket { level: u64::from(burst) * 1_000_000, filled_us: now_us },
+        });
+        self.counters.connections_opened += 1;
+    }
+
+    /// Forgets a connection. A login it had is put into `ended`.
+    pub fn remove(&mut self, conn: ConnId) -> Option<Session> {
+        let place = self.table.get_mut(conn.slot as usize)?;
+        if place.as_ref().is_none_or(|session| session.conn != conn) {
+            return None;
+        }
+        self.count -= 1;
+        let mut session = place.take()?;
+        if let State::LoggedIn(login) = std::mem::replace(&mut session.state, State::Draining) {
+            self.ended.push((conn, login));
+        }
+        Some(session)
+    }
+
+    /// Forgets a connection that another shard takes; what it still had to say can be taken once more.
+    pub fn hand_over(&mut self, conn: ConnId) {
+        if let Some(session) = self.remove(conn) {
+            self.counters.connections_handed += 1;
+            self.handed = (!session.out.is_empty()).then_some((conn, session.out));
+        }
+    }
+
+    /// Counts a request against the connection's rate.
+    pub fn take_rate(&mut self, conn: ConnId, config: &CoreConfig) -> Result<(), u32> {
+        let now_us = self.now_us;
+        match self.get_mut(conn) {
+            Some(session) => session.bucket.take(now_us, config.requests_per_s, config.requests_burst),
+            None => Ok(()),
+        }
+    }
+
+    /// Queues an answer. Closes the connection when it reads so slowly that even answers pile up.
+    pub fn answer(&mut self, conn: ConnId, request_id: u32, reply: &Reply<'_>, fx: &mut Effects) {
+        let Some(session) = self.get_mut(conn).filter(|session| !session.is_draining()) else {
+            self.counters.orphaned_answers += 1;
+            return;
+        };
+        if session.waiting_bytes() > 2 * session_limit(self.outbox_bytes_max) {
+            self.close(conn, CloseReason::Error(ErrorCode::SlowReader), fx);
+            return;
+        }
+        self.write(conn, request_id, reply, fx);
+    }
+
+    /// Answers with a failure; ends the connection if the code says so.
+    pub fn fail(&mut self, conn: ConnId, request_id: u32, code: ErrorCode, fx: &mut Effects) {
+        let retry_after_ms = match code {
+            ErrorCode::Busy => crate::config::BUSY_RETRY_MS,
+            _ if code.retryable() => 1_000,
+            _ => 0,
+        };
+        self.fail_after(conn, request_id, (code, retry_after_ms), fx);
+    }
+
+    pub fn fail_after(&mut self, conn: ConnId, request_id: u32, (code, ms): (ErrorCode, u32), fx: &mut Effects) {
+        self.counters.failure(code);
+        self.answer(conn, request_id, &Reply::Failure { code, retry_after_ms: ms, detail: code.text() }, fx);
+        if code.closes() {
+            self.close(conn, CloseReason::Error(code), fx);
+        }
+    }
+
+    /// Queues a push that is small and must not be lost (KICKED, GOAWAY, RECEIPT).
+    pub fn push(&mut self, conn: ConnId, reply: &Reply<'_>, fx: &mut Effects) {
+        self.answer(conn, 0, reply, fx);
+    }
+
+    /// Queues a transient delivery, or drops and counts it. True when queued.
+    pub fn deliver_transient(&mut self, conn: ConnId, message: &Message<'_>, fx: &mut Effects) -> bool {
+        let room = self.room(conn);
+        if room {
+            self.counters.delivered += 1;
+            self.write(conn, 0, &Reply::Deliver(*message), fx);
+        } else {
+            self.counters.dropped_transient += 1;
+        }
+        room
+    }
+
+    /// Queues a durable delivery, or notes that the device lags. `with` names the conversation to the device.
+    pub fn deliver_durable(&mut self, conn: ConnId, message: &Message<'_>, with: &UserName, fx: &mut Effects) {
+        let room = self.room(conn);
+        let Some(login) = self.login_mut(conn) else { return };
+        login.show(message.conversation, message.seq);
+        // Once told to fetch from a place, what follows is part of that range until it has been told.
+        let lagging = login.lagged.contains_key(&message.conversation);
+        if room && !lagging {
+            self.counters.delivered += 1;
+            self.write(conn, 0, &Reply::Deliver(*message), fx);
+            return;
+        }
+        let lag = Lag { with: with.clone(), from: message.seq, to: message.seq };
+        login.lagged.entry(message.conversation).or_insert(lag).to = message.seq;
+        let too_many = login.lagged.len() > LAGGED_CONVERSATIONS_MAX;
+        self.counters.dropped_durable += 1;
+        if too_many {
+            self.fail(conn, 0, ErrorCode::SlowReader, fx);
+        }
+    }
+
+    fn room(&self, conn: ConnId) -> bool {
+        self.get(conn).is_some_and(|session| {
+            !session.is_draining() && session.waiting_bytes() < session_limit(self.outbox_bytes_max)
+        })
+    }
+
+    /// Whether an answer as large as a frame may be asked for now.
+    pub fn room_for_page(&self, conn: ConnId) -> bool {
+        self.room(conn)
+    }
+
+    /// The kernel took output: progress, and perhaps room to tell a lagging device.
+    pub fn sent(&mut self, conn: ConnId, bytes: usize, fx: &mut Effects) {
+        let (now_us, low) = (self.now_us, self.outbox_bytes_max / 2);
+        let Some(session) = self.get_mut(conn) else { return };
+        debug_assert!(bytes <= session.in_flight_bytes, "more sent than taken");
+        session.in_flight_bytes = session.in_flight_bytes.saturating_sub(bytes);
+        session.progress_us = now_us;
+        if session.waiting_bytes() > low {
+            return;
+        }
+        let Some(login) = session.login_mut() else { return };
+        if login.lagged.is_empty() {
+            return;
+        }
+        for (conversation, lag) in std::mem::take(&mut login.lagged) {
+            let reply = Reply::Lagged { conversation, with: lag.with.as_str(), from: lag.from, to: lag.to };
+            self.counters.lagged += 1;
+            self.push(conn, &reply, fx);
+        }
+    }
+
+    /// Begins to end a connection: what is queued is still written, nothing more is queued. A login it had is put
+    /// into `ended`, for the shard to forget at the end of the event.
+    pub fn close(&mut self, conn: ConnId, reason: CloseReason, fx: &mut Effects) {
+        let Some(session) = self.get_mut(conn).filter(|session| !session.is_draining()) else { return };
+        let state = std::mem::replace(&mut session.state, State::Draining);
+        fx.list.push(Effect::Close { conn, reason });
+        if let State::LoggedIn(login) = state {
+            self.ended.push((conn, login));
+        }
+    }
+
+    fn write(&mut self, conn: ConnId, request_id: u32, reply: &Reply<'_>, fx: &mut Effects) {
+        let now_us = self.now_us;
+        let Some(session) = self.table.get_mut(conn.slot as usize).and_then(Option::as_mut) else { return };
+        if session.out.capacity() == 0 {
+            session.out = self.spare.pop().unwrap_or_default();
+        }
+        if session.waiting_bytes() == 0 {
+            session.progress_us = now_us;
+        }
+        self.encoder.reply(session.codec, request_id, reply, &mut session.out);
+        if !session.dirty {
+            session.dirty = true;
+            fx.dirty.push(conn);
+        }
+    }
+
+    /// Hands the queued output of a connection to the shell.
+    pub fn take_output(&mut self, conn: ConnId) -> Option<Vec<u8>> {
+        if let Some((_, output)) = self.handed.take_if(|(handed, _)| *handed == conn) {
+            return Some(output);
+        }
+        let session = self.get_mut(conn)?;
+        session.dirty = false;
+        if session.out.is_empty() {
+            return None;
+        }
+        let out = std::mem::take(&mut session.out);
+        session.in_flight_bytes += out.len();
+        Some(out)
+    }
+
+    /// Keeps an output buffer for the next connection that needs one.
+    pub fn give_back(&mut self, mut buffer: Vec<u8>) {
+        if self.spare.len() < SPARE_BUFFERS_MAX && buffer.capacity() <= SPARE_BUFFER_BYTES_MAX && buffer.capacity() > 0
+        {
+            buffer.clear();
+            self.spare.push(buffer);
+        }
+    }
+}
+
+/// At least a few frames, however small the configured bound is.
+fn session_limit(outbox_bytes_max: usize) -> usize {
+    outbox_bytes_max.max(limits::FRAME_BYTES_MAX_BEFORE_LOGIN as usize)
+}

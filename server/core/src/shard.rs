@@ -1,0 +1,433 @@
+//! The shard: one inbox, one writer. Owns everything of its partitions; every change enters by [`Shard::handle`].
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+
+use foldhash::fast::FixedState;
+use lru::LruCache;
+use ringline_cluster::placement::ShardIndex;
+use ringline_schema::errors::ErrorCode;
+use ringline_schema::ids::{ConversationId, DeviceKey, Seq, UserName};
+use ringline_schema::message::{GoawayReason, Reply, Request};
+use ringline_schema::record::{Answer, Query, Record, User};
+
+use crate::config::{
+    APPEND_BYTES_IN_FLIGHT_MAX, APPENDS_IN_FLIGHT_MAX, CURSOR_FLUSH_MS, CoreConfig, LOADS_IN_FLIGHT_MAX,
+    WORK_IN_FLIGHT_MAX,
+};
+use crate::conversation::{Conversation, Pending};
+use crate::deliver::DeliveryWait;
+use crate::event::{CloseReason, ConnId, Effect, Effects, Event, Now, ShardMessage, Token, Verdict, Work};
+use crate::peer::Origin;
+use crate::session::{Sessions, State};
+use crate::timers::{Timer, Timers};
+
+/// What an open question to the store or the workers is for.
+#[derive(Clone, Debug)]
+pub(crate) enum Question {
+    /// The user that a connection's REGISTER or LOGIN is about.
+    AttemptUser(ConnId),
+    AttemptWork(ConnId),
+    /// The head of a conversation and the filter of this device in it.
+    Head(ConversationId, DeviceKey),
+    /// Whether a user exists, for the first message of a conversation owned by that shard.
+    KnowUser {
+        asker: ShardIndex,
+        conversation: ConversationId,
+    },
+    Fetch(Origin, ConversationId),
+    Conversations(Origin),
+}
+
+/// See the module. Fields are shared by the `impl` blocks of this crate's files, each of which says what it owns.
+pub struct Shard {
+    pub(crate) config: CoreConfig,
+    pub(crate) now: Now,
+    pub(crate) sessions: Sessions,
+    pub(crate) timers: Timers,
+    pub(crate) draining: bool,
+    pub(crate) poisoned: bool,
+    pub(crate) lanes_blocked: Vec<bool>,
+    pub(crate) questions: HashMap<Token, Question, FixedState>,
+    pub(crate) next_token: u64,
+
+    /// Users of this shard with devices logged in here, each list in order of login.
+    pub(crate) online: HashMap<UserName, Vec<ConnId>, FixedState>,
+    pub(crate) online_names: BTreeSet<UserName>,
+    pub(crate) logins: u64,
+    /// Known users of this shard, bounded.
+    pub(crate) users: LruCache<UserName, User, FixedState>,
+    /// Users whose record is on its way to the disk.
+    pub(crate) creating: BTreeSet<UserName>,
+
+    /// Conversations this shard owns, bounded; those with something in flight are never evicted.
+    pub(crate) conversations: LruCache<ConversationId, Conversation, FixedState>,
+    /// Appends that somebody waits for, in order of their record numbers.
+    pub(crate) pending: VecDeque<Pending>,
+    pub(crate) pending_bytes: usize,
+    pub(crate) appended: u64,
+    pub(crate) stored: u64,
+
+    /// Delivery acknowledgements awaited from devices of this shard's users.
+    pub(crate) delivery_waits: BTreeMap<u64, DeliveryWait>,
+    /// The durable ones of them by what a cumulative ACK names.
+    pub(crate) delivery_index: BTreeMap<(ConversationId, UserName, Seq), u64>,
+    pub(crate) next_delivery: u64,
+    pub(crate) dirty_cursors: Vec<(ConnId, ConversationId)>,
+    pub(crate) cursors_armed: bool,
+}
+
+impl Shard {
+    /// `hash_seed` should be random in production: names are chosen by clients.
+    pub fn new(config: CoreConfig, hash_seed: u64) -> Self {
+        let hasher = FixedState::with_seed(hash_seed);
+        let lanes = usize::from(config.placement.shards());
+        Self {
+            now: Now::default(),
+            sessions: Sessions::new(&config),
+            timers: Timers::default(),
+            draining: false,
+            poisoned: false,
+            lanes_blocked: vec![false; lanes],
+            questions: HashMap::with_hasher(hasher.clone()),
+            next_token: 0,
+            online: HashMap::with_hasher(hasher.clone()),
+            online_names: BTreeSet::new(),
+            logins: 0,
+            users: LruCache::unbounded_with_hasher(hasher.clone()),
+            creating: BTreeSet::new(),
+            conversations: LruCache::unbounded_with_hasher(hasher),
+            pending: VecDeque::new(),
+            pending_bytes: 0,
+            appended: 0,
+            stored: 0,
+            delivery_waits: BTreeMap::new(),
+            delivery_index: BTreeMap::new(),
+            next_delivery: 0,
+            dirty_cursors: Vec::new(),
+            cursors_armed: false,
+            config,
+        }
+    }
+
+    /// Takes one event to its end. Effects are added to `fx`; the verdict is about the event's connection.
+    pub fn handle(&mut self, event: Event<'_>, now: Now, fx: &mut Effects) -> Verdict {
+        self.now = now;
+        self.sessions.now_us = now.mono_us;
+        let verdict = match event {
+            Event::Request { conn, codec, request_id, bytes: _, request } => {
+                if let Some(session) = self.sessions.get_mut(conn) {
+                    session.codec = codec;
+                }
+                self.request(conn, request_id, request, fx)
+            }
+            Event::Refused { conn, codec, request_id, code } => {
+                if let Some(session) = self.sessions.get_mut(conn) {
+                    session.codec = codec;
+                }
+                self.sessions.fail(conn, request_id, code, fx);
+                if code.closes() { Verdict::Stop } else { Verdict::Continue }
+            }
+            other => {
+                self.background(other, fx);
+                Verdict::Continue
+            }
+        };
+        while let Some((conn, login)) = self.sessions.ended.pop() {
+            self.forget_login(conn, &login, fx);
+        }
+        verdict
+    }
+
+    /// Every event that is not a client's request.
+    fn background(&mut self, event: Event<'_>, fx: &mut Effects) {
+        match event {
+            Event::Opened { conn } => self.opened(conn, fx),
+            Event::Sent { conn, bytes } => self.sessions.sent(conn, bytes, fx),
+            Event::Closed { conn } => {
+                if self.sessions.remove(conn).is_some() {
+                    self.sessions.counters.connections_closed += 1;
+                }
+            }
+            Event::Stored { upto } => self.stored(upto, fx),
+            Event::StoreFailed => self.store_failed(fx),
+            Event::Loaded { token, answer } => self.loaded(token, answer, fx),
+            Event::Worked { token, outcome } => {
+                if let Some(Question::AttemptWork(conn)) = self.questions.remove(&token) {
+                    self.attempt_worked(conn, outcome, fx);
+                }
+            }
+            Event::Shard { from, message } => self.shard_message(from, message, fx),
+            Event::Timer => self.timers_due(fx),
+            Event::Drain => self.drain(fx),
+            Event::Request { .. } | Event::Refused { .. } => debug_assert!(false, "handled by the caller"),
+        }
+    }
+
+    fn opened(&mut self, conn: ConnId, fx: &mut Effects) {
+        let full = self.sessions.len() >= self.config.connections_max;
+        self.sessions.open(conn, self.config.requests_burst);
+        if full {
+            self.sessions.fail(conn, 0, ErrorCode::TooManyConnections, fx);
+        } else if self.draining {
+            self.sessions.push(conn, &GOAWAY, fx);
+            self.sessions.close(conn, CloseReason::Draining, fx);
+        } else {
+            self.timers.arm(self.now.mono_us + self.config.login_timeout_ms * 1_000, Timer::Session(conn));
+        }
+    }
+
+    fn request(&mut self, conn: ConnId, request_id: u32, request: Request<'_>, fx: &mut Effects) -> Verdict {
+        let now_us = self.now.mono_us;
+        let Some(session) = self.sessions.get_mut(conn).filter(|session| !session.is_draining()) else {
+            return Verdict::Stop;
+        };
+        session.heard_us = now_us;
+        if matches!(session.state, State::Fresh) {
+            session.state = State::Greeted { attempt: None, failures: 0 };
+        }
+        let logged_in = session.login().is_some();
+        self.sessions.counters.requests += 1;
+        if let Err(retry_ms) = self.sessions.take_rate(conn, &self.config) {
+            self.sessions.fail_after(conn, request_id, (ErrorCode::RateLimited, retry_ms), fx);
+            return Verdict::Continue;
+        }
+        if !logged_in && !request.command().before_login() {
+            self.sessions.fail(conn, request_id, ErrorCode::NotLoggedIn, fx);
+            return Verdict::Stop;
+        }
+        match request {
+            Request::Register { user, password } => return self.register(conn, request_id, (user, password), fx),
+            Request::Login(login) => return self.login(conn, request_id, &login, fx),
+            Request::Logout => self.logout(conn, request_id, fx),
+            Request::Ping { stamp } => {
+                let reply = Reply::Pong { stamp, server_time_ms: self.now.unix_ms };
+                self.sessions.answer(conn, request_id, &reply, fx);
+            }
+            Request::Route { user: _ } => {
+                let reply = Reply::RouteOk { node: &self.config.node, address: &self.config.address };
+                self.sessions.answer(conn, request_id, &reply, fx);
+            }
+            Request::Send(send) => self.send(conn, request_id, &send, fx),
+            Request::Ack(ack) => self.ack(conn, request_id, ack, fx),
+            Request::Fetch(fetch) => self.fetch(conn, request_id, &fetch, fx),
+            Request::Online { cursor, limit } => self.online(conn, request_id, (cursor, limit), fx),
+            Request::Conversations { cursor, limit } => self.conversations(conn, request_id, (cursor, limit), fx),
+        }
+        match self.sessions.get(conn) {
+            Some(session) if !session.is_draining() => Verdict::Continue,
+            _ => Verdict::Stop,
+        }
+    }
+
+    fn shard_message(&mut self, from: ShardIndex, message: ShardMessage, fx: &mut Effects) {
+        match message {
+            ShardMessage::Submit(submit) => self.submit(*submit, fx),
+            ShardMessage::Transient(send) => self.transient_from_peer(&send, fx),
+            ShardMessage::SendResult { origin, durable, result, copy } => {
+                self.send_result(origin, (durable, result), copy.as_deref(), fx);
+            }
+            ShardMessage::Deliver { message, wanted } => self.deliver(&message, wanted, fx),
+            ShardMessage::Receipt { origin, receipt } => self.receipt(origin, receipt, fx),
+            ShardMessage::AskUser { conversation, user } => self.know_user(from, conversation, user, fx),
+            ShardMessage::UserKnown { conversation, known } => self.user_known(conversation, known, fx),
+            ShardMessage::Fetch { origin, conversation, range } => {
+                self.load(Question::Fetch(origin, conversation), Query::Messages { conversation, range }, fx);
+            }
+            ShardMessage::Fetched { origin, conversation, answer } => {
+                self.fetched(origin, conversation, answer, fx);
+            }
+            ShardMessage::Online { origin, after, limit } => self.online_part(origin, (after, limit), fx),
+            ShardMessage::OnlinePage { origin, users, more } => self.online_page(origin, from, (users, more), fx),
+        }
+    }
+
+    fn loaded(&mut self, token: Token, answer: Answer, fx: &mut Effects) {
+        match self.questions.remove(&token) {
+            Some(Question::AttemptUser(conn)) => self.attempt_user(conn, answer, fx),
+            Some(Question::Head(conversation, device)) => self.head_loaded(conversation, device, answer, fx),
+            Some(Question::KnowUser { asker, conversation }) => {
+                self.user_loaded(asker, conversation, answer, fx);
+            }
+            Some(Question::Fetch(origin, conversation)) => self.fetched(origin, conversation, answer, fx),
+            Some(Question::Conversations(origin)) => self.conversations_loaded(origin, answer, fx),
+            Some(Question::AttemptWork(_)) | None => debug_assert!(false, "an answer nobody asked for"),
+        }
+    }
+
+    /// Asks the store. A refused question is answered at once as failed.
+    pub(crate) fn load(&mut self, question: Question, query: Query, fx: &mut Effects) {
+        self.next_token += 1;
+        let token = Token(self.next_token);
+        self.questions.insert(token, question);
+        self.sessions.counters.loads += 1;
+        fx.list.push(Effect::Load { token, query });
+    }
+
+    /// Whether another question may be opened; the caller answers BUSY otherwise.
+    pub(crate) fn may_load(&self) -> bool {
+        self.questions.len() < LOADS_IN_FLIGHT_MAX + WORK_IN_FLIGHT_MAX
+    }
+
+    pub(crate) fn work(&mut self, conn: ConnId, work: Work, fx: &mut Effects) {
+        self.next_token += 1;
+        let token = Token(self.next_token);
+        self.questions.insert(token, Question::AttemptWork(conn));
+        fx.list.push(Effect::Work { token, work });
+    }
+
+    /// Queues a record and returns its number. The caller has checked [`Shard::may_append`].
+    pub(crate) fn append(&mut self, record: Record, fx: &mut Effects) -> u64 {
+        debug_assert!(!self.poisoned, "append after the store failed");
+        self.appended += 1;
+        fx.list.push(Effect::Append(record));
+        self.appended
+    }
+
+    /// Whether the queue to the disk takes another record: `STORE_FAILED`, `SHUTTING_DOWN` or `BUSY` otherwise.
+    pub(crate) fn may_append(&self) -> Result<(), ErrorCode> {
+        if self.poisoned {
+            return Err(ErrorCode::StoreFailed);
+        }
+        if self.draining {
+            return Err(ErrorCode::ShuttingDown);
+        }
+        let records = (self.appended - self.stored) as usize;
+        if records >= APPENDS_IN_FLIGHT_MAX || self.pending_bytes >= APPEND_BYTES_IN_FLIGHT_MAX {
+            return Err(ErrorCode::Busy);
+        }
+        Ok(())
+    }
+
+    /// The shard that owns a user or conversation.
+    pub(crate) fn owner(&self, partition: ringline_schema::ids::Partition) -> ShardIndex {
+        self.config.placement.shard_of(partition)
+    }
+
+    pub(crate) fn is_here(&self, shard: ShardIndex) -> bool {
+        shard == self.config.shard
+    }
+
+    /// Whether new work for that shard must be refused until its lane has room.
+    pub(crate) fn is_blocked(&self, shard: ShardIndex) -> bool {
+        self.lanes_blocked.get(usize::from(shard.0)).copied().unwrap_or(true)
+    }
+
+    pub(crate) fn tell_shard(&mut self, to: ShardIndex, message: ShardMessage, fx: &mut Effects) {
+        debug_assert!(!self.is_here(to), "a lane to oneself");
+        fx.list.push(Effect::ToShard { to, message });
+    }
+
+    fn timers_due(&mut self, fx: &mut Effects) {
+        while let Some(timer) = self.timers.pop_due(self.now.mono_us) {
+            match timer {
+                Timer::Session(conn) => self.session_due(conn, fx),
+                Timer::Delivery(number) => self.delivery_due(number, fx),
+                Timer::Cursors => {
+                    self.cursors_armed = false;
+                    self.flush_cursors(fx);
+                }
+            }
+        }
+    }
+
+    /// Looks whether a connection has been silent or stuck for too long, and arms the next look.
+    fn session_due(&mut self, conn: ConnId, fx: &mut Effects) {
+        let (now_us, config) = (self.now.mono_us, &self.config);
+        let Some(session) = self.sessions.get(conn) else { return };
+        let (deadline_us, code) = match &session.state {
+            State::Fresh | State::Greeted { .. } => {
+                (session.opened_us + config.login_timeout_ms * 1_000, ErrorCode::LoginTimeout)
+            }
+            State::LoggedIn(_) => {
+                let idle_us = session.heard_us + config.idle_timeout_ms * 1_000;
+                let stall_us = session.progress_us + config.write_stall_ms * 1_000;
+                if session.waiting_bytes() > 0 && stall_us < idle_us {
+                    (stall_us, ErrorCode::SlowReader)
+                } else {
+                    (idle_us, ErrorCode::IdleTimeout)
+                }
+            }
+            State::Draining => return,
+        };
+        if now_us >= deadline_us {
+            self.sessions.fail(conn, 0, code, fx);
+        } else {
+            // Output may begin to stall at any time: look at least once a stall period.
+            let look_us = deadline_us.min(now_us + config.write_stall_ms * 1_000);
+            self.timers.arm(look_us, Timer::Session(conn));
+        }
+    }
+
+    /// Makes sure moved cursors are written within [`CURSOR_FLUSH_MS`].
+    pub(crate) fn arm_cursors(&mut self) {
+        if !self.cursors_armed {
+            self.cursors_armed = true;
+            self.timers.arm(self.now.mono_us + CURSOR_FLUSH_MS * 1_000, Timer::Cursors);
+        }
+    }
+
+    fn drain(&mut self, fx: &mut Effects) {
+        self.flush_cursors(fx);
+        self.draining = true;
+        for conn in self.sessions.ids() {
+            self.sessions.push(conn, &GOAWAY, fx);
+        }
+    }
+
+    /// The store failed: what is in flight has an unknown outcome, and nothing more is taken.
+    fn store_failed(&mut self, fx: &mut Effects) {
+        if std::mem::replace(&mut self.poisoned, true) {
+            return;
+        }
+        self.pending_bytes = 0;
+        for pending in std::mem::take(&mut self.pending) {
+            self.pending_failed(pending, fx);
+        }
+    }
+
+    /// How large a frame this connection may send now, in bytes.
+    pub fn frame_limit(&self, conn: ConnId) -> u32 {
+        match self.sessions.get(conn).and_then(|session| session.login()) {
+            Some(_) => self.config.frame_bytes_max,
+            None => ringline_schema::limits::FRAME_BYTES_MAX_BEFORE_LOGIN,
+        }
+    }
+
+    /// Hands out whole frames that wait for a connection, or `None`. The shell says `Event::Sent` for their bytes.
+    pub fn take_output(&mut self, conn: ConnId) -> Option<Vec<u8>> {
+        self.sessions.take_output(conn)
+    }
+
+    /// Gives an output buffer back for reuse.
+    pub fn give_back(&mut self, buffer: Vec<u8>) {
+        self.sessions.give_back(buffer);
+    }
+
+    /// When `Event::Timer` is next wanted, in monotonic microseconds. Some deadlines turn out stale: that is harmless.
+    pub fn next_deadline_us(&self) -> Option<u64> {
+        self.timers.next_us()
+    }
+
+    /// Tells whether the lane to another shard is full. While it is, requests that need that shard are BUSY.
+    pub fn set_lane_blocked(&mut self, to: ShardIndex, blocked: bool) {
+        if let Some(lane) = self.lanes_blocked.get_mut(usize::from(to.0)) {
+            *lane = blocked;
+        }
+    }
+
+    /// Nothing is in flight that a client waits for: an orderly stop may close the store.
+    pub fn is_quiet(&self) -> bool {
+        self.questions.is_empty() && (self.poisoned || self.appended == self.stored)
+    }
+
+    /// Name and value of every counter.
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.sessions.counters.list()
+    }
+
+    pub fn connections(&self) -> usize {
+        self.sessions.len()
+    }
+}
+
+const GOAWAY: Reply<'static> = Reply::Goaway { reason: GoawayReason::ShuttingDown, reconnect_after_ms: 500 };
