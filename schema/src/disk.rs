@@ -116,8 +116,7 @@ pub fn encode(record: &Record, out: &mut AlignedVec) -> Result<RecordType, DiskE
             (RecordType::Conversation, rkyv::api::high::to_bytes_in::<_, Error>(&disk, taken))
         }
         Record::Cursor { user, device, conversation, seq } => {
-            let disk =
-                DiskCursor { conversation: conversation.0, seq: seq.0, device: device.0, user: user.as_str() };
+            let disk = DiskCursor { conversation: conversation.0, seq: seq.0, device: device.0, user: user.as_str() };
             (RecordType::Cursor, rkyv::api::high::to_bytes_in::<_, Error>(&disk, taken))
         }
     };

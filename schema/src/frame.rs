@@ -140,11 +140,7 @@ impl FrameDecoder {
         self.finish_tail(input, frame_bytes_max)
     }
 
-    fn finish_tail<'s>(
-        &'s mut self,
-        input: &mut &[u8],
-        frame_bytes_max: u32,
-    ) -> Result<Option<Frame<'s>>, FrameError> {
+    fn finish_tail<'s>(&'s mut self, input: &mut &[u8], frame_bytes_max: u32) -> Result<Option<Frame<'s>>, FrameError> {
         self.fill(input, FRAME_HEADER_BYTES);
         let Some(header_bytes) = self.tail.first_chunk::<FRAME_HEADER_BYTES>() else {
             return Ok(None);

@@ -42,16 +42,8 @@ pub enum BodyKind {
 
 impl BodyKind {
     pub fn from_number(number: u8) -> Option<Self> {
-        let all = [
-            Self::Text,
-            Self::Image,
-            Self::Emoji,
-            Self::Voice,
-            Self::Video,
-            Self::File,
-            Self::Link,
-            Self::Custom,
-        ];
+        let all =
+            [Self::Text, Self::Image, Self::Emoji, Self::Voice, Self::Video, Self::File, Self::Link, Self::Custom];
         all.get(usize::from(number)).copied()
     }
 }
@@ -149,18 +141,31 @@ pub enum Credential<'a> {
 /// Client to server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request<'a> {
-    Register { user: &'a str, password: Secret<'a> },
+    Register {
+        user: &'a str,
+        password: Secret<'a>,
+    },
     Login(Login<'a>),
     Logout,
-    Ping { stamp: u64 },
-    Route { user: &'a str },
+    Ping {
+        stamp: u64,
+    },
+    Route {
+        user: &'a str,
+    },
     Send(Send<'a>),
     Ack(Ack),
     Fetch(Fetch<'a>),
     /// Users online with a name above `cursor`.
-    Online { cursor: &'a str, limit: u16 },
+    Online {
+        cursor: &'a str,
+        limit: u16,
+    },
     /// Conversations of the session's user with an id above `cursor`.
-    Conversations { cursor: ConversationId, limit: u16 },
+    Conversations {
+        cursor: ConversationId,
+        limit: u16,
+    },
 }
 
 impl Request<'_> {

@@ -70,9 +70,18 @@ pub enum Record {
     Message(StoredMessage),
     User(User),
     /// The first record of a direct conversation; both names are equal in a chat with oneself.
-    Conversation { conversation: ConversationId, members: [UserName; 2], created_ms: u64 },
+    Conversation {
+        conversation: ConversationId,
+        members: [UserName; 2],
+        created_ms: u64,
+    },
     /// How far a device has acknowledged a conversation. The index keeps the highest.
-    Cursor { user: UserName, device: DeviceId, conversation: ConversationId, seq: Seq },
+    Cursor {
+        user: UserName,
+        device: DeviceId,
+        conversation: ConversationId,
+        seq: Seq,
+    },
 }
 
 impl Record {
@@ -99,14 +108,27 @@ impl Record {
 /// What the core asks of a store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Query {
-    User { name: UserName },
+    User {
+        name: UserName,
+    },
     /// The head of a conversation and the duplicate filter of one device in it.
-    Head { conversation: ConversationId, device: DeviceKey },
+    Head {
+        conversation: ConversationId,
+        device: DeviceKey,
+    },
     /// Messages with `after` < seq < `before`, at most `limit` of them and about `bytes_max` bytes of bodies (at least
     /// one row if any matches); `newest` picks which end. In rising order.
-    Messages { conversation: ConversationId, range: Range },
+    Messages {
+        conversation: ConversationId,
+        range: Range,
+    },
     /// Conversations of a user with an id above `cursor`, in rising order of id.
-    Conversations { user: UserName, device: DeviceKey, cursor: ConversationId, limit: u16 },
+    Conversations {
+        user: UserName,
+        device: DeviceKey,
+        cursor: ConversationId,
+        limit: u16,
+    },
 }
 
 /// Which messages of a conversation are wanted; see [`Query::Messages`].
@@ -124,7 +146,11 @@ pub struct Range {
 pub enum Answer {
     User(Option<User>),
     Head(Head),
-    Messages { first: Seq, head: Seq, messages: Vec<StoredMessage> },
+    Messages {
+        first: Seq,
+        head: Seq,
+        messages: Vec<StoredMessage>,
+    },
     Conversations(Vec<ConversationRow>),
     /// The store cannot read; the reason is in its log.
     Failed,

@@ -148,10 +148,7 @@ pub(super) fn decode_reply(command: Command, body: &[u8]) -> Result<Reply<'_>, E
         }
         Command::RouteOk => {
             let table = root::<fb::RouteOk>(body, TABLES)?;
-            Reply::RouteOk {
-                node: table.node().unwrap_or_default(),
-                address: table.address().unwrap_or_default(),
-            }
+            Reply::RouteOk { node: table.node().unwrap_or_default(), address: table.address().unwrap_or_default() }
         }
         Command::SendAck => {
             let table = root::<fb::SendAck>(body, TABLES)?;
@@ -240,9 +237,7 @@ fn fetch_ok<'a>(table: fb::FetchOk<'a>) -> Result<Reply<'a>, ErrorCode> {
 fn online_ok<'a>(table: fb::OnlineOk<'a>) -> Reply<'a> {
     let users = table.users().into_iter().flatten();
     Reply::OnlineOk {
-        users: users
-            .map(|row| OnlineUser { user: row.user().unwrap_or_default(), devices: row.devices() })
-            .collect(),
+        users: users.map(|row| OnlineUser { user: row.user().unwrap_or_default(), devices: row.devices() }).collect(),
         next: table.next().unwrap_or_default(),
     }
 }

@@ -65,7 +65,11 @@ impl Encoder {
         let body = match codec {
             Codec::FlatBuffers => self.flat.request(request),
         };
-        append(Header { codec, command: request.command() as u16, request_id, body_bytes: body.len() as u32 }, body, out);
+        append(
+            Header { codec, command: request.command() as u16, request_id, body_bytes: body.len() as u32 },
+            body,
+            out,
+        );
     }
 
     /// Appends one whole answer or push frame to `out`. Pushes have request id 0.

@@ -17,9 +17,7 @@ fn requests() -> Vec<Request<'static>> {
         let body = b"hello \0 there";
         Request::Send(Send { to: "bob", class, kind: BodyKind::Link, client_seq: u64::MAX, ack_timeout_ms, body })
     };
-    let fetch = |before| {
-        Request::Fetch(Fetch { with: "bob", after: Seq(3), before, limit: 40, newest: true })
-    };
+    let fetch = |before| Request::Fetch(Fetch { with: "bob", after: Seq(3), before, limit: 40, newest: true });
     vec![
         Request::Register { user: "Jürgen", password: Secret("s3cret-word") },
         login(Credential::Password(Secret("pw"))),
@@ -64,14 +62,8 @@ fn replies() -> Vec<Reply<'static>> {
         frame_bytes_max: 5,
         sends_in_flight_max: 6,
     };
-    let row = Conversation {
-        conversation: ID,
-        with: "bob",
-        first: Seq(1),
-        head: Seq(9),
-        last_time_ms: 7,
-        acked: Seq(5),
-    };
+    let row =
+        Conversation { conversation: ID, with: "bob", first: Seq(1), head: Seq(9), last_time_ms: 7, acked: Seq(5) };
     let receipt =
         Receipt { conversation: ID, seq: Seq(2), client_seq: 3, outcome: Outcome::Delivered, device: DeviceId(4) };
     vec![
@@ -120,8 +112,7 @@ fn every_request_and_reply_comes_back_the_same() {
 
 #[test]
 fn the_samples_cover_the_command_table() {
-    let covered: Vec<_> =
-        requests().iter().map(Request::command).chain(replies().iter().map(Reply::command)).collect();
+    let covered: Vec<_> = requests().iter().map(Request::command).chain(replies().iter().map(Reply::command)).collect();
     for command in Command::ALL {
         assert!(covered.contains(command), "{} has no sample", command.name());
     }
