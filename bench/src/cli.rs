@@ -1,0 +1,356 @@
+//! The command line, and the checks that turn it into a [`Plan`].
+//!
+//! Main thread only. Every default is written here, once.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use ringline_schema::ids::{UserName, body_hash};
+use ringline_schema::limits::{FRAME_BYTES_MAX, MESSAGE_OVERHEAD_BYTES_MAX};
+use ringline_schema::message::Class;
+
+use crate::Failure;
+use crate::plan::{Pace, Plan, Scenario, names};
+use crate::stamp::STAMP_BYTES;
+
+/// The largest payload that fits a default frame.
+const PAYLOAD_BYTES_MAX: u32 = FRAME_BYTES_MAX - MESSAGE_OVERHEAD_BYTES_MAX;
+/// Clients of one generator process.
+const CLIENTS_MAX: u32 = 1_000_000;
+/// Sends in flight a client; the server usually allows fewer and says so at login.
+const WINDOW_MAX: u32 = 1024;
+const DEFAULT_CORE: usize = 1;
+const NS_PER_S: u64 = 1_000_000_000;
+const NS_PER_MS: u64 = 1_000_000;
+/// Phases longer than a day are a slip of the keyboard.
+const PHASE_S_MAX: f64 = 86_400.0;
+
+/// Load generator of Ringline.
+///
+/// Simulates many clients on few threads, measures latency from the intended send time, and checks every single message
+/// for loss, duplicates and order. Start the server first; the generator needs its issuer key.
+#[derive(Debug, Parser)]
+#[command(name = "ringline-bench", version, propagate_version = true, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Send messages, measure, check
+    ///
+    /// Phases: connect and log in, warm-up, measured window, drain. Warm-up is left out of rates and latencies but not
+    /// out of the checks for loss, duplicates and order.
+    ///
+    /// Exit code: 0 all well; 1 a message was lost, doubled, reordered, damaged or never answered, a client was
+    /// disconnected, or the run could not be done; 2 wrong usage.
+    Run(RunArgs),
+    /// Log in many clients and hold them idle: seconds to log in, server memory per client
+    ///
+    /// Exit code: 0 all well; 1 a client was disconnected or the run could not be done; 2 wrong usage.
+    Idle(IdleArgs),
+}
+
+/// What both commands need.
+#[derive(Clone, Debug, Args)]
+pub struct FleetArgs {
+    /// Simulated clients, one connection each
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=i64::from(CLIENTS_MAX)))]
+    pub clients: u32,
+    /// Cores of the generator's threads, such as 1 or 0-3,8 [default: 1, or 0 on a machine with one core]
+    #[arg(long, value_parser = parse_cores)]
+    pub cores: Option<Cores>,
+    /// Generator threads, dealt round the cores [default: one a core]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Address and port of the server
+    #[arg(long, default_value = "127.0.0.1:9700", value_name = "ADDRESS:PORT")]
+    pub target: SocketAddr,
+    /// The server's issuer key (Ed25519, PKCS#8 PEM), which it writes into its data folder
+    #[arg(long, default_value = "./ringline-data/issuer.pem", value_name = "FILE")]
+    pub issuer_key: PathBuf,
+    /// The users are called PREFIX-000001 and so on; the server makes them at their first login
+    #[arg(long, default_value = "bench", value_name = "PREFIX")]
+    pub user_prefix: String,
+    /// Process whose CPU time and memory are reported [default: the one that listens on the target's port]
+    #[arg(long, value_name = "PID")]
+    pub server_pid: Option<u32>,
+    /// Draw no progress bar
+    #[arg(long)]
+    pub no_progress: bool,
+}
+
+/// What makes the clients send: at most one of the three.
+#[derive(Clone, Debug, Default, Args)]
+#[group(multiple = false)]
+pub struct PaceArgs {
+    /// Closed loop: each client keeps so many sends unanswered [default: 1]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=i64::from(WINDOW_MAX)))]
+    pub window: Option<u32>,
+    /// Open loop: messages a second in all, evenly spread, whatever the server does
+    #[arg(long, value_name = "PER_SECOND", value_parser = clap::value_parser!(u64).range(1..=1_000_000_000))]
+    pub rate: Option<u64>,
+    /// Open loop: each client sends once in so many milliseconds, the clients staggered
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=86_400_000))]
+    pub interval_ms: Option<u64>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct RunArgs {
+    #[command(flatten)]
+    pub fleet: FleetArgs,
+    /// Who sends to whom
+    #[arg(long, value_enum)]
+    pub scenario: Scenario,
+    /// Stored and sequenced, or forwarded to who is online
+    #[arg(long, value_enum, default_value = "durable")]
+    pub class: ClassArg,
+    #[command(flatten)]
+    pub pace: PaceArgs,
+    /// Bytes of each message body; the first 40 carry what the checks need
+    #[arg(long, default_value_t = 64, value_name = "BYTES",
+        value_parser = clap::value_parser!(u32).range(STAMP_BYTES as i64..=i64::from(PAYLOAD_BYTES_MAX)))]
+    pub payload: u32,
+    /// Seconds of the measured window
+    #[arg(long, default_value = "10", value_name = "SECONDS", value_parser = parse_seconds)]
+    pub duration: f64,
+    /// Seconds before it that are not measured
+    #[arg(long, default_value = "2", value_name = "SECONDS", value_parser = parse_seconds)]
+    pub warmup: f64,
+    /// Seconds to wait at the end, at most, for what was accepted to be delivered
+    #[arg(long, default_value = "5", value_name = "SECONDS", value_parser = parse_seconds)]
+    pub drain: f64,
+    /// Acknowledge deliveries by cumulative cursors, once a second and conversation [default: on for durable]
+    #[arg(long, value_enum)]
+    pub ack_cursors: Option<Switch>,
+    /// Write the result as one JSON object
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct IdleArgs {
+    #[command(flatten)]
+    pub fleet: FleetArgs,
+    /// Seconds to stay logged in, pinging as the server asks
+    #[arg(long, default_value = "10", value_name = "SECONDS", value_parser = parse_seconds)]
+    pub hold: f64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ClassArg {
+    Durable,
+    Transient,
+}
+
+impl ClassArg {
+    pub fn class(self) -> Class {
+        match self {
+            Self::Durable => Class::Durable,
+            Self::Transient => Class::Transient,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    On,
+    Off,
+}
+
+/// Core numbers as the operating system counts them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cores(pub Vec<usize>);
+
+fn parse_cores(text: &str) -> Result<Cores, String> {
+    const CORE_MAX: usize = 4_095;
+    let number = |part: &str| match part.trim().parse::<usize>() {
+        Ok(core) if core <= CORE_MAX => Ok(core),
+        Ok(_) | Err(_) => Err(format!("\"{part}\" is no core number: write such as 1 or 0-3,8")),
+    };
+    let mut cores = Vec::new();
+    for part in text.split(',') {
+        let (first, last) = match part.split_once('-') {
+            Some((first, last)) => (number(first)?, number(last)?),
+            None => (number(part)?, number(part)?),
+        };
+        if first > last {
+            return Err(format!("\"{part}\" runs backwards"));
+        }
+        cores.extend(first..=last);
+    }
+    Ok(Cores(cores))
+}
+
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.0..=PHASE_S_MAX).contains(&seconds) => Ok(seconds),
+        Ok(_) | Err(_) => Err(format!("\"{text}\" is no number of seconds from 0 to {PHASE_S_MAX}")),
+    }
+}
+
+impl FleetArgs {
+    /// One core for each thread. Refuses cores that are not there.
+    pub fn thread_cores(&self) -> Result<Vec<usize>, Failure> {
+        let there: Vec<usize> = core_affinity::get_core_ids().unwrap_or_default().iter().map(|core| core.id).collect();
+        let cores = match &self.cores {
+            Some(Cores(cores)) => cores.clone(),
+            None if there.contains(&DEFAULT_CORE) => vec![DEFAULT_CORE],
+            None => there.first().copied().into_iter().collect(),
+        };
+        if let Some(missing) = cores.iter().find(|core| !there.contains(core)) {
+            return Err(Failure::Usage(format!("--cores: core {missing} is not there; there are {there:?}")));
+        }
+        let threads = self.threads.map_or(cores.len(), usize::from);
+        Ok(cores.into_iter().cycle().take(threads).collect())
+    }
+
+    /// User names, checked as the server will check them.
+    fn names(&self) -> Result<Vec<String>, Failure> {
+        let names = names(&self.user_prefix, self.clients);
+        match names.last().map(|name| UserName::new(name)) {
+            Some(Err(error)) => Err(Failure::Usage(format!("--user-prefix: {error}"))),
+            Some(Ok(_)) | None => Ok(names),
+        }
+    }
+
+    /// The plan of an idle run: nothing is ever sent.
+    pub fn idle_plan(&self) -> Result<Plan, Failure> {
+        Ok(Plan {
+            scenario: Scenario::SelfChat,
+            class: Class::Transient,
+            pace: Pace::Closed { window: 1 },
+            payload_bytes: STAMP_BYTES,
+            run: 0,
+            client_seq_base: 1,
+            ack_cursors: false,
+            names: self.names()?,
+        })
+    }
+}
+
+impl RunArgs {
+    /// Checks what clap cannot, and gives the run its number.
+    pub fn plan(&self) -> Result<Plan, Failure> {
+        let clients = self.fleet.clients;
+        match self.scenario {
+            Scenario::Pair if clients % 2 == 1 => {
+                return Err(Failure::Usage(format!("--scenario pair needs an even number of clients, not {clients}")));
+            }
+            Scenario::Random if clients < 2 => {
+                return Err(Failure::Usage("--scenario random needs two clients or more".to_owned()));
+            }
+            Scenario::SelfChat | Scenario::Pair | Scenario::Random => {}
+        }
+        if self.duration <= 0.0 {
+            return Err(Failure::Usage("--duration must be more than 0".to_owned()));
+        }
+        let class = self.class.class();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let seed = [now.as_nanos().to_le_bytes().as_slice(), &std::process::id().to_le_bytes()].concat();
+        Ok(Plan {
+            scenario: self.scenario,
+            class,
+            pace: self.pace()?,
+            payload_bytes: self.payload as usize,
+            run: body_hash(&seed),
+            // Microseconds: rises from run to run as long as no client sends a million messages a second.
+            client_seq_base: u64::try_from(now.as_micros()).unwrap_or(1),
+            ack_cursors: match self.ack_cursors {
+                Some(Switch::On) => true,
+                Some(Switch::Off) => false,
+                None => class == Class::Durable,
+            },
+            names: self.fleet.names()?,
+        })
+    }
+
+    fn pace(&self) -> Result<Pace, Failure> {
+        let period_ns = match (self.pace.rate, self.pace.interval_ms) {
+            (Some(rate), _) => u64::from(self.fleet.clients) * NS_PER_S / rate.max(1),
+            (None, Some(interval_ms)) => interval_ms * NS_PER_MS,
+            (None, None) => return Ok(Pace::Closed { window: self.pace.window.unwrap_or(1) }),
+        };
+        if period_ns < 1_000 {
+            return Err(Failure::Usage("--rate: a client would send more than a million messages a second".to_owned()));
+        }
+        Ok(Pace::Open { period_ns })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn run_args(more: &[&str]) -> Result<RunArgs, clap::Error> {
+        let base = ["ringline-bench", "run", "--clients", "4"];
+        match Cli::try_parse_from(base.iter().chain(more))?.command {
+            Command::Run(args) => Ok(args),
+            Command::Idle(_) => unreachable!(),
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_well_formed_and_documented() {
+        let mut cli = Cli::command();
+        cli.clone().debug_assert();
+        for command in cli.get_subcommands_mut() {
+            let help = command.render_long_help().to_string();
+            assert!(help.contains("--issuer-key") && help.contains("Exit code"), "{help}");
+            for argument in command.get_arguments() {
+                assert!(argument.get_help().is_some(), "{} has no help", argument.get_id());
+            }
+        }
+    }
+
+    #[test]
+    fn the_pace_is_one_of_three() {
+        let pace = |more: &[&str]| run_args(&[&["--scenario", "self"], more].concat()).unwrap().plan().unwrap().pace;
+        assert_eq!(pace(&[]), Pace::Closed { window: 1 });
+        assert_eq!(pace(&["--window", "8"]), Pace::Closed { window: 8 });
+        assert_eq!(pace(&["--rate", "1000"]), Pace::Open { period_ns: 4_000_000 });
+        assert_eq!(pace(&["--interval-ms", "250"]), Pace::Open { period_ns: 250_000_000 });
+        assert!(run_args(&["--scenario", "self", "--rate", "1", "--window", "1"]).is_err());
+        assert!(run_args(&["--scenario", "self", "--payload", "39"]).is_err());
+        assert!(run_args(&["--scenario", "self", "--rate", "5000000"]).unwrap().plan().is_err());
+    }
+
+    #[test]
+    fn plans_that_cannot_be_are_usage_errors() {
+        let clients = |clients: &str, scenario: &str| {
+            let line = ["ringline-bench", "run", "--clients", clients, "--scenario", scenario];
+            let Command::Run(args) = Cli::try_parse_from(line).unwrap().command else { unreachable!() };
+            args.plan().map(|plan| plan.names.len())
+        };
+        assert!(matches!(clients("3", "pair"), Err(Failure::Usage(_))));
+        assert!(matches!(clients("1", "random"), Err(Failure::Usage(_))));
+        assert_eq!(clients("3", "random"), Ok(3));
+        let bad_name = run_args(&["--scenario", "self", "--user-prefix", " x"]).unwrap();
+        assert!(matches!(bad_name.plan(), Err(Failure::Usage(_))));
+    }
+
+    #[test]
+    fn cursors_follow_the_class_unless_told() {
+        let cursors =
+            |more: &[&str]| run_args(&[&["--scenario", "self"], more].concat()).unwrap().plan().unwrap().ack_cursors;
+        assert!(cursors(&[]));
+        assert!(!cursors(&["--class", "transient"]));
+        assert!(!cursors(&["--ack-cursors", "off"]));
+    }
+
+    #[test]
+    fn core_lists_are_numbers_and_ranges() {
+        assert_eq!(parse_cores("0-2,5"), Ok(Cores(vec![0, 1, 2, 5])));
+        for bad in ["", "a", "3-1", "1-", "99999"] {
+            assert!(parse_cores(bad).is_err(), "{bad}");
+        }
+        let mut fleet = run_args(&["--scenario", "self", "--cores", "0", "--threads", "3"]).unwrap().fleet;
+        assert_eq!(fleet.thread_cores(), Ok(vec![0, 0, 0]));
+        fleet.cores = Some(Cores(vec![4_000]));
+        assert!(matches!(fleet.thread_cores(), Err(Failure::Usage(_))));
+    }
+}

@@ -1,0 +1,597 @@
+//! The epoll loop of one generator thread: sockets, clock and timers under its share of the clients.
+//!
+//! Each thread owns its clients, buffers, figures and epoll instance; with the others it shares only [`Shared`], which
+//! is written once a turn and never on the path of a message. Invariants: a client is written to at most once for each
+//! batch that it read and for each time it was due; a client whose socket is full keeps its bytes and is not read less
+//! for it.
+
+use std::cmp::Reverse;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+use ringline_schema::errors::ErrorCode;
+use ringline_schema::frame::FrameDecoder;
+use ringline_schema::limits::FRAME_BYTES_CEILING;
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll::{self, Event, EventData, EventFlags};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+
+use crate::peer::{Alarm, Desk, Job, Outcome, Peer, Turn};
+use crate::plan::{Pace, Plan, Timeline};
+use crate::tally::{Disconnect, Incident, record};
+
+/// Connects and logins under way in the whole process, so that a listen backlog is never overrun.
+const LOGINS_IN_FLIGHT_MAX: usize = 128;
+/// Clients from one loopback address; each connection needs a port of its own, and the usual range has 28,232.
+const CLIENTS_PER_SOURCE: u32 = 28_000;
+const READ_BYTES: usize = 64 * 1024;
+/// Events taken in one turn, and due sends made in one turn, so that neither starves the other.
+const EVENTS_MAX: usize = 256;
+const DUE_MAX: usize = 512;
+/// All clients are visited for housekeeping in this time, or in a quarter of the ping interval if that is less.
+const SWEEP_NS_MAX: u64 = 250_000_000;
+const SWEEP_NS_MIN: u64 = 10_000_000;
+/// A sweep is cut into so many parts.
+const SWEEP_SLICES: u64 = 16;
+const NS_PER_MS: u64 = 1_000_000;
+const NS_PER_S: u64 = 1_000_000_000;
+
+/// What a thread shows the main thread, once a turn. Counts since the beginning.
+#[derive(Default)]
+#[repr(align(128))]
+pub struct Gauge {
+    pub logged_in: AtomicU64,
+    pub sent: AtomicU64,
+    pub accepted: AtomicU64,
+    pub delivered: AtomicU64,
+    pub unanswered: AtomicU64,
+    pub disconnected: AtomicU64,
+    /// When this was written, by the clock of the run. A thread that is busy shows old figures.
+    pub written_ns: AtomicU64,
+}
+
+/// What the threads and the main thread tell each other.
+pub struct Shared {
+    /// All times of a run are nanoseconds since this.
+    pub epoch: Instant,
+    /// Set by the main thread once all clients are logged in.
+    pub timeline: OnceLock<Timeline>,
+    /// The first thing that makes the run impossible, for people.
+    pub fatal: OnceLock<String>,
+    pub stop: AtomicBool,
+    /// One a thread.
+    pub gauges: Vec<Gauge>,
+}
+
+impl Shared {
+    pub fn new(threads: usize) -> Self {
+        let gauges = (0..threads).map(|_| Gauge::default()).collect();
+        Self {
+            epoch: Instant::now(),
+            timeline: OnceLock::new(),
+            fatal: OnceLock::new(),
+            stop: AtomicBool::new(false),
+            gauges,
+        }
+    }
+
+    pub fn now_ns(&self) -> u64 {
+        u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// One figure, summed over the threads.
+    pub fn sum(&self, figure: impl Fn(&Gauge) -> &AtomicU64) -> u64 {
+        self.gauges.iter().map(|gauge| figure(gauge).load(Ordering::Relaxed)).sum()
+    }
+
+    /// When the oldest figures were written: what is summed after this call is at least as new.
+    pub fn written_ns(&self) -> u64 {
+        self.gauges.iter().map(|gauge| gauge.written_ns.load(Ordering::Acquire)).min().unwrap_or(0)
+    }
+
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+    }
+
+    /// Ends the run; the first reason given is the one that is told.
+    pub fn fail(&self, why: String) {
+        let _ = self.fatal.set(why);
+        self.stop();
+    }
+}
+
+/// What one thread is to do.
+pub struct Share {
+    pub thread: usize,
+    /// Client i belongs to thread i % threads: neighbours in an open loop are due on different threads.
+    pub threads: usize,
+    pub plan: Arc<Plan>,
+    /// The tokens of all clients.
+    pub tokens: Arc<Vec<String>>,
+    pub target: SocketAddr,
+    pub shared: Arc<Shared>,
+}
+
+enum Stage {
+    /// Not begun.
+    Waiting,
+    Connecting(TcpStream),
+    LoggingIn(TcpStream),
+    Open(TcpStream),
+    Closed,
+}
+
+impl Stage {
+    fn stream(&self) -> Option<&TcpStream> {
+        match self {
+            Self::Connecting(stream) | Self::LoggingIn(stream) | Self::Open(stream) => Some(stream),
+            Self::Waiting | Self::Closed => None,
+        }
+    }
+}
+
+struct Link {
+    peer: Peer,
+    stage: Stage,
+    decoder: FrameDecoder,
+    /// What the socket did not take; empty nearly always.
+    unwritten: Vec<u8>,
+}
+
+/// See the file's head.
+pub struct Engine {
+    share: Share,
+    epoll: OwnedFd,
+    links: Vec<Link>,
+    desk: Desk,
+    buffer: Vec<u8>,
+    events: Vec<Event>,
+    timeline: Timeline,
+    /// The closed loop has been set off.
+    set_off: bool,
+    /// Open loop: the next (number, slot) that is due.
+    due: (u32, usize),
+    next_connect: usize,
+    logins_in_flight: usize,
+    logged_in: u64,
+    sweep_ns: u64,
+    sweep_slot: usize,
+    sweep_due_ns: u64,
+}
+
+impl Engine {
+    /// Fails if the kernel has no epoll instance left.
+    pub fn new(share: Share) -> io::Result<Self> {
+        let clients = share.plan.clients();
+        let own = (share.thread as u32..clients).step_by(share.threads.max(1)).enumerate();
+        let links = own.map(|(slot, index)| Link {
+            peer: Peer::new(index, slot as u32),
+            stage: Stage::Waiting,
+            decoder: FrameDecoder::new(),
+            unwritten: Vec::new(),
+        });
+        Ok(Self {
+            epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+            links: links.collect(),
+            desk: Desk::new(clients),
+            buffer: vec![0; READ_BYTES],
+            events: Vec::with_capacity(EVENTS_MAX),
+            timeline: Timeline::NEVER,
+            set_off: false,
+            due: (0, 0),
+            next_connect: 0,
+            logins_in_flight: 0,
+            logged_in: 0,
+            sweep_ns: SWEEP_NS_MAX,
+            sweep_slot: 0,
+            sweep_due_ns: 0,
+            share,
+        })
+    }
+
+    /// Runs until [`Shared::stop`]; gives back what was counted.
+    pub fn run(mut self) -> Desk {
+        while !self.share.shared.stop.load(Ordering::Acquire) {
+            self.connect_more();
+            if let Err(error) = self.take_events() {
+                self.share.shared.fail(format!("epoll: {error}"));
+            }
+            self.begin();
+            self.send_due();
+            self.fire_alarms();
+            self.sweep();
+            self.publish();
+        }
+        for link in &self.links {
+            let (tally, refused) = (&mut self.desk.tally, link.peer.refused());
+            tally.unsent += link.peer.unsent(&self.share.plan, &self.timeline);
+            tally.given_up += refused;
+            tally.unanswered = tally.unanswered.saturating_sub(refused);
+        }
+        self.desk
+    }
+
+    fn now_ns(&self) -> u64 {
+        self.share.shared.now_ns()
+    }
+
+    // --- connecting ---------------------------------------------------------------------------------------------
+
+    fn connect_more(&mut self) {
+        let in_flight_max = (LOGINS_IN_FLIGHT_MAX / self.share.threads.max(1)).max(1);
+        while self.logins_in_flight < in_flight_max {
+            let slot = self.next_connect;
+            let Some(link) = self.links.get_mut(slot) else { return };
+            match connect(self.share.target, link.peer.index() / CLIENTS_PER_SOURCE) {
+                Ok(stream) => {
+                    let added = epoll::add(&self.epoll, &stream, EventData::new_u64(slot as u64), EventFlags::OUT);
+                    link.stage = Stage::Connecting(stream);
+                    if let Err(error) = added {
+                        return self.connect_failed(&error.into());
+                    }
+                }
+                Err(error) => return self.connect_failed(&error),
+            }
+            self.next_connect += 1;
+            self.logins_in_flight += 1;
+        }
+    }
+
+    fn connect_failed(&self, error: &io::Error) {
+        let target = self.share.target;
+        self.share.shared.fail(match error.kind() {
+            ErrorKind::ConnectionRefused => format!("no server at {target}: connection refused"),
+            ErrorKind::AddrNotAvailable => format!(
+                "no local port left for a connection to {target}: use fewer clients, or wait a minute until the \
+                     ports of earlier runs are free"
+            ),
+            _ => format!("cannot connect to {target}: {error}"),
+        });
+    }
+
+    fn connected(&mut self, slot: usize) {
+        let Some(link) = self.links.get_mut(slot) else { return };
+        let stage = std::mem::replace(&mut link.stage, Stage::Closed);
+        let Stage::Connecting(stream) = stage else { return };
+        let ready = match stream.take_error() {
+            Ok(None) => interest(&self.epoll, &stream, (slot, false)),
+            Ok(Some(error)) | Err(error) => Err(error),
+        };
+        link.stage = Stage::LoggingIn(stream);
+        match ready {
+            Ok(()) => self.login(slot),
+            Err(error) => self.connect_failed(&error),
+        }
+    }
+
+    fn login(&mut self, slot: usize) {
+        let tokens = Arc::clone(&self.share.tokens);
+        self.with_peer(slot, |peer, turn| {
+            let token = tokens.get(peer.index() as usize).map_or("", String::as_str);
+            peer.login(token, turn);
+        });
+    }
+
+    fn logged_in(&mut self, slot: usize, ping_interval_ms: u32) {
+        let Some(link) = self.links.get_mut(slot) else { return };
+        if let Stage::LoggingIn(stream) = std::mem::replace(&mut link.stage, Stage::Closed) {
+            link.stage = Stage::Open(stream);
+        }
+        self.logins_in_flight = self.logins_in_flight.saturating_sub(1);
+        self.logged_in += 1;
+        let quarter_ns = u64::from(ping_interval_ms) * NS_PER_MS / 4;
+        self.sweep_ns = self.sweep_ns.min(quarter_ns).max(SWEEP_NS_MIN);
+    }
+
+    // --- reading and writing ------------------------------------------------------------------------------------
+
+    /// Waits for events until something is due, and handles one batch of them.
+    fn take_events(&mut self) -> io::Result<()> {
+        let mut events = std::mem::take(&mut self.events);
+        events.clear();
+        self.poll_events(&mut events)?;
+        if events.is_empty() {
+            self.sleep_until(self.next_due_ns())?;
+            self.poll_events(&mut events)?;
+        }
+        for event in &events {
+            // The event is packed: copy before use.
+            let (flags, data) = (event.flags, event.data);
+            self.on_event(data.u64() as usize, flags);
+        }
+        self.events = events;
+        Ok(())
+    }
+
+    fn poll_events(&self, events: &mut Vec<Event>) -> io::Result<()> {
+        const AT_ONCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
+        match epoll::wait(&self.epoll, spare_capacity(events), Some(&AT_ONCE)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// `ppoll` on the epoll instance: its timeout is in nanoseconds, that of `epoll_wait` in milliseconds.
+    fn sleep_until(&self, due_ns: u64) -> io::Result<()> {
+        let wait_ns = due_ns.saturating_sub(self.now_ns());
+        if wait_ns == 0 {
+            return Ok(());
+        }
+        let timeout = Timespec { tv_sec: (wait_ns / NS_PER_S) as i64, tv_nsec: (wait_ns % NS_PER_S) as i64 };
+        match poll(&mut [PollFd::new(&self.epoll, PollFlags::IN)], Some(&timeout)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The sweep comes round many times a second, so the sleep is always short enough to see a stop.
+    fn next_due_ns(&self) -> u64 {
+        let alarm_ns = self.desk.alarms.peek().map_or(u64::MAX, |Reverse(alarm)| alarm.due_ns);
+        let start_ns = if self.set_off { u64::MAX } else { self.timeline.start_ns };
+        let send_ns = self.next_send().map_or(u64::MAX, |(_, intended_ns)| intended_ns);
+        self.sweep_due_ns.min(alarm_ns).min(start_ns).min(send_ns)
+    }
+
+    fn on_event(&mut self, slot: usize, flags: EventFlags) {
+        let Some(link) = self.links.get(slot) else { return };
+        match link.stage {
+            Stage::Connecting(_) => self.connected(slot),
+            Stage::LoggingIn(_) | Stage::Open(_) => {
+                if flags.contains(EventFlags::OUT) {
+                    self.write(slot);
+                }
+                if flags.intersects(EventFlags::IN | EventFlags::HUP | EventFlags::ERR) {
+                    self.read(slot);
+                }
+            }
+            Stage::Waiting | Stage::Closed => {}
+        }
+    }
+
+    /// One `recv`; epoll reports again if there is more.
+    fn read(&mut self, slot: usize) {
+        let Some(link) = self.links.get_mut(slot) else { return };
+        let Some(mut stream) = link.stage.stream() else { return };
+        let bytes = match stream.read(&mut self.buffer) {
+            Ok(0) => return self.close(slot, Disconnect::ByServer),
+            Ok(bytes) => bytes,
+            Err(error) => return self.io_failed(slot, &error),
+        };
+        let mut input = self.buffer.get(..bytes).unwrap_or_default();
+        let now_ns = self.share.shared.now_ns();
+        let mut turn = Turn { plan: &self.share.plan, timeline: self.timeline, now_ns, desk: &mut self.desk };
+        let (mut logged_in, mut bad) = (None, None);
+        while bad.is_none() {
+            match link.decoder.next(&mut input, FRAME_BYTES_CEILING) {
+                Ok(Some(frame)) => match link.peer.on_frame(&frame, &mut turn) {
+                    Outcome::Fine | Outcome::LoginDelayed => {}
+                    Outcome::LoggedIn { ping_interval_ms } => logged_in = Some(ping_interval_ms),
+                    outcome @ (Outcome::LoginRefused { .. } | Outcome::WindowTooLarge { .. } | Outcome::Unreadable) => {
+                        bad = Some(outcome);
+                    }
+                },
+                Ok(None) => break,
+                Err(_) => bad = Some(Outcome::Unreadable),
+            }
+        }
+        link.peer.pump(&mut turn);
+        if let Some(ping_interval_ms) = logged_in {
+            self.logged_in(slot, ping_interval_ms);
+        }
+        self.write(slot);
+        if let Some(outcome) = bad {
+            self.refused(slot, outcome);
+        }
+    }
+
+    fn refused(&mut self, slot: usize, outcome: Outcome) {
+        let user = self.user(slot).to_owned();
+        match outcome {
+            Outcome::LoginRefused { code, detail } => {
+                let detail = if detail.is_empty() { code.text() } else { detail.as_str() };
+                let wrong_key = code == ErrorCode::AuthFailed;
+                let hint = if wrong_key { ": is --issuer-key the key of this server?" } else { "" };
+                self.share.shared.fail(format!("login of {user} refused: {} ({detail}){hint}", code.name()));
+            }
+            Outcome::WindowTooLarge { sends_in_flight_max } => self.share.shared.fail(format!(
+                "--window is too large: this server allows {sends_in_flight_max} sends in flight a client"
+            )),
+            Outcome::Unreadable => self.close(slot, Disconnect::Unreadable),
+            Outcome::Fine | Outcome::LoginDelayed | Outcome::LoggedIn { .. } => {}
+        }
+    }
+
+    fn user(&self, slot: usize) -> &str {
+        self.links.get(slot).map_or("", |link| self.share.plan.name(link.peer.index()))
+    }
+
+    /// Lets a client act, then writes what it has to say.
+    fn with_peer(&mut self, slot: usize, act: impl FnOnce(&mut Peer, &mut Turn<'_>)) {
+        let now_ns = self.now_ns();
+        let Some(link) = self.links.get_mut(slot) else { return };
+        let mut turn = Turn { plan: &self.share.plan, timeline: self.timeline, now_ns, desk: &mut self.desk };
+        act(&mut link.peer, &mut turn);
+        self.write(slot);
+    }
+
+    /// One `send` of all that this client has to write. What the socket does not take waits for epoll.
+    fn write(&mut self, slot: usize) {
+        let Some(link) = self.links.get_mut(slot) else { return };
+        let (out, waited) = (&mut self.desk.out, !link.unwritten.is_empty());
+        if waited {
+            link.unwritten.append(out);
+        }
+        let bytes = if waited { &link.unwritten } else { &*out };
+        let stream = link.stage.stream().filter(|_| !bytes.is_empty());
+        let Some(mut stream) = stream else { return out.clear() };
+        let taken = match stream.write(bytes) {
+            Ok(taken) => taken,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => 0,
+            Err(error) => {
+                out.clear();
+                return self.io_failed(slot, &error);
+            }
+        };
+        if waited {
+            link.unwritten.drain(..taken);
+        } else {
+            link.unwritten.extend_from_slice(out.get(taken..).unwrap_or_default());
+            out.clear();
+        }
+        let waits = !link.unwritten.is_empty();
+        if waits != waited
+            && let Err(error) = interest(&self.epoll, stream, (slot, waits))
+        {
+            return self.io_failed(slot, &error);
+        }
+        if !waits && waited {
+            link.unwritten = Vec::new();
+        }
+    }
+
+    fn io_failed(&mut self, slot: usize, error: &io::Error) {
+        match error.kind() {
+            ErrorKind::WouldBlock | ErrorKind::Interrupted => {}
+            ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => self.close(slot, Disconnect::Reset),
+            _ => self.close(slot, Disconnect::Socket),
+        }
+    }
+
+    fn close(&mut self, slot: usize, why: Disconnect) {
+        let Some(link) = self.links.get_mut(slot) else { return };
+        let incident = Incident::Disconnected(why);
+        let early = !matches!(link.stage, Stage::Open(_));
+        link.stage = Stage::Closed;
+        link.unwritten = Vec::new();
+        let abandoned = u64::from(link.peer.gone());
+        let tally = &mut self.desk.tally;
+        tally.count(incident);
+        tally.disconnected += 1;
+        tally.abandoned += abandoned;
+        tally.unanswered = tally.unanswered.saturating_sub(abandoned);
+        if early {
+            let refusals: Vec<_> = tally.incidents.keys().copied().collect();
+            let why = format!("{} could not log in: {}", self.user(slot), refusals.join(", "));
+            self.share.shared.fail(why);
+        }
+    }
+
+    // --- time ---------------------------------------------------------------------------------------------------
+
+    /// Takes over the timeline when it is there, and sets a closed loop off at its start.
+    fn begin(&mut self) {
+        if self.set_off {
+            return;
+        }
+        if let Some(timeline) = self.share.shared.timeline.get() {
+            self.timeline = *timeline;
+        }
+        if self.now_ns() < self.timeline.start_ns {
+            return;
+        }
+        self.set_off = true;
+        if let Pace::Closed { .. } = self.share.plan.pace {
+            (0..self.links.len()).for_each(|slot| self.with_peer(slot, Peer::pump));
+        }
+    }
+
+    /// Open loop: who is next, and when.
+    fn next_send(&self) -> Option<(usize, u64)> {
+        let (number, slot) = self.due;
+        let index = self.links.get(slot).filter(|_| self.timeline.begun())?.peer.index();
+        let intended_ns = self.share.plan.intended_ns(self.timeline.start_ns, index, number)?;
+        (intended_ns < self.timeline.measure_to_ns).then_some((slot, intended_ns))
+    }
+
+    fn send_due(&mut self) {
+        for _ in 0..DUE_MAX {
+            let Some((slot, intended_ns)) = self.next_send() else { return };
+            let now_ns = self.now_ns();
+            if intended_ns > now_ns {
+                return;
+            }
+            if self.timeline.measured(intended_ns) {
+                record(&mut self.desk.tally.lag_us, intended_ns, now_ns);
+            }
+            self.with_peer(slot, Peer::pump);
+            self.due =
+                if slot + 1 < self.links.len() { (self.due.0, slot + 1) } else { (self.due.0.saturating_add(1), 0) };
+        }
+    }
+
+    fn fire_alarms(&mut self) {
+        let now_ns = self.now_ns();
+        while let Some(&Reverse(Alarm { due_ns, slot, job })) = self.desk.alarms.peek() {
+            if due_ns > now_ns {
+                return;
+            }
+            self.desk.alarms.pop();
+            let slot = slot as usize;
+            match job {
+                Job::Login => self.login(slot),
+                Job::Send(number) => self.with_peer(slot, |peer, turn| peer.send_again(number, turn)),
+                Job::Fetch => self.with_peer(slot, Peer::fetch_again),
+            }
+        }
+    }
+
+    /// Housekeeping of the next part of the clients.
+    fn sweep(&mut self) {
+        let now_ns = self.now_ns();
+        if now_ns < self.sweep_due_ns {
+            return;
+        }
+        self.sweep_due_ns = now_ns + self.sweep_ns / SWEEP_SLICES;
+        let part = self.links.len().div_ceil(SWEEP_SLICES as usize);
+        for _ in 0..part {
+            let slot = self.sweep_slot;
+            self.sweep_slot = if slot + 1 < self.links.len() { slot + 1 } else { 0 };
+            // A client that cannot write now says nothing more that could wait.
+            if self.links.get(slot).is_some_and(|link| link.unwritten.is_empty() && link.peer.ready()) {
+                self.with_peer(slot, Peer::housekeep);
+            }
+        }
+    }
+
+    fn publish(&self) {
+        let Some(gauge) = self.share.shared.gauges.get(self.share.thread) else { return };
+        let tally = &self.desk.tally;
+        gauge.logged_in.store(self.logged_in, Ordering::Relaxed);
+        gauge.sent.store(tally.ever_sent, Ordering::Relaxed);
+        gauge.accepted.store(tally.ever_accepted, Ordering::Relaxed);
+        gauge.delivered.store(tally.ever_delivered, Ordering::Relaxed);
+        gauge.unanswered.store(tally.unanswered, Ordering::Relaxed);
+        gauge.disconnected.store(tally.disconnected, Ordering::Relaxed);
+        gauge.written_ns.store(self.now_ns(), Ordering::Release);
+    }
+}
+
+/// Begins a connection. `source` picks the local address 127.0.0.1 + source, on loopback only: each has its own ports.
+fn connect(target: SocketAddr, source: u32) -> io::Result<TcpStream> {
+    let socket = Socket::new(Domain::for_address(target), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_nonblocking(true)?;
+    socket.set_tcp_nodelay(true)?;
+    if let IpAddr::V4(address) = target.ip()
+        && address.is_loopback()
+        && source > 0
+    {
+        let local = Ipv4Addr::from(u32::from(Ipv4Addr::LOCALHOST).saturating_add(source));
+        socket.bind(&SockAddr::from(SocketAddr::from((local, 0))))?;
+    }
+    match socket.connect(&SockAddr::from(target)) {
+        Ok(()) => Ok(socket.into()),
+        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::INPROGRESS.raw_os_error()) => Ok(socket.into()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Asks epoll for reads of this slot, and for writes too while something waits to be written.
+fn interest(epoll: &OwnedFd, stream: &TcpStream, (slot, writes): (usize, bool)) -> io::Result<()> {
+    let flags = if writes { EventFlags::IN | EventFlags::OUT } else { EventFlags::IN };
+    Ok(epoll::modify(epoll, stream, EventData::new_u64(slot as u64), flags)?)
+}

@@ -1,0 +1,321 @@
+//! The phases of a run: files and limits, threads, login, warm-up, window, drain, judgement.
+//!
+//! Owned by the main thread, which sleeps between its looks at the gauges and shares the generator's first core, so
+//! that the server's cores stay the server's.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::Failure;
+use crate::cli::{FleetArgs, IdleArgs, RunArgs};
+use crate::engine::{Engine, Share, Shared};
+use crate::peer::Desk;
+use crate::plan::{Plan, Timeline};
+use crate::report::{Machine, Measured, Report};
+use crate::server_process::{self, Sample};
+use crate::token::Issuer;
+
+/// Files the process needs beside one a client.
+const FILES_EXTRA: u64 = 64;
+/// A login phase in which nothing moves for this long has failed.
+const LOGIN_STALL: Duration = Duration::from_secs(30);
+/// How often the main thread looks.
+const LOOK: Duration = Duration::from_millis(50);
+/// Between "all logged in" and the start, so that all threads see the timeline in time.
+const START_DELAY_NS: u64 = 100_000_000;
+/// After everything was delivered: watched on for messages delivered twice.
+const DUPLICATE_WATCH_NS: u64 = 200_000_000;
+const NS_PER_S: f64 = 1e9;
+
+/// A whole run. The report says whether it was clean; an error means that there is none.
+pub fn run(args: &RunArgs) -> Result<Report, Failure> {
+    let machine = Machine::here();
+    let plan = Arc::new(args.plan()?);
+    let fleet = Fleet::launch(&args.fleet, &plan)?;
+    let start_ns = fleet.shared.now_ns() + START_DELAY_NS;
+    let measure_from_ns = start_ns + nanoseconds(args.warmup);
+    let timeline = Timeline { start_ns, measure_from_ns, measure_to_ns: measure_from_ns + nanoseconds(args.duration) };
+    // Only this thread sets it, once.
+    let _ = fleet.shared.timeline.set(timeline);
+
+    fleet.watch("warm-up", timeline.measure_from_ns)?;
+    let before = fleet.samples();
+    fleet.watch("measuring", timeline.measure_to_ns)?;
+    let after = fleet.samples();
+    fleet.drain(Duration::from_secs_f64(args.drain))?;
+
+    let connect_s = fleet.connect_s;
+    let desk = fleet.finish()?;
+    let measured = Measured { verdict: desk.ledger.verdict(), tally: desk.tally, connect_s, seconds: args.duration };
+    Ok(Report::new(&plan, measured, [before, after], machine))
+}
+
+/// Logs all clients in and holds them. The text is the result; the flag says whether nobody was disconnected.
+pub fn idle(args: &IdleArgs) -> Result<(String, bool), Failure> {
+    let plan = Arc::new(args.fleet.idle_plan()?);
+    let before = args.fleet.server().and_then(server_process::sample);
+    let fleet = Fleet::launch(&args.fleet, &plan)?;
+    let logged_in = fleet.samples().server;
+    let hold_ns = nanoseconds(args.hold);
+    fleet.watch("holding", fleet.shared.now_ns() + hold_ns)?;
+    let held = fleet.samples().server;
+    let connect_s = fleet.connect_s;
+    let desk = fleet.finish()?;
+
+    let mut text = String::new();
+    let clients = plan.clients();
+    let _ = writeln!(
+        text,
+        "clients logged in    {clients} in {connect_s:.2} s ({:.0}/s)",
+        f64::from(clients) / connect_s.max(1e-9)
+    );
+    if let (Some(before), Some(after), Some(held)) = (before, logged_in, held) {
+        let grown = after.rss_bytes.saturating_sub(before.rss_bytes);
+        let _ = writeln!(
+            text,
+            "server memory        {:.1} MiB before, {:.1} MiB logged in, {:.1} MiB after {} s",
+            mib(before),
+            mib(after),
+            mib(held),
+            args.hold
+        );
+        let _ = writeln!(text, "memory per client    {:.0} bytes", grown as f64 / f64::from(clients));
+        let _ = writeln!(
+            text,
+            "server CPU           {:.2} s for the logins, {:.2} s while idle",
+            after.cpu_s - before.cpu_s,
+            held.cpu_s - after.cpu_s
+        );
+    } else {
+        let _ = writeln!(text, "server memory        unknown: no process found; pass --server-pid");
+    }
+    let _ = writeln!(text, "pings                {}", desk.tally.pings);
+    for (name, count) in &desk.tally.incidents {
+        let _ = writeln!(text, "{name:<20} {count}");
+    }
+    Ok((text, desk.tally.disconnected == 0))
+}
+
+fn mib(sample: Sample) -> f64 {
+    sample.rss_bytes as f64 / f64::from(1 << 20)
+}
+
+fn nanoseconds(seconds: f64) -> u64 {
+    (seconds * NS_PER_S) as u64
+}
+
+/// CPU time and memory at one moment.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Samples {
+    pub server: Option<Sample>,
+    pub generator: Option<Sample>,
+}
+
+impl FleetArgs {
+    /// The server's process, if it can be found.
+    fn server(&self) -> Option<u32> {
+        self.server_pid.or_else(|| server_process::listening_on(self.target.port()))
+    }
+}
+
+/// The threads of a run, all clients logged in. Threads end when it is dropped.
+struct Fleet {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<Desk>>,
+    server: Option<u32>,
+    bar: ProgressBar,
+    /// From the first connect to the last login.
+    connect_s: f64,
+}
+
+impl Fleet {
+    fn launch(args: &FleetArgs, plan: &Arc<Plan>) -> Result<Self, Failure> {
+        let cores = args.thread_cores()?;
+        // Threads without a client would only get in the way.
+        let threads = cores.len().clamp(1, plan.names.len().max(1));
+        let tokens = Arc::new(Issuer::load(&args.issuer_key)?.tokens(&plan.names)?);
+        raise_file_limit(u64::from(plan.clients()) + FILES_EXTRA)?;
+        let bar = if args.no_progress { ProgressBar::hidden() } else { ProgressBar::new(u64::from(plan.clients())) };
+        let server = args.server();
+        if let Some(&first) = cores.first() {
+            core_affinity::set_for_current(core_affinity::CoreId { id: first });
+        }
+        let shared = Arc::new(Shared::new(threads));
+        let mut fleet = Self { shared, threads: Vec::new(), server, bar, connect_s: 0.0 };
+        let began = Instant::now();
+        for (thread, core) in cores.into_iter().take(threads).enumerate() {
+            let (plan, tokens, shared) = (Arc::clone(plan), Arc::clone(&tokens), Arc::clone(&fleet.shared));
+            let share = Share { thread, threads, plan, tokens, target: args.target, shared };
+            fleet.threads.push(spawn(share, core)?);
+        }
+        fleet.wait_for_logins(u64::from(plan.clients()))?;
+        fleet.connect_s = began.elapsed().as_secs_f64();
+        Ok(fleet)
+    }
+
+    fn failed(&self) -> Result<(), Failure> {
+        match self.shared.fatal.get() {
+            Some(why) => Err(Failure::Failed(why.clone())),
+            None => Ok(()),
+        }
+    }
+
+    fn wait_for_logins(&self, clients: u64) -> Result<(), Failure> {
+        self.style("{msg:<10} {wide_bar} {pos}/{len}", "connecting");
+        let (mut last, mut moved) = (0, Instant::now());
+        loop {
+            self.failed()?;
+            let logged_in = self.shared.sum(|gauge| &gauge.logged_in);
+            self.bar.set_position(logged_in);
+            if logged_in >= clients {
+                return Ok(());
+            }
+            if logged_in != last {
+                (last, moved) = (logged_in, Instant::now());
+            } else if moved.elapsed() > LOGIN_STALL {
+                let s = LOGIN_STALL.as_secs();
+                return Err(Failure::Failed(format!(
+                    "{logged_in} of {clients} clients logged in, then none for {s} s"
+                )));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Waits until a moment of the run, showing what goes on.
+    fn watch(&self, phase: &'static str, until_ns: u64) -> Result<(), Failure> {
+        let (begin_ns, begin_sent) = (self.shared.now_ns(), self.shared.sum(|gauge| &gauge.sent));
+        self.bar.set_length(until_ns.saturating_sub(begin_ns));
+        self.style("{prefix:<10} {wide_bar} {msg}", "");
+        self.bar.set_prefix(phase);
+        loop {
+            self.failed()?;
+            let now_ns = self.shared.now_ns();
+            if now_ns >= until_ns {
+                return Ok(());
+            }
+            let elapsed_ns = now_ns - begin_ns;
+            let sent = self.shared.sum(|gauge| &gauge.sent) - begin_sent;
+            let gone = self.shared.sum(|gauge| &gauge.disconnected);
+            self.bar.set_position(elapsed_ns);
+            let rate = sent as f64 * NS_PER_S / (elapsed_ns.max(1) as f64);
+            self.bar.set_message(format!("{rate:.0} msg/s, {gone} disconnected"));
+            std::thread::sleep(LOOK.min(Duration::from_nanos(until_ns - now_ns)));
+        }
+    }
+
+    /// Waits until everything is answered and delivered, and a little longer for doubles; or until `longest`.
+    fn drain(&self, longest: Duration) -> Result<(), Failure> {
+        let began = Instant::now();
+        let mut quiet_since_ns = None;
+        self.bar.set_prefix("drain");
+        while began.elapsed() < longest {
+            self.failed()?;
+            let written_ns = self.shared.written_ns();
+            let unanswered = self.shared.sum(|gauge| &gauge.unanswered);
+            let accepted = self.shared.sum(|gauge| &gauge.accepted);
+            let missing = accepted.saturating_sub(self.shared.sum(|gauge| &gauge.delivered));
+            self.bar.set_message(format!("{unanswered} unanswered, {missing} undelivered"));
+            if unanswered > 0 || missing > 0 {
+                quiet_since_ns = None;
+            } else if written_ns > *quiet_since_ns.get_or_insert(self.shared.now_ns()) + DUPLICATE_WATCH_NS {
+                // By figures of every thread that are as new as this: a busy thread is not taken for a quiet one.
+                return Ok(());
+            }
+            std::thread::sleep(LOOK);
+        }
+        Ok(())
+    }
+
+    fn style(&self, template: &str, message: &'static str) {
+        // A template that does not parse only costs the looks.
+        self.bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
+        self.bar.set_message(message);
+    }
+
+    fn samples(&self) -> Samples {
+        let generator = server_process::sample(std::process::id());
+        Samples { server: self.server.and_then(server_process::sample), generator }
+    }
+
+    /// Stops the threads and adds up what they counted.
+    fn finish(mut self) -> Result<Desk, Failure> {
+        self.shared.stop();
+        let mut sum: Option<Desk> = None;
+        for thread in self.threads.drain(..) {
+            let desk = thread.join().map_err(|_| Failure::Failed("a generator thread panicked".to_owned()))?;
+            match &mut sum {
+                None => sum = Some(desk),
+                Some(sum) => {
+                    sum.tally.merge(&desk.tally);
+                    sum.ledger.merge(&desk.ledger);
+                }
+            }
+        }
+        self.failed()?;
+        sum.ok_or_else(|| Failure::Failed("no generator thread ran".to_owned()))
+    }
+}
+
+impl Drop for Fleet {
+    fn drop(&mut self) {
+        self.shared.stop();
+        self.bar.finish_and_clear();
+        for thread in self.threads.drain(..) {
+            drop(thread.join());
+        }
+    }
+}
+
+fn spawn(share: Share, core: usize) -> Result<JoinHandle<Desk>, Failure> {
+    let clients = share.plan.clients();
+    let body = move || {
+        core_affinity::set_for_current(core_affinity::CoreId { id: core });
+        let shared = Arc::clone(&share.shared);
+        match Engine::new(share) {
+            Ok(engine) => engine.run(),
+            Err(error) => {
+                shared.fail(format!("epoll: {error}"));
+                Desk::new(clients)
+            }
+        }
+    };
+    let name = format!("bench-core-{core}");
+    std::thread::Builder::new().name(name).spawn(body).map_err(|error| Failure::Failed(format!("thread: {error}")))
+}
+
+/// Raises the limit of open files to `wanted` at least, to the hard limit if it can.
+fn raise_file_limit(wanted: u64) -> Result<(), Failure> {
+    let limit = getrlimit(Resource::Nofile);
+    // None: no limit.
+    if limit.current.is_none_or(|current| current >= wanted) {
+        return Ok(());
+    }
+    let raised = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+    let hard = limit.maximum.unwrap_or(u64::MAX);
+    if raised.is_ok() && hard >= wanted {
+        return Ok(());
+    }
+    let got = if raised.is_ok() { hard } else { limit.current.unwrap_or(u64::MAX) };
+    Err(Failure::Failed(format!(
+        "too few open files: {wanted} are needed, {got} are allowed; raise the limit (ulimit -n {wanted}) or use fewer \
+         clients"
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn too_few_files_are_named_before_anything_starts() {
+        assert_eq!(raise_file_limit(8), Ok(()));
+        let Err(Failure::Failed(line)) = raise_file_limit(u64::MAX - 1) else { panic!("no machine has so many") };
+        assert!(line.contains("open files") && line.contains("ulimit"), "{line}");
+    }
+}
