@@ -1,0 +1,438 @@
+//! The one task of a client: a socket, the pure session, and the way back when the socket breaks.
+//!
+//! Runs on whatever tokio runtime the application has; nothing is shared with the application but channels and the small
+//! [`Shared`]. Invariants: every frame that is ready goes out in one write; waiting to write never stops reading; commands
+//! and deadlines are served in every state, also between connections; the task ends only by a [`CloseReason`].
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use ringline_schema::codec::{self, Codec, Encoder};
+use ringline_schema::errors::ErrorCode;
+use ringline_schema::frame::FrameDecoder;
+use ringline_schema::ids::UserName;
+use ringline_schema::limits;
+use ringline_schema::message::{Credential, Reply, Request, Secret};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+
+use crate::client::ConnectError;
+use crate::pending::{Accepted, Answer, CallError, Delivery, Done, Millis, Outgoing, Query, SendError};
+use crate::session::{CloseReason, Cut, Event, LinkError, Session};
+use crate::streams::Taken;
+
+/// Bytes read at once.
+const READ_BYTES: usize = 64 * 1024;
+/// Commands taken in before the socket gets its turn.
+const COMMANDS_PER_TURN: usize = 256;
+/// Name look-up, TCP connection and the token provider, together.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a REGISTER may take: the server hashes the password, behind others.
+const REGISTER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Reconnecting waits a random time between 0 and a bound, which doubles from here …
+const BACK_OFF_MS_MIN: u64 = 200;
+/// … to here.
+const BACK_OFF_MS_MAX: u64 = 30_000;
+/// A connection that lasted so long ends a row of failed attempts.
+const LASTED: Duration = Duration::from_secs(10);
+/// When the last [`Client`](crate::Client) is dropped, what is open still gets so long.
+const DROP_LINGER: Duration = Duration::from_secs(1);
+
+/// What a token provider gives: the token, or why there is none.
+pub type TokenFuture = Pin<Box<dyn Future<Output = Result<String, String>> + Send>>;
+
+/// What to log in with, asked anew for every connection.
+#[derive(Clone)]
+pub(crate) enum Proof {
+    Password(String),
+    Token(Arc<dyn Fn() -> TokenFuture + Send + Sync>),
+}
+
+/// From the application to the task.
+pub(crate) enum Command {
+    Send {
+        outgoing: Outgoing,
+        accepted: oneshot::Sender<Result<Accepted, SendError>>,
+        delivered: Option<oneshot::Sender<Result<Delivery, SendError>>>,
+    },
+    Call {
+        query: Query,
+        timeout: Duration,
+        answered: oneshot::Sender<Result<Answer, CallError>>,
+    },
+    Close {
+        patience: Duration,
+    },
+}
+
+/// What the application's event queue and the task both touch.
+#[derive(Default)]
+pub(crate) struct Shared {
+    taken: Mutex<Taken>,
+    wake: Notify,
+    closed: OnceLock<CloseReason>,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Taken> {
+        // The lock is held for single assignments only: there is no half-done state to fear.
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The application is done with an event.
+    pub(crate) fn take(&self, event: &Event) {
+        let mut taken = self.lock();
+        taken.events += 1;
+        if let Event::Message(message) = event
+            && message.seq.0 > 0
+        {
+            let upto = taken.upto.entry(message.conversation).or_default();
+            *upto = (*upto).max(message.seq);
+        }
+        drop(taken);
+        self.wake.notify_one();
+    }
+
+    pub(crate) fn close_reason(&self) -> CloseReason {
+        // Unset only when the runtime was shut down under the task.
+        self.closed.get().cloned().unwrap_or(CloseReason::ByClient)
+    }
+}
+
+/// A connection and what is on its way to and from it.
+pub(crate) struct Link {
+    socket: TcpStream,
+    input: Vec<u8>,
+    output: Vec<u8>,
+    /// A write has failed. What the server said before it closed is still read: it may be why.
+    write_failed: bool,
+}
+
+impl Link {
+    fn new(socket: TcpStream) -> Self {
+        Self { socket, input: vec![0; READ_BYTES], output: Vec::new(), write_failed: false }
+    }
+}
+
+/// See the module.
+pub(crate) struct Connection {
+    address: String,
+    proof: Proof,
+    session: Session,
+    commands: mpsc::Receiver<Command>,
+    /// False once every [`Client`](crate::Client) is dropped.
+    commanded: bool,
+    events: mpsc::Sender<Event>,
+    /// False once the application has dropped its [`Events`](crate::Events).
+    received: bool,
+    shared: Arc<Shared>,
+    accepted: HashMap<u64, oneshot::Sender<Result<Accepted, SendError>>>,
+    delivered: HashMap<u64, oneshot::Sender<Result<Delivery, SendError>>>,
+    answered: HashMap<u64, oneshot::Sender<Result<Answer, CallError>>>,
+    started: Instant,
+}
+
+/// The ends of the channels that the task holds.
+pub(crate) struct Ends {
+    pub commands: mpsc::Receiver<Command>,
+    pub events: mpsc::Sender<Event>,
+    pub shared: Arc<Shared>,
+}
+
+impl Connection {
+    pub(crate) fn new(address: String, proof: Proof, session: Session, ends: Ends) -> Self {
+        let Ends { commands, events, shared } = ends;
+        Self {
+            address,
+            proof,
+            session,
+            commands,
+            commanded: true,
+            events,
+            received: true,
+            shared,
+            accepted: HashMap::new(),
+            delivered: HashMap::new(),
+            answered: HashMap::new(),
+            started: Instant::now(),
+        }
+    }
+
+    fn now(&self) -> Millis {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// One attempt to connect and log in.
+    pub(crate) async fn connect(&mut self, delay: Duration) -> Result<Link, Cut> {
+        let dialled = self.dial_while_serving(delay).await?;
+        let (socket, secret) = dialled.map_err(Cut::Lost)?;
+        let credential = match self.proof {
+            Proof::Password(_) => Credential::Password(Secret(&secret)),
+            Proof::Token(_) => Credential::Token(Secret(&secret)),
+        };
+        let now = self.now();
+        self.session.connected(now, credential);
+        let mut link = Link::new(socket);
+        while !self.session.is_online() {
+            self.turn(&mut link).await?;
+        }
+        Ok(link)
+    }
+
+    /// Waits `delay`, then connects; meanwhile sends are queued and deadlines kept.
+    async fn dial_while_serving(&mut self, delay: Duration) -> Result<Result<(TcpStream, String), LinkError>, Cut> {
+        let dialling = dial(self.address.clone(), self.proof.clone(), delay);
+        tokio::pin!(dialling);
+        loop {
+            self.advance()?;
+            tokio::select! {
+                dialled = &mut dialling => return Ok(dialled),
+                () = self.serve() => {}
+            }
+        }
+    }
+
+    /// The life of the task, from the first login on.
+    pub(crate) async fn run(mut self, link: Link) {
+        let reason = self.keep_connected(link).await;
+        // Set before the event channel closes, so that whoever sees the end knows why.
+        let _ = self.shared.closed.set(reason);
+        self.commands.close();
+        while let Ok(command) = self.commands.try_recv() {
+            self.command(command);
+        }
+        self.session.end();
+        self.hand_out();
+    }
+
+    async fn keep_connected(&mut self, first: Link) -> CloseReason {
+        let mut attempt = 0u32;
+        let mut cut = self.live(first).await;
+        loop {
+            let why = match cut {
+                Cut::End(reason) => return reason,
+                Cut::Lost(why) => why,
+            };
+            self.session.disconnected();
+            attempt = attempt.saturating_add(1);
+            let delay = back_off(attempt, &why);
+            self.session.announce(Event::Reconnecting { attempt, delay, why });
+            cut = match self.connect(delay).await {
+                Ok(link) => {
+                    let began = Instant::now();
+                    let cut = self.live(link).await;
+                    attempt = if began.elapsed() >= LASTED { 0 } else { attempt };
+                    cut
+                }
+                Err(cut) => cut,
+            };
+        }
+    }
+
+    /// Serves a connection until it ends.
+    async fn live(&mut self, mut link: Link) -> Cut {
+        loop {
+            if let Err(cut) = self.turn(&mut link).await {
+                return cut;
+            }
+        }
+    }
+
+    /// Does what is due, then waits for one thing to happen and takes it in.
+    async fn turn(&mut self, link: &mut Link) -> Result<(), Cut> {
+        self.advance()?;
+        self.session.take_output(&mut link.output);
+        let Link { socket, input, output, write_failed } = link;
+        let (mut reader, mut writer) = socket.split();
+        tokio::select! {
+            read = reader.read(input) => match read {
+                Ok(0) => Err(Cut::Lost(LinkError::ServerClosed)),
+                Ok(count) => {
+                    let now = self.now();
+                    self.session.received(now, input.get(..count).unwrap_or_default())
+                }
+                Err(error) => Err(Cut::Lost(io_error(&error))),
+            },
+            written = writer.write(output), if !output.is_empty() && !*write_failed => {
+                match written {
+                    Ok(count) => drop(output.drain(..count)),
+                    Err(_) => *write_failed = true,
+                }
+                Ok(())
+            }
+            () = self.serve() => Ok(()),
+        }
+    }
+
+    /// Lets time pass in the session and hands out what that brought.
+    fn advance(&mut self) -> Result<(), Cut> {
+        let now = self.now();
+        let result = self.session.advance(now);
+        self.hand_out();
+        result
+    }
+
+    /// Waits for the application or the next deadline. Whatever it takes in, it takes in whole: it may be dropped while
+    /// it waits.
+    async fn serve(&mut self) {
+        const FAR: Duration = Duration::from_secs(3_600);
+        let wake = self.session.next_wake(self.now());
+        let at = wake.map_or_else(|| Instant::now() + FAR, |at| self.started + Duration::from_millis(at));
+        tokio::select! {
+            command = self.commands.recv(), if self.commanded => match command {
+                Some(command) => {
+                    self.command(command);
+                    for _ in 1..COMMANDS_PER_TURN {
+                        let Ok(command) = self.commands.try_recv() else { break };
+                        self.command(command);
+                    }
+                }
+                None => {
+                    self.commanded = false;
+                    self.command(Command::Close { patience: DROP_LINGER });
+                }
+            },
+            () = self.shared.wake.notified() => self.note_taken(),
+            () = self.events.closed(), if self.received => {
+                self.received = false;
+                self.note_taken();
+                self.session.stop_receiving();
+            }
+            () = sleep_until(at) => {}
+        }
+    }
+
+    fn note_taken(&mut self) {
+        let taken = std::mem::take(&mut *self.shared.lock());
+        let now = self.now();
+        self.session.taken(now, taken);
+    }
+
+    fn command(&mut self, command: Command) {
+        let now = self.now();
+        match command {
+            Command::Send { outgoing, accepted, delivered } => match self.session.send(now, outgoing) {
+                Ok(client_seq) => {
+                    self.accepted.insert(client_seq, accepted);
+                    if let Some(delivered) = delivered {
+                        self.delivered.insert(client_seq, delivered);
+                    }
+                }
+                Err(error) => {
+                    // A caller that does not wait for the answer is no error, here and below.
+                    let _ = accepted.send(Err(error.clone()));
+                    let _ = delivered.map(|delivered| delivered.send(Err(error)));
+                }
+            },
+            Command::Call { query, timeout, answered } => match self.session.call(now, query, timeout) {
+                Ok(number) => {
+                    self.answered.insert(number, answered);
+                }
+                Err(error) => {
+                    let _ = answered.send(Err(error));
+                }
+            },
+            Command::Close { patience } => {
+                // What was taken before must be acknowledged before the goodbye.
+                self.note_taken();
+                let patience_ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
+                self.session.close(now.saturating_add(patience_ms));
+            }
+        }
+    }
+
+    fn hand_out(&mut self) {
+        for event in self.session.take_events() {
+            // The queue is as long as what the session may have untaken, so it is never full; a closed one is noticed
+            // in `serve`.
+            let _ = self.events.try_send(event);
+        }
+        for done in self.session.take_done() {
+            match done {
+                Done::Sent(client_seq, result) => {
+                    let _ = self.accepted.remove(&client_seq).map(|sender| sender.send(result));
+                }
+                Done::Delivered(client_seq, result) => {
+                    let _ = self.delivered.remove(&client_seq).map(|sender| sender.send(result));
+                }
+                Done::Answered(number, result) => {
+                    let _ = self.answered.remove(&number).map(|sender| sender.send(result));
+                }
+            }
+        }
+    }
+}
+
+fn io_error(error: &io::Error) -> LinkError {
+    LinkError::Io(error.to_string())
+}
+
+/// Full jitter: anything from 0 to a bound that doubles, so that clients that were cut off together come back apart.
+fn back_off(attempt: u32, why: &LinkError) -> Duration {
+    let doubled = BACK_OFF_MS_MIN.checked_shl(attempt.saturating_sub(1).min(16)).unwrap_or(BACK_OFF_MS_MAX);
+    let jitter = Duration::from_millis(rand::random_range(0..=doubled.min(BACK_OFF_MS_MAX)));
+    match why {
+        LinkError::Goaway { reconnect_after } => *reconnect_after + jitter,
+        LinkError::Io(_)
+        | LinkError::ConnectTimeout(_)
+        | LinkError::Token(_)
+        | LinkError::ServerClosed
+        | LinkError::NoAnswer
+        | LinkError::Protocol(_)
+        | LinkError::Refused(_) => jitter,
+    }
+}
+
+/// After `delay`, a connection and the secret to log in with.
+async fn dial(address: String, proof: Proof, delay: Duration) -> Result<(TcpStream, String), LinkError> {
+    sleep(delay).await;
+    let dialling = async {
+        let secret = match proof {
+            Proof::Password(password) => password,
+            Proof::Token(provider) => provider().await.map_err(LinkError::Token)?,
+        };
+        let socket = TcpStream::connect(address).await.map_err(|error| io_error(&error))?;
+        socket.set_nodelay(true).map_err(|error| io_error(&error))?;
+        Ok((socket, secret))
+    };
+    timeout(DIAL_TIMEOUT, dialling).await.unwrap_or(Err(LinkError::ConnectTimeout(DIAL_TIMEOUT)))
+}
+
+/// Registers a user on a connection of its own.
+pub(crate) async fn register(address: String, user: &UserName, password: String) -> Result<(), ConnectError> {
+    let (mut socket, password) = dial(address, Proof::Password(password), Duration::ZERO).await?;
+    let asking = async {
+        let (mut frame, mut input) = (Vec::new(), vec![0; READ_BYTES]);
+        let request = Request::Register { user: user.as_str(), password: Secret(&password) };
+        Encoder::new().request(Codec::FlatBuffers, 1, &request, &mut frame);
+        socket.write_all(&frame).await.map_err(|error| io_error(&error))?;
+        let mut decoder = FrameDecoder::new();
+        loop {
+            let count = socket.read(&mut input).await.map_err(|error| io_error(&error))?;
+            if count == 0 {
+                return Err(ConnectError::Link(LinkError::ServerClosed));
+            }
+            let mut bytes = input.get(..count).unwrap_or_default();
+            let frame = decoder.next(&mut bytes, limits::FRAME_BYTES_CEILING);
+            let Some(frame) = frame.map_err(|error| LinkError::Protocol(error.code))? else { continue };
+            return registered(codec::decode_reply(&frame.header, frame.body).map_err(LinkError::Protocol)?);
+        }
+    };
+    timeout(REGISTER_TIMEOUT, asking).await.unwrap_or(Err(ConnectError::Link(LinkError::NoAnswer)))
+}
+
+fn registered(reply: Reply<'_>) -> Result<(), ConnectError> {
+    if let Reply::RegisterOk { .. } = reply {
+        return Ok(());
+    }
+    let Reply::Failure { code, detail, .. } = reply else {
+        return Err(ConnectError::Link(LinkError::Protocol(ErrorCode::BadBody)));
+    };
+    Err(ConnectError::Refused { code, detail: detail.to_owned() })
+}
