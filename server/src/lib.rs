@@ -1,0 +1,22 @@
+//! The shell of Ringline, floor 3: threads, sockets, files and clocks around the pure core. It holds no chat rules.
+//!
+//! The way of a byte: [`net`] → [`edge`] → the shard, and back as effects that [`reactor`] performs. Cores speak over
+//! [`lanes`], rung by [`wake`]. [`boot`] checks the machine, [`node`] starts and stops everything, [`config`] is the one
+//! table of keys.
+
+#![forbid(unsafe_code)]
+
+pub mod auth;
+pub mod boot;
+pub mod cli;
+pub mod config;
+pub mod edge;
+pub mod lanes;
+pub mod logs;
+pub mod net;
+pub mod node;
+pub mod park;
+pub mod reactor;
+pub mod stop;
+pub mod wake;
+pub mod workers;

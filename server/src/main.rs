@@ -1,0 +1,10 @@
+//! The `ringline` binary: an allocator and the command line.
+
+use std::process::ExitCode;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    ringline::cli::run()
+}

@@ -1,0 +1,422 @@
+//! The node: checks, opens, starts one thread a core, waits for the signal, stops in order. Owned by the main thread.
+//!
+//! Invariant: a core that ends unasked ends the process. What was accepted is on disk, and a supervisor starts it anew;
+//! a node that lacks a core would leave its users without answers.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, bounded, select, unbounded};
+use glommio::{LocalExecutorBuilder, Placement};
+use ringline_cluster::placement::{CorePlacement, ShardIndex};
+use ringline_core::Shard;
+use ringline_core::config::CoreConfig;
+use ringline_schema::codec::{Codec, Encoder};
+use ringline_schema::errors::ErrorCode;
+use ringline_schema::message::Reply;
+use ringline_store::embedded::{EmbeddedStore, OpenReport};
+use ringline_store::{Store, memory};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::auth::{Issuer, Verifier};
+use crate::boot::{self, BootError};
+use crate::config::{Config, StoreKind};
+use crate::lanes;
+use crate::net::Admission;
+use crate::net::epoll::{EpollNet, EpollOptions};
+use crate::park::{ParkKind, Parker};
+use crate::reactor::{CoreReport, Ended, Parts, Reactor};
+use crate::stop::Control;
+use crate::workers::{self, WorkerOptions};
+
+/// Exit code of a second signal, of a store that could not be closed, and of a core that ended unasked.
+pub const EXIT_NOT_CLEAN: u8 = 1;
+/// What a client is told to wait when it finds no place.
+const REFUSED_RETRY_MS: u32 = 5_000;
+
+/// A core's last word.
+enum CoreEnd {
+    Stopped(ShardIndex, Ended, Result<(), String>),
+    Panicked(ShardIndex),
+}
+
+/// What a core's thread is started with.
+struct Seed {
+    core: usize,
+    park: ParkKind,
+    config: CoreConfig,
+    listener: OwnedFd,
+    admission: Arc<Admission>,
+    refusal: Vec<u8>,
+    rest: SeedRest,
+}
+
+/// The parts that go into the reactor as they are.
+struct SeedRest {
+    store: Box<dyn Store + Send>,
+    lanes: lanes::LaneEnd,
+    waker: Arc<crate::wake::Waker>,
+    workers: workers::WorkersHandle,
+    worked: Receiver<workers::Done>,
+    control: Arc<Control>,
+    reports: Sender<CoreReport>,
+    epoch: Instant,
+}
+
+/// Runs a node until it is told to stop. The result is the process's exit code.
+pub fn serve(mut config: Config) -> Result<u8, BootError> {
+    let started = Instant::now();
+    // Before any thread exists this takes almost no time.
+    glommio::early_init();
+    let features = boot::probe_ring()?;
+    boot::check_memlock()?;
+    let cores = boot::pick_cores(&config.cores)?;
+    let wanted = config.connections_max;
+    config.connections_max = boot::fit_connections(wanted, cores.len())?;
+    let (address, listeners) = boot::listen(config.net_listen, config.net_backlog, cores.len())?;
+    tracing::info!("ringline {}, kernel {}, io_uring: {features}", env!("CARGO_PKG_VERSION"), kernel());
+    if config.connections_max < wanted {
+        tracing::warn!(
+            "connections are limited to {} instead of {wanted} by the limit of open files: raise it (ulimit -n)",
+            config.connections_max
+        );
+    }
+    let stores = open_store(&config, cores.len())?;
+    let verifier = open_auth(&config)?;
+    let threads = worker_threads(&config, cores.len());
+    say_what_is_used(&config, &cores, threads);
+
+    let (wakers, ends) = lanes::mesh(cores.len() as u16).map_err(system("the lanes"))?;
+    let spare = spare_cores(&cores);
+    let options = WorkerOptions { threads, queue: config.workers_queue, cores: spare, verifier };
+    let handles = workers::start(options, &wakers).map_err(system("the workers"))?;
+    let control = Arc::new(Control::new(wakers.clone(), Duration::from_millis(config.server_stop_timeout_ms)));
+    let (reports, reports_in) = unbounded();
+    let admission = Arc::new(Admission::new(config.connections_max));
+    let parts = ends.into_iter().zip(wakers).zip(handles).zip(stores).zip(listeners);
+    let mut seeds = Vec::new();
+    for (at, ((((lanes, waker), (workers, worked)), store), listener)) in parts.enumerate() {
+        let control = control.clone();
+        let reports = reports.clone();
+        let rest = SeedRest { store, lanes, waker, workers, worked, control, reports, epoch: started };
+        let core_config = core_config(&config, (at, cores.len()), address);
+        let core = cores.get(at).copied().unwrap_or(at);
+        let (admission, refusal) = (admission.clone(), refusal());
+        seeds.push(Seed { core, park: config.net_park, config: core_config, listener, admission, refusal, rest });
+    }
+    drop(reports);
+    watch_signals(control.clone())?;
+    let ends = start_cores(seeds)?;
+    tracing::info!("ready on {address} in {} ms", started.elapsed().as_millis());
+    Ok(wait(&reports_in, &ends, cores.len()))
+}
+
+fn system(what: &'static str) -> impl FnOnce(std::io::Error) -> BootError {
+    move |error| BootError::System { what, error }
+}
+
+fn kernel() -> String {
+    rustix::system::uname().release().to_string_lossy().into_owned()
+}
+
+fn open_store(config: &Config, cores: usize) -> Result<Vec<Box<dyn Store + Send>>, BootError> {
+    let shards = cores as u16;
+    match config.store_kind {
+        StoreKind::Memory => {
+            let path = config.data_dir.display().to_string();
+            std::fs::create_dir_all(&config.data_dir).map_err(|error| BootError::DataDir { path, error })?;
+            tracing::warn!("store.kind is memory: messages are forgotten when the server stops");
+            Ok(memory::open(shards).into_iter().map(|store| Box::new(store) as Box<dyn Store + Send>).collect())
+        }
+        StoreKind::Embedded => {
+            let (stores, report) = EmbeddedStore::open(&config.data_dir, shards, boot::store_options(config))?;
+            say_what_was_found(&config.data_dir, &report);
+            Ok(stores.into_iter().map(|store| Box::new(store) as Box<dyn Store + Send>).collect())
+        }
+    }
+}
+
+fn say_what_was_found(data_dir: &Path, report: &OpenReport) {
+    let place = data_dir.canonicalize().unwrap_or_else(|_| data_dir.to_owned());
+    let stop = if report.clean_stop { "clean" } else { "not stopped in order last time" };
+    tracing::info!(
+        "data directory {}: {stop}, {} records replayed, opened in {} ms",
+        place.display(),
+        report.replayed_records,
+        report.took_ms
+    );
+    if let Some(reason) = &report.index_rebuilt {
+        tracing::warn!("the index was made anew from the logs: {reason}");
+    }
+    for cut in &report.cuts {
+        tracing::warn!(
+            "{}: {} bytes of an unfinished commit were cut at {}; nobody was told it was stored",
+            cut.file.display(),
+            cut.bytes,
+            cut.offset
+        );
+    }
+}
+
+fn open_auth(config: &Config) -> Result<Arc<Verifier>, BootError> {
+    let (issuer, new) = Issuer::open_or_create(&config.data_dir)?;
+    if new {
+        tracing::info!("a new token issuer key was made in {}", config.data_dir.display());
+    }
+    Ok(Arc::new(Verifier::new(&issuer, &config.auth_public_keys, &config.auth_audience)?))
+}
+
+/// Cores without a shard on which the process may run.
+fn spare_cores(shards: &[usize]) -> Vec<usize> {
+    let all = core_affinity::get_core_ids().unwrap_or_default();
+    all.iter().map(|core| core.id).filter(|core| !shards.contains(core)).collect()
+}
+
+fn worker_threads(config: &Config, cores: usize) -> usize {
+    const AUTO_MIN: usize = 2;
+    match config.workers_threads {
+        0 => core_affinity::get_core_ids().map_or(0, |all| all.len().saturating_sub(cores)).max(AUTO_MIN),
+        threads => threads,
+    }
+}
+
+fn say_what_is_used(config: &Config, cores: &[usize], threads: usize) {
+    let placement = CorePlacement::new(cores.len() as u16);
+    let partitions: Vec<String> = (0..cores.len())
+        .filter_map(|at| placement.map(|placement| placement.partitions_of(ShardIndex(at as u16)).to_string()))
+        .collect();
+    tracing::info!(
+        "cores {} with {} partitions, {threads} workers, up to {} connections",
+        boot::ranges(cores),
+        partitions.join("+"),
+        config.connections_max
+    );
+    let mib = |bytes: u64| bytes.div_ceil(1_048_576);
+    let parts = boot::memory_budget(config, cores.len(), threads);
+    let texts: Vec<String> = parts.iter().map(|(name, bytes)| format!("{name} {}", mib(*bytes))).collect();
+    let sum: u64 = parts.iter().map(|(_, bytes)| bytes).sum();
+    tracing::info!("memory at most {} MiB: {}", mib(sum), texts.join(", "));
+}
+
+fn core_config(config: &Config, (at, cores): (usize, usize), address: SocketAddr) -> CoreConfig {
+    // Checked: there is at least one core and at most 1,024.
+    let placement = CorePlacement::new(cores as u16).or(CorePlacement::new(1));
+    let placement = placement.unwrap_or_else(|| unreachable!("one shard is always a placement"));
+    let advertised = if config.net_advertise.is_empty() { address.to_string() } else { config.net_advertise.clone() };
+    CoreConfig {
+        node: config.node_name.clone(),
+        address: advertised,
+        frame_bytes_max: config.frame_bytes_max,
+        outbox_bytes_max: config.outbox_bytes_max,
+        write_stall_ms: config.write_stall_ms,
+        login_timeout_ms: config.login_timeout_ms,
+        idle_timeout_ms: config.idle_timeout_ms,
+        ping_interval_ms: config.ping_interval_ms,
+        requests_per_s: config.requests_per_s,
+        requests_burst: config.requests_burst,
+        device_policy: config.devices_policy,
+        devices_max: config.devices_max,
+        token_creates_user: config.auth_token_creates_user,
+        conversations_cached_max: config.cache_conversations,
+        users_cached_max: config.cache_users,
+        connections_max: config.connections_max,
+        ..CoreConfig::new(ShardIndex(at as u16), placement)
+    }
+}
+
+/// What a client hears that finds no place.
+fn refusal() -> Vec<u8> {
+    let code = ErrorCode::TooManyConnections;
+    let mut bytes = Vec::new();
+    let failure = Reply::Failure { code, retry_after_ms: REFUSED_RETRY_MS, detail: code.text() };
+    Encoder::new().reply(Codec::default(), 0, &failure, &mut bytes);
+    bytes
+}
+
+/// The first signal stops the node in order, the second at once.
+fn watch_signals(control: Arc<Control>) -> Result<(), BootError> {
+    let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(system("signal handling"))?;
+    let watch = move || {
+        let mut first = true;
+        for signal in signals.forever() {
+            if !std::mem::replace(&mut first, false) {
+                tracing::error!("a second signal: stopping at once");
+                std::process::exit(i32::from(EXIT_NOT_CLEAN));
+            }
+            tracing::info!("stopping in order ({})", if signal == SIGINT { "SIGINT" } else { "SIGTERM" });
+            control.stop();
+        }
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(watch).map_err(system("signal handling"))?;
+    Ok(())
+}
+
+/// Starts the threads and waits until all of them serve.
+fn start_cores(seeds: Vec<Seed>) -> Result<Receiver<CoreEnd>, BootError> {
+    let (ready, ready_in) = bounded(seeds.len());
+    let (ends, ends_in) = bounded(seeds.len());
+    let count = seeds.len();
+    for seed in seeds {
+        let (ready, ends) = (ready.clone(), ends.clone());
+        let index = seed.config.shard;
+        let run = move || {
+            let end = catch_unwind(AssertUnwindSafe(|| run_core(seed, &ready)));
+            let _ = match end {
+                Ok(Some((ended, closed))) => ends.send(CoreEnd::Stopped(index, ended, closed)),
+                // It never began, and has said so.
+                Ok(None) => Ok(()),
+                Err(_) => ends.send(CoreEnd::Panicked(index)),
+            };
+        };
+        std::thread::Builder::new().name(format!("core-{}", index.0)).spawn(run).map_err(system("a core's thread"))?;
+    }
+    drop(ready);
+    for _ in 0..count {
+        match ready_in.recv() {
+            Ok(outcome) => outcome?,
+            Err(_) => return Err(BootError::Core { core: 0, reason: "it ended at once".into() }),
+        }
+    }
+    Ok(ends_in)
+}
+
+/// A core's thread from its first to its last line. `None`: it could not begin.
+fn run_core(seed: Seed, ready: &Sender<Result<(), BootError>>) -> Option<(Ended, Result<(), String>)> {
+    let core = seed.core;
+    let fail = |reason: String| {
+        let _ = ready.send(Err(BootError::Core { core, reason }));
+    };
+    let executor = LocalExecutorBuilder::new(Placement::Fixed(core)).io_memory(boot::RING_IO_BYTES).make();
+    let executor = match executor {
+        Ok(executor) => executor,
+        Err(error) => {
+            fail(error.to_string());
+            return None;
+        }
+    };
+    executor.run(async move {
+        let prepared = prepare(seed);
+        match prepared {
+            Ok((reactor, parker)) => {
+                let _ = ready.send(Ok(()));
+                let (ended, closed) = reactor.run(parker).await;
+                Some((ended, closed.map_err(|error| error.to_string())))
+            }
+            Err(error) => {
+                fail(error.to_string());
+                None
+            }
+        }
+    })
+}
+
+fn prepare(seed: Seed) -> std::io::Result<(Reactor, Parker)> {
+    use crate::net::Net;
+    let Seed { park, config, listener, admission, refusal, rest, core: _ } = seed;
+    let mut net = Box::new(EpollNet::new(EpollOptions { listener, admission, refusal })?);
+    net.watch(rest.waker.bell())?;
+    if let Some(fd) = rest.store.wake_fd() {
+        net.watch(fd)?;
+    }
+    let parker = Parker::new(park, net.as_ref())?;
+    let parts = Parts {
+        index: config.shard,
+        shard: Shard::new(config, rand::random()),
+        net,
+        store: rest.store,
+        lanes: rest.lanes,
+        waker: rest.waker,
+        workers: rest.workers,
+        worked: rest.worked,
+        control: rest.control,
+        reports: rest.reports,
+        epoch: rest.epoch,
+    };
+    Ok((Reactor::new(parts), parker))
+}
+
+/// Logs what the cores report, until the last of them has ended. Returns the exit code.
+fn wait(reports: &Receiver<CoreReport>, ends: &Receiver<CoreEnd>, cores: usize) -> u8 {
+    let mut summary = Summary::new(cores);
+    let mut code = 0;
+    let mut left = cores;
+    while left > 0 {
+        select! {
+            recv(reports) -> report => if let Ok(report) = report { summary.take(report) },
+            recv(ends) -> end => match end {
+                Ok(CoreEnd::Stopped(shard, ended, closed)) => {
+                    left -= 1;
+                    if ended == Ended::TimedOut {
+                        tracing::warn!(shard = shard.0, "the stop took too long: some requests were not answered");
+                    }
+                    if let Err(error) = closed {
+                        tracing::error!(shard = shard.0, error, "the store could not be closed in order");
+                        code = EXIT_NOT_CLEAN;
+                    }
+                }
+                Ok(CoreEnd::Panicked(shard)) => {
+                    tracing::error!(shard = shard.0, "a core panicked: the node ends; what was accepted is on disk");
+                    std::process::exit(i32::from(EXIT_NOT_CLEAN));
+                }
+                Err(_) => break,
+            },
+        }
+    }
+    reports.try_iter().for_each(|report| summary.take(report));
+    summary.print("stopped");
+    code
+}
+
+/// Counters of the node, as one line.
+struct Summary {
+    latest: BTreeMap<ShardIndex, CoreReport>,
+    fresh: usize,
+    cores: usize,
+    printed: String,
+}
+
+impl Summary {
+    fn new(cores: usize) -> Self {
+        Self { latest: BTreeMap::new(), fresh: 0, cores, printed: String::new() }
+    }
+
+    /// Prints when every core has spoken since the last time and something changed.
+    fn take(&mut self, report: CoreReport) {
+        // The last words are printed together, by the caller.
+        self.fresh += usize::from(!report.is_last);
+        self.latest.insert(report.shard, report);
+        if self.fresh >= self.cores {
+            self.fresh = 0;
+            let line = self.line();
+            if line != self.printed {
+                self.print("serving");
+            }
+        }
+    }
+
+    fn line(&self) -> String {
+        let mut sums: Vec<(&'static str, u64)> = Vec::new();
+        for (name, value) in self.latest.values().flat_map(|report| &report.counters) {
+            match sums.iter_mut().find(|(known, _)| known == name) {
+                Some((_, sum)) => *sum += value,
+                None => sums.push((name, *value)),
+            }
+        }
+        let connections: usize = self.latest.values().map(|report| report.connections).sum();
+        let texts: Vec<String> =
+            sums.iter().filter(|(_, value)| *value > 0).map(|(name, value)| format!("{name}={value}")).collect();
+        format!("connections={connections} {}", texts.join(" "))
+    }
+
+    fn print(&mut self, state: &str) {
+        let line = self.line();
+        tracing::info!("{state}: {line}");
+        self.printed = line;
+    }
+}

@@ -1,0 +1,423 @@
+//! The loop of a core: gather → step → perform → flush → park. One per core, alone on its thread.
+//!
+//! Invariants: everything gathered in a turn is bounded; the clock is read once a turn; the store, the lanes and each
+//! dirty connection are flushed once a turn; the core sleeps only when a whole turn found nothing.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use crossbeam_channel::{Receiver, Sender};
+use ringline_cluster::placement::ShardIndex;
+use ringline_core::Shard;
+use ringline_core::event::{CloseReason, ConnId, Effect, Effects, Event, Now, Token, Verdict, Work, WorkOutcome};
+use ringline_schema::record::{Answer, Record};
+use ringline_store::{LoadToken, Store, StoreError, StoreEvent};
+
+use crate::edge::{Departure, Edge, Turn};
+use crate::lanes::{HandOver, LaneEnd, LaneItem};
+use crate::net::{Flow, Net, NetEvent};
+use crate::park::{Parker, SLEEP_US_MAX};
+use crate::stop::{Control, Phase};
+use crate::wake::Waker;
+use crate::workers::{Done, WorkersHandle};
+
+/// Answers taken from the workers in one turn.
+const WORKED_PER_TURN_MAX: usize = 256;
+/// Sleep while a lane or the store is full: nobody rings when it has room again.
+const BLOCKED_SLEEP_US: u64 = 1_000;
+/// Sleep while stopping: other cores' quiet is looked at, not announced.
+const STOPPING_SLEEP_US: u64 = 2_000;
+/// How often counters go to the main thread.
+const REPORT_INTERVAL_US: u64 = 60_000_000;
+
+/// What a core tells the main thread now and then, and once at its end.
+#[derive(Debug)]
+pub struct CoreReport {
+    pub shard: ShardIndex,
+    pub is_last: bool,
+    pub connections: usize,
+    pub counters: Vec<(&'static str, u64)>,
+}
+
+/// What a core is made of; see [`Reactor`].
+pub struct Parts {
+    pub index: ShardIndex,
+    pub shard: Shard,
+    pub net: Box<dyn Net>,
+    pub store: Box<dyn Store>,
+    pub lanes: LaneEnd,
+    pub waker: Arc<Waker>,
+    pub workers: WorkersHandle,
+    pub worked: Receiver<Done>,
+    pub control: Arc<Control>,
+    pub reports: Sender<CoreReport>,
+    /// The same on all cores: monotonic times are compared between them in logs.
+    pub epoch: Instant,
+}
+
+/// One core.
+pub struct Reactor {
+    parts: Parts,
+    edge: Edge,
+    fx: Effects,
+    now: Now,
+    store_events: Vec<StoreEvent>,
+    /// Reused by the gathering of lanes.
+    arrived: Vec<(ShardIndex, LaneItem)>,
+    /// Records that the store had no room for: in order, before any newer one.
+    backlog: VecDeque<Record>,
+    store_failed: bool,
+    draining: bool,
+    reported_us: u64,
+    handed_in: u64,
+}
+
+/// How a core's loop ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// Everything accepted was answered.
+    Quiet,
+    /// The stop took longer than it may.
+    TimedOut,
+}
+
+impl Reactor {
+    pub fn new(parts: Parts) -> Self {
+        Self {
+            parts,
+            edge: Edge::default(),
+            fx: Effects::default(),
+            now: Now::default(),
+            store_events: Vec::new(),
+            arrived: Vec::new(),
+            backlog: VecDeque::new(),
+            store_failed: false,
+            draining: false,
+            reported_us: 0,
+            handed_in: 0,
+        }
+    }
+
+    /// Runs until the node stops, then closes the store.
+    pub async fn run(mut self, mut parker: Parker) -> (Ended, Result<(), StoreError>) {
+        let ended = loop {
+            let busy = self.turn();
+            if let Some(ended) = self.stopping(busy) {
+                break ended;
+            }
+            // A sleep by the executor costs more than another look; a direct one is that look.
+            if if parker.is_direct() { !self.fx.dirty.is_empty() } else { busy } {
+                continue;
+            }
+            self.parts.waker.about_to_sleep();
+            if self.nothing_came() {
+                let sleep_us = self.sleep_us();
+                parker.park(self.parts.net.as_mut(), sleep_us).await;
+            }
+            self.parts.waker.awake();
+        };
+        self.report(true);
+        (ended, self.parts.store.close())
+    }
+
+    /// One turn. True if it found anything to do.
+    fn turn(&mut self) -> bool {
+        self.read_clock();
+        let mut busy = self.gather_net();
+        busy |= self.gather_lanes();
+        busy |= self.gather_store();
+        busy |= self.gather_workers();
+        busy |= self.gather_timers();
+        self.flush() | busy
+    }
+
+    fn read_clock(&mut self) {
+        let mono_us = self.parts.epoch.elapsed().as_micros() as u64;
+        let unix_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+        self.now = Now { mono_us, unix_ms };
+        if mono_us.saturating_sub(self.reported_us) >= REPORT_INTERVAL_US {
+            self.reported_us = mono_us;
+            self.report(false);
+        }
+    }
+
+    /// Tells the shard something whose verdict is always to go on.
+    fn tell(&mut self, event: Event<'_>) {
+        let verdict = self.parts.shard.handle(event, self.now, &mut self.fx);
+        debug_assert_eq!(verdict, Verdict::Continue, "only requests change what is read");
+    }
+
+    fn gather_net(&mut self) -> bool {
+        let Self { parts, edge, fx, now, .. } = self;
+        let Parts { net, shard, lanes, .. } = parts;
+        let now = *now;
+        // Everything is told at once and in order: a slot that is freed here may be taken by the next event.
+        let any = net.poll(now.mono_us, &mut |event| {
+            let mut turn = Turn { shard, fx, now };
+            match event {
+                NetEvent::Received { conn, bytes } => return edge.received(&mut turn, conn, bytes),
+                NetEvent::Accepted { conn } => {
+                    edge.opened(conn);
+                    turn.tell(Event::Opened { conn });
+                }
+                NetEvent::Sent { conn, bytes, buffer } => edge.sent(&mut turn, conn, (bytes, buffer)),
+                NetEvent::Detached { conn, socket } => {
+                    edge.detached(conn, socket, |departure| depart(lanes, departure));
+                }
+                NetEvent::Closed { conn, cause } => {
+                    tracing::debug!(slot = conn.slot, ?cause, "the client's socket ended");
+                    edge.closed(&mut turn, conn);
+                }
+            }
+            Flow::Continue
+        });
+        edge.depart(net.as_mut(), |departure| depart(lanes, departure));
+        self.perform();
+        any
+    }
+
+    fn gather_lanes(&mut self) -> bool {
+        let mut arrived = std::mem::take(&mut self.arrived);
+        if self.parts.lanes.is_empty() {
+            self.arrived = arrived;
+            return false;
+        }
+        if self.draining {
+            // Not quiet from here on, before the count of received batches rises.
+            self.parts.control.set_quiet(self.parts.index, false);
+        }
+        let any = self.parts.lanes.receive(|from, item| arrived.push((from, item)));
+        for (from, item) in arrived.drain(..) {
+            match item {
+                LaneItem::Core(message) => self.tell(Event::Shard { from, message }),
+                LaneItem::HandOver(hand_over) => self.take_in(hand_over),
+            }
+        }
+        self.arrived = arrived;
+        self.perform();
+        any
+    }
+
+    /// A connection that another core read the first frame of.
+    fn take_in(&mut self, HandOver { socket, bytes }: HandOver) {
+        let conn = match self.parts.net.adopt(socket) {
+            Ok(conn) => conn,
+            Err(error) => {
+                tracing::warn!(%error, "a connection handed over could not be taken in");
+                return;
+            }
+        };
+        self.handed_in += 1;
+        self.edge.opened(conn);
+        self.tell(Event::Opened { conn });
+        // Its answer comes by an event; what is read next is decided when it is readable.
+        let mut turn = Turn { shard: &mut self.parts.shard, fx: &mut self.fx, now: self.now };
+        let _ = self.edge.received(&mut turn, conn, &bytes);
+    }
+
+    fn gather_store(&mut self) -> bool {
+        let mut events = std::mem::take(&mut self.store_events);
+        self.parts.store.poll(&mut events);
+        let any = !events.is_empty();
+        for event in events.drain(..) {
+            match event {
+                StoreEvent::Committed(upto) => self.tell(Event::Stored { upto: upto.0 }),
+                StoreEvent::Failed => self.fail_store(),
+                StoreEvent::Loaded(LoadToken(token), answer) => {
+                    self.tell(Event::Loaded { token: Token(token), answer });
+                }
+            }
+        }
+        self.store_events = events;
+        self.perform();
+        any
+    }
+
+    /// False: the store is full for now. The core bounds what is not durable yet, and with it the backlog.
+    fn append(&mut self, record: &Record) -> bool {
+        match self.parts.store.append(record) {
+            Ok(_) => true,
+            Err(StoreError::Full) => false,
+            // Frames are far smaller than the largest record. If one came all the same, every later number would be
+            // wrong: nothing more may be acknowledged.
+            Err(error @ (StoreError::Poisoned | StoreError::TooLarge)) => {
+                debug_assert!(!matches!(error, StoreError::TooLarge), "the core lets too large a record pass");
+                self.fail_store();
+                true
+            }
+        }
+    }
+
+    /// Offers the store what it had no room for.
+    fn append_backlog(&mut self) {
+        while let Some(record) = self.backlog.pop_front() {
+            if !self.append(&record) {
+                self.backlog.push_front(record);
+                return;
+            }
+        }
+    }
+
+    fn fail_store(&mut self) {
+        if !std::mem::replace(&mut self.store_failed, true) {
+            tracing::error!(shard = self.parts.index.0, "the store failed: no durable message is accepted any more");
+            self.tell(Event::StoreFailed);
+        }
+    }
+
+    fn gather_workers(&mut self) -> bool {
+        let mut any = false;
+        for _ in 0..WORKED_PER_TURN_MAX {
+            let Ok(Done { token, outcome }) = self.parts.worked.try_recv() else { break };
+            any = true;
+            self.tell(Event::Worked { token, outcome });
+        }
+        self.perform();
+        any
+    }
+
+    fn gather_timers(&mut self) -> bool {
+        let due = self.parts.shard.next_deadline_us().is_some_and(|at_us| at_us <= self.now.mono_us);
+        if due {
+            self.tell(Event::Timer);
+        }
+        let Self { parts: Parts { shard, net, .. }, edge, fx, now, .. } = self;
+        edge.close_overdue(&mut Turn { shard, fx, now: *now }, net.as_mut());
+        self.perform();
+        due
+    }
+
+    /// Carries out effects, and what they cause in turn, until none is left.
+    fn perform(&mut self) {
+        while !self.fx.list.is_empty() {
+            let mut list = std::mem::take(&mut self.fx.list);
+            for effect in list.drain(..) {
+                self.perform_one(effect);
+            }
+            if self.fx.list.is_empty() {
+                self.fx.list = list;
+            }
+        }
+    }
+
+    fn perform_one(&mut self, effect: Effect) {
+        match effect {
+            Effect::Close { conn, reason } => self.begin_close(conn, reason),
+            Effect::Append(record) => {
+                if !self.backlog.is_empty() || !self.append(&record) {
+                    self.backlog.push_back(record);
+                }
+            }
+            Effect::Load { token, query } => {
+                if self.parts.store.load(LoadToken(token.0), query).is_err() {
+                    self.tell(Event::Loaded { token, answer: Answer::Failed });
+                }
+            }
+            Effect::Work { token, work } => self.begin_work(token, work),
+            Effect::ToShard { to, message } => self.parts.lanes.push(to, LaneItem::Core(message)),
+        }
+    }
+
+    fn begin_close(&mut self, conn: ConnId, reason: CloseReason) {
+        tracing::debug!(slot = conn.slot, ?reason, "closing a connection");
+        self.edge.close(conn, self.now);
+        self.fx.dirty.push(conn);
+    }
+
+    fn begin_work(&mut self, token: Token, work: Work) {
+        if !self.parts.workers.submit(token, work) {
+            self.tell(Event::Worked { token, outcome: WorkOutcome::Busy });
+        }
+    }
+
+    /// One write a dirty connection, one commit, one batch a lane.
+    fn flush(&mut self) -> bool {
+        let mut busy = !self.fx.dirty.is_empty();
+        let Self { parts, edge, fx, now, .. } = self;
+        let Parts { shard, net, .. } = parts;
+        let mut dirty = std::mem::take(&mut fx.dirty);
+        let mut turn = Turn { shard, fx, now: *now };
+        for conn in dirty.drain(..) {
+            edge.write(&mut turn, net.as_mut(), conn);
+        }
+        if fx.dirty.is_empty() {
+            fx.dirty = dirty;
+        }
+        self.perform();
+        self.parts.net.flush();
+        self.append_backlog();
+        self.parts.store.submit();
+        if self.parts.store.wake_fd().is_none() {
+            busy |= self.gather_store();
+        }
+        let Parts { lanes, shard, .. } = &mut self.parts;
+        lanes.flush(|to, blocked| shard.set_lane_blocked(to, blocked));
+        busy || !self.fx.dirty.is_empty()
+    }
+
+    /// The last look before sleep.
+    fn nothing_came(&self) -> bool {
+        self.parts.lanes.is_empty() && self.parts.worked.is_empty() && !self.control_changed()
+    }
+
+    fn control_changed(&self) -> bool {
+        !self.draining && self.parts.control.phase() != Phase::Running
+    }
+
+    fn sleep_us(&self) -> u64 {
+        let now_us = self.now.mono_us;
+        let until = |at_us: Option<u64>| at_us.map_or(SLEEP_US_MAX, |at_us| at_us.saturating_sub(now_us));
+        let own = until(self.parts.shard.next_deadline_us()).min(until(self.edge.next_deadline_us()));
+        let blocked = self.parts.lanes.is_blocked() || !self.backlog.is_empty();
+        let blocked = if blocked { BLOCKED_SLEEP_US } else { SLEEP_US_MAX };
+        let stopping = if self.draining { STOPPING_SLEEP_US } else { SLEEP_US_MAX };
+        own.min(blocked).min(stopping)
+    }
+
+    /// Drives the orderly stop. `Some`: the loop ends.
+    fn stopping(&mut self, busy: bool) -> Option<Ended> {
+        if self.parts.control.phase() == Phase::Running {
+            return None;
+        }
+        if !self.draining {
+            self.draining = true;
+            self.parts.net.stop_accepting();
+            self.tell(Event::Drain);
+            self.perform();
+            return None;
+        }
+        let quiet = !busy
+            && self.parts.shard.is_quiet()
+            && self.edge.is_quiet()
+            && self.parts.lanes.is_empty()
+            && !self.parts.lanes.is_blocked();
+        let control = &self.parts.control;
+        control.set_traffic(self.parts.index, self.parts.lanes.traffic());
+        control.set_quiet(self.parts.index, quiet);
+        if quiet && control.all_quiet() {
+            return Some(Ended::Quiet);
+        }
+        control.is_overdue().then_some(Ended::TimedOut)
+    }
+
+    fn report(&self, is_last: bool) {
+        let Parts { index, shard, net, reports, .. } = &self.parts;
+        let mut counters = shard.counters();
+        let sockets = net.counters();
+        counters.extend([
+            ("accepted_sockets", sockets.accepted),
+            ("refused_sockets", sockets.refused),
+            ("accept_pauses", sockets.accept_pauses),
+            ("handed_in", self.handed_in),
+            ("bytes_in", sockets.bytes_received),
+            ("bytes_out", sockets.bytes_sent),
+        ]);
+        // The main thread is gone only when the process ends.
+        let _ = reports.send(CoreReport { shard: *index, is_last, connections: shard.connections(), counters });
+    }
+}
+
+fn depart(lanes: &mut LaneEnd, Departure { to, socket, bytes }: Departure) {
+    lanes.push(to, LaneItem::HandOver(HandOver { socket, bytes }));
+}

@@ -1,0 +1,212 @@
+//! The index of a node: one fjall database with one tree of rows, and the flush that moves an overlay into it.
+//!
+//! Used by index threads only; it blocks. Invariant: a log's watermark is written in the same atomic batch as the rows
+//! that it stands for, and the batch is synced before any of it can reach a table file. So after a crash rows and
+//! watermark agree, and what is missing is replayed from the log.
+
+use std::path::Path;
+
+use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode, Slice};
+use ringline_schema::ids::{ConversationId, DeviceKey, Seq, UserName};
+use ringline_schema::record::{Accepted, User};
+
+use super::EmbeddedOptions;
+use super::overlay::{Overlay, Recent};
+use super::rows::{self, BadRow, Block, HeadRow, Watermark};
+use super::segments::ReadError;
+use crate::{newest, remember};
+
+/// Threads of the library that flush and compact, for the whole node.
+const WORKER_THREADS: usize = 1;
+/// The library's smallest.
+const JOURNAL_BYTES_MAX: u64 = 64 * 1024 * 1024;
+/// Table files that the library keeps open.
+const FILES_MAX: usize = 200;
+
+/// Why the index could not answer or take rows.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum IndexError {
+    #[error("index: {0}")]
+    Library(#[from] fjall::Error),
+    #[error("{0}")]
+    Row(#[from] BadRow),
+    #[error("log: {0}")]
+    Log(#[from] ReadError),
+    #[error("the index belongs to another data folder or version")]
+    Foreign,
+    /// A seq between the first and the head of a conversation has no place.
+    #[error("conversation {0}: message {1} is missing from the index")]
+    Missing(ConversationId, Seq),
+    /// The place of a message holds another record.
+    #[error("conversation {0}: the index names a wrong record for message {1}")]
+    Wrong(ConversationId, Seq),
+}
+
+/// The database. Cheap to share by reference.
+pub(super) struct Index {
+    rows: Keyspace,
+    database: Database,
+}
+
+impl Index {
+    pub fn open(folder: &Path, options: &EmbeddedOptions) -> Result<Self, IndexError> {
+        let database = Database::builder(folder)
+            .cache_size(options.index_cache_bytes)
+            .worker_threads(WORKER_THREADS)
+            .max_journaling_size(JOURNAL_BYTES_MAX)
+            .max_cached_files(Some(FILES_MAX))
+            .open()?;
+        let memtable_bytes = options.index_memtable_bytes;
+        let rows = database.keyspace("rows", || KeyspaceCreateOptions::default().max_memtable_size(memtable_bytes))?;
+        Ok(Self { rows, database })
+    }
+
+    /// Whether this index was made of the logs of data folder `identity`, by this version of the rows.
+    pub fn belongs_to(&self, identity: u64) -> Result<bool, IndexError> {
+        Ok(self.rows.get(rows::IDENTITY_KEY)?.as_deref() == Some(&identity_row(identity)[..]))
+    }
+
+    pub fn set_identity(&self, identity: u64) -> Result<(), IndexError> {
+        let mut batch = self.database.batch().durability(Some(PersistMode::SyncData));
+        batch.insert(&self.rows, rows::IDENTITY_KEY, identity_row(identity));
+        Ok(batch.commit()?)
+    }
+
+    pub fn watermarks(&self) -> Result<Vec<(u16, Watermark)>, IndexError> {
+        let mut found = Vec::new();
+        for row in self.rows.prefix(rows::WATERMARK_PREFIX) {
+            let (key, value) = row.into_inner()?;
+            found.push((rows::log_of_watermark_key(&key)?, Watermark::decode(&value)?));
+        }
+        Ok(found)
+    }
+
+    pub fn set_watermarks(&self, watermarks: &[(u16, Watermark)]) -> Result<(), IndexError> {
+        let mut batch = self.database.batch().durability(Some(PersistMode::SyncData));
+        for (log, watermark) in watermarks {
+            batch.insert(&self.rows, rows::watermark_key(*log), watermark.encode());
+        }
+        Ok(batch.commit()?)
+    }
+
+    /// A user, and the run that wrote it.
+    pub fn user(&self, name: &UserName) -> Result<Option<(u64, User)>, IndexError> {
+        self.get(&rows::user_key(name), |bytes| rows::decode_user(name, bytes))
+    }
+
+    pub fn head(&self, conversation: ConversationId) -> Result<Option<HeadRow>, IndexError> {
+        self.get(&rows::head_key(conversation), HeadRow::decode)
+    }
+
+    pub fn filter(&self, conversation: ConversationId, device: DeviceKey) -> Result<Vec<Accepted>, IndexError> {
+        Ok(self.get(&rows::filter_key(conversation, device), rows::decode_filter)?.unwrap_or_default())
+    }
+
+    pub fn block(&self, conversation: ConversationId, block: u64) -> Result<Block, IndexError> {
+        Ok(self.get(&rows::block_key(conversation, block), Block::decode)?.unwrap_or_default())
+    }
+
+    pub fn cursor(&self, device: DeviceKey, conversation: ConversationId) -> Result<Seq, IndexError> {
+        Ok(self.get(&rows::cursor_key(device, conversation), rows::decode_seq)?.unwrap_or_default())
+    }
+
+    /// Conversations of a user above `cursor`, rising, at most `limit`.
+    pub fn conversations_of(
+        &self,
+        user: &UserName,
+        cursor: ConversationId,
+        limit: usize,
+    ) -> Result<Vec<ConversationId>, IndexError> {
+        let after = std::ops::Bound::Excluded(rows::list_key(user, cursor));
+        let last = std::ops::Bound::Included(rows::list_key(user, ConversationId(u128::MAX)));
+        let mut found = Vec::new();
+        for row in self.rows.range((after, last)).take(limit) {
+            found.push(rows::conversation_of_list_key(&row.key()?)?);
+        }
+        Ok(found)
+    }
+
+    /// Moves an overlay's rows in, with the watermark of its log: one atomic, synced batch. The overlay is cleared by
+    /// the caller, afterwards.
+    pub fn flush(&self, overlay: &Overlay, log: u16, watermark: Watermark) -> Result<(), IndexError> {
+        let rows_about = overlay.conversations.len() * 4 + overlay.users.len() + overlay.cursors.len();
+        let mut flush = Flush { index: self, rows: Vec::with_capacity(rows_about) };
+        for (&conversation, recent) in &overlay.conversations {
+            flush.conversation(conversation, recent)?;
+        }
+        for (name, user) in &overlay.users {
+            // Logs may be replayed in an order that is not the order of time.
+            if self.user(name)?.is_none_or(|(run, _)| run <= user.0) {
+                flush.put(rows::user_key(name), rows::encode_user(user));
+            }
+        }
+        for (user, conversation) in &overlay.lists {
+            flush.put(rows::list_key(user, *conversation), Vec::new());
+        }
+        for (&(device, conversation), &seq) in &overlay.cursors {
+            if seq > self.cursor(device, conversation)? {
+                flush.put(rows::cursor_key(device, conversation), rows::encode_seq(seq));
+            }
+        }
+        flush.put(rows::watermark_key(log), watermark.encode());
+        let mut batch = self.database.batch().durability(Some(PersistMode::SyncData));
+        for (key, value) in flush.rows {
+            batch.insert(&self.rows, key, value);
+        }
+        Ok(batch.commit()?)
+    }
+
+    fn get<T>(&self, key: &[u8], decode: impl FnOnce(&[u8]) -> Result<T, BadRow>) -> Result<Option<T>, IndexError> {
+        match self.rows.get(key)? {
+            Some(value) => Ok(Some(decode(&value)?)),
+            None => Ok(None),
+        }
+    }
+}
+
+/// The rows of one flush, as they are gathered.
+struct Flush<'a> {
+    index: &'a Index,
+    rows: Vec<(Slice, Vec<u8>)>,
+}
+
+impl Flush<'_> {
+    fn put(&mut self, key: impl AsRef<[u8]>, value: Vec<u8>) {
+        self.rows.push((Slice::from(key.as_ref()), value));
+    }
+
+    fn conversation(&mut self, id: ConversationId, recent: &Recent) -> Result<(), IndexError> {
+        let mut head = self.index.head(id)?.unwrap_or_default();
+        head.merge(&recent.head);
+        self.put(rows::head_key(id), head.encode());
+
+        for places in recent.places.chunk_by(|(one, _), (other, _)| rows::block_of(*one).0 == rows::block_of(*other).0)
+        {
+            let Some(&(first, _)) = places.first() else { continue };
+            let (number, _) = rows::block_of(first);
+            let mut block = Block::default();
+            for &(seq, place) in places {
+                block.set(rows::block_of(seq).1, place);
+            }
+            if !block.is_full() {
+                block.merge(&self.index.block(id, number)?);
+            }
+            self.put(rows::block_key(id, number), block.encode());
+        }
+        for sender in recent.senders.values() {
+            let mut filter = self.index.filter(id, sender.key)?;
+            for &accepted in newest(&sender.filter) {
+                remember(&mut filter, accepted);
+            }
+            self.put(rows::filter_key(id, sender.key), rows::encode_filter(newest(&filter)));
+        }
+        Ok(())
+    }
+}
+
+fn identity_row(identity: u64) -> [u8; 9] {
+    let mut row = [0; 9];
+    row[0] = rows::ROWS_VERSION;
+    row[1..].copy_from_slice(&identity.to_le_bytes());
+    row
+}

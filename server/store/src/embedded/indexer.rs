@@ -1,0 +1,222 @@
+//! The index thread of a shard: follows its log behind the acknowledgements, answers questions, prepares segments.
+//!
+//! One plain thread a shard; everything that blocks happens here. Jobs are done in the order they were sent, so an answer
+//! sees every record whose commit was announced before the question. The log itself is the queue: what is announced is
+//! only how far it reaches, the records are read back from the page cache, the same way as at recovery. So memory here
+//! does not grow with the backlog, and live and recovered records take one path.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use ringline_schema::disk;
+use ringline_schema::record::{Answer, Query, Record};
+
+use super::format::{Kind, Place, Position};
+use super::index::IndexError;
+use super::query;
+use super::rows::Watermark;
+use super::scan::{Found, Scanner};
+use super::segments::{FOREIGN, Preparation, ReadError, Segment};
+use super::{EmbeddedOptions, Node};
+use crate::LoadToken;
+
+/// Records that are applied under one hold of the overlay's lock.
+const APPLY_RECORDS_MAX: usize = 256;
+
+/// Work for an index thread.
+#[derive(Debug)]
+pub(super) enum Job {
+    /// The log is durable up to here; `bytes` counts the log's bytes since the start.
+    Committed {
+        to: Position,
+        bytes: u64,
+    },
+    Load(LoadToken, Query),
+    /// Make this segment ready.
+    Prepare(u32),
+    /// Flush, mark the log as closed, end.
+    Close,
+}
+
+/// What an index thread gives back.
+#[derive(Debug)]
+pub(super) enum Reply {
+    Loaded(LoadToken, Answer),
+    Prepared(Arc<Segment>),
+    /// A segment could not be prepared or the index can't be written: the shard has to stop.
+    Failed,
+}
+
+/// The state of an index thread.
+pub(super) struct Indexer {
+    pub node: Arc<Node>,
+    pub log: u16,
+    pub options: EmbeddedOptions,
+    pub jobs: Receiver<Job>,
+    pub replies: Sender<Reply>,
+    pub wake: Arc<OwnedFd>,
+    /// How many of the log's bytes the overlay has; read by the shard.
+    pub applied_bytes: Arc<AtomicU64>,
+    /// Set when the handle is gone: leave the backlog to the next start.
+    pub stop: Arc<AtomicBool>,
+    /// How far the overlay knows the log.
+    pub at: Position,
+    /// Records read and not yet in the overlay.
+    pub batch: Vec<(Record, Place)>,
+    pub flush_due: Option<Instant>,
+    pub failed: bool,
+}
+
+impl Indexer {
+    /// The thread's body. Ends at `Close`, or without flushing when the shard's handle is gone.
+    pub fn run(mut self) {
+        loop {
+            let job = match self.flush_due {
+                None => self.jobs.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(due) => self.jobs.recv_timeout(due.saturating_duration_since(Instant::now())),
+            };
+            match job {
+                Ok(Job::Close) => return self.close(),
+                Ok(job) => self.work(job),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            if self.flush_due.is_some_and(|due| due <= Instant::now()) {
+                self.flush(false);
+            }
+        }
+    }
+
+    fn work(&mut self, job: Job) {
+        match job {
+            Job::Committed { to, bytes } => {
+                if !self.failed
+                    && let Err(error) = self.follow(to)
+                {
+                    self.fail(&error);
+                }
+                self.applied_bytes.store(bytes, Ordering::Relaxed);
+            }
+            Job::Load(token, query) => {
+                let answer = if self.failed { Answer::Failed } else { query::answer(&self.node, &query) };
+                self.reply(Reply::Loaded(token, answer));
+            }
+            Job::Prepare(number) => {
+                let preparation =
+                    Preparation { segment_bytes: self.options.segment_bytes, zero: self.options.zero_segments };
+                match self.node.segments.prepare(self.log, number, preparation) {
+                    Ok(segment) => self.reply(Reply::Prepared(segment)),
+                    Err(source) => {
+                        let path = self.node.segments.path(self.log, number);
+                        self.fail(&ReadError::Io { path, source }.into());
+                    }
+                }
+            }
+            Job::Close => {}
+        }
+    }
+
+    /// Reads the log up to `to` into the overlay, flushing on the way when the overlay is full.
+    fn follow(&mut self, to: Position) -> Result<(), IndexError> {
+        while self.at < to && !self.stop.load(Ordering::Relaxed) {
+            let segment = self.node.segments.get(self.log, self.at.segment)?;
+            let io_error = |source| ReadError::Io { path: segment.path.clone(), source };
+            let mut scanner = if self.at.segment == to.segment {
+                Scanner::new(Arc::clone(&segment), self.at.offset, u64::from(to.offset))
+            } else {
+                Scanner::to_end(Arc::clone(&segment), self.at.offset).map_err(io_error)?
+            };
+            while self.at < to && self.at.segment == segment.header.number {
+                let (kind, record, place) = next_record(&mut scanner, &segment)?;
+                self.at.offset = scanner.offset();
+                match kind {
+                    Kind::Run => {}
+                    Kind::Seal => self.at = Position::start_of(segment.header.number.saturating_add(1)),
+                    Kind::Record(_) => self.batch.extend(record.map(|record| (record, place))),
+                }
+                if self.batch.len() >= APPLY_RECORDS_MAX {
+                    self.apply();
+                    if self.stop.load(Ordering::Relaxed) {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+        self.apply();
+        Ok(())
+    }
+
+    fn apply(&mut self) {
+        let Some(overlay) = self.node.overlays.get(usize::from(self.log)) else { return };
+        let mut overlay = overlay.write().unwrap_or_else(PoisonError::into_inner);
+        for (record, place) in self.batch.drain(..) {
+            overlay.apply(record, place);
+        }
+        let records = overlay.records;
+        drop(overlay);
+        if records > 0 && self.flush_due.is_none() {
+            self.flush_due = Some(Instant::now() + Duration::from_millis(self.options.flush_interval_ms));
+        }
+        if records >= self.options.flush_records_max {
+            self.flush(false);
+        }
+    }
+
+    fn flush(&mut self, closed: bool) {
+        self.flush_due = None;
+        let Some(overlay) = self.node.overlays.get(usize::from(self.log)).filter(|_| !self.failed) else { return };
+        // This thread is the only writer: between the two locks nothing is added. Others may read meanwhile.
+        let reading = overlay.read().unwrap_or_else(PoisonError::into_inner);
+        let flushed = self.node.index.flush(&reading, self.log, Watermark { at: self.at, run: reading.run, closed });
+        drop(reading);
+        match flushed {
+            Ok(()) => overlay.write().unwrap_or_else(PoisonError::into_inner).clear(),
+            Err(error) => self.fail(&error),
+        }
+    }
+
+    fn close(mut self) {
+        self.flush(true);
+    }
+
+    fn fail(&mut self, error: &IndexError) {
+        tracing::error!(log = self.log, %error, "the store of this shard stops: its index thread failed");
+        self.failed = true;
+        self.reply(Reply::Failed);
+    }
+
+    fn reply(&self, reply: Reply) {
+        // There is room for an answer to every open question; without a handle nobody waits for one.
+        if self.replies.send(reply).is_ok() {
+            // The counter can't overflow in practice, and a full one is readable anyway.
+            let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+        }
+    }
+}
+
+/// The next record of a log that is known to go on, decoded.
+pub(super) fn next_record(
+    scanner: &mut Scanner,
+    segment: &Segment,
+) -> Result<(Kind, Option<Record>, Place), IndexError> {
+    let bad = |offset, what: String| ReadError::Bad { path: segment.path.clone(), offset, what };
+    match scanner.next().map_err(|source| ReadError::Io { path: segment.path.clone(), source })? {
+        Found::Record { offset, framed } => {
+            let header = segment.header;
+            let place = Place { log: header.log, segment: header.number, offset, bytes: framed.bytes as u32 };
+            match framed.kind {
+                Kind::Seal | Kind::Run => Ok((framed.kind, None, place)),
+                Kind::Record(record_type) => match disk::decode(record_type, framed.payload) {
+                    Ok(record) => Ok((framed.kind, Some(record), place)),
+                    Err(error) => Err(bad(offset, error.to_string()).into()),
+                },
+            }
+        }
+        Found::End { offset } => Err(bad(offset, "nothing where a record was committed".to_owned()).into()),
+        Found::Bad { offset, what } => Err(bad(offset, what.to_owned()).into()),
+        Found::Foreign { offset } => Err(bad(offset, FOREIGN.to_owned()).into()),
+    }
+}

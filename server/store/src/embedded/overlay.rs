@@ -1,0 +1,113 @@
+//! What a shard's log holds beyond the index: recent rows in memory, until the next flush.
+//!
+//! Written by the shard's index thread alone, read by all index threads under its lock: a user's conversation list names
+//! conversations of other shards. Bounded: the index thread flushes at `flush_records_max` records.
+//!
+//! Who reads both must read the overlay *before* the index: a flush makes rows visible in the index first and only then
+//! removes them here, so the other order could miss them in both.
+
+use std::collections::BTreeSet;
+
+use foldhash::HashMap;
+use ringline_schema::ids::{ConversationId, DeviceId, DeviceKey, Seq, UserName};
+use ringline_schema::record::{Accepted, Record, StoredMessage, User};
+
+use super::format::Place;
+use super::rows::{Created, HeadRow};
+use crate::remember;
+
+#[derive(Debug, Default)]
+pub(super) struct Overlay {
+    pub conversations: HashMap<ConversationId, Recent>,
+    /// With the run that wrote them.
+    pub users: HashMap<UserName, (u64, User)>,
+    pub lists: BTreeSet<(UserName, ConversationId)>,
+    pub cursors: HashMap<(DeviceKey, ConversationId), Seq>,
+    /// Records taken in since the last flush.
+    pub records: usize,
+    /// The run whose records are being taken in; stays when the rest is cleared.
+    pub run: u64,
+}
+
+/// What is new in one conversation.
+#[derive(Debug, Default)]
+pub(super) struct Recent {
+    pub head: HeadRow,
+    /// Rising by seq, no seq twice.
+    pub places: Vec<(Seq, Place)>,
+    /// The devices that sent since the last flush.
+    pub senders: HashMap<(UserName, DeviceId), Sender>,
+}
+
+/// The new part of one device's duplicate filter.
+#[derive(Debug)]
+pub(super) struct Sender {
+    /// Kept, because hashing it for every message would cost more than all the rest here.
+    pub key: DeviceKey,
+    pub filter: Vec<Accepted>,
+}
+
+impl Overlay {
+    pub fn apply(&mut self, record: Record, place: Place) {
+        self.records += 1;
+        match record {
+            Record::Message(message) => {
+                self.conversations.entry(message.conversation).or_default().add(&message, place)
+            }
+            Record::User(user) => {
+                self.users.insert(user.name.clone(), (self.run, user));
+            }
+            Record::Conversation { conversation, members, created_ms } => {
+                for member in &members {
+                    self.lists.insert((member.clone(), conversation));
+                }
+                let head = &mut self.conversations.entry(conversation).or_default().head;
+                head.created = Some(Created { members, created_ms });
+            }
+            Record::Cursor { user, device, conversation, seq } => {
+                let cursor = self.cursors.entry((DeviceKey::new(&user, device), conversation)).or_default();
+                *cursor = seq.max(*cursor);
+            }
+        }
+    }
+
+    /// Forgets all rows. Only after a flush made it all visible in the index.
+    pub fn clear(&mut self) {
+        // New tables, because the old ones keep the room of the largest burst.
+        *self = Self { run: self.run, ..Self::default() };
+    }
+
+    /// Conversations of a user above `cursor`, rising, at most `limit`.
+    pub fn conversations_of(&self, user: &UserName, cursor: ConversationId, limit: usize) -> Vec<ConversationId> {
+        let after = (std::ops::Bound::Excluded((user.clone(), cursor)), std::ops::Bound::Unbounded);
+        let own = self.lists.range(after).take_while(|(owner, _)| owner == user);
+        own.map(|&(_, conversation)| conversation).take(limit).collect()
+    }
+}
+
+impl Recent {
+    fn add(&mut self, message: &StoredMessage, place: Place) {
+        self.head.add(message.seq, message.time_ms);
+        match self.places.last() {
+            Some(&(last, _)) if message.seq <= last => {
+                match self.places.binary_search_by_key(&message.seq, |&(seq, _)| seq) {
+                    Ok(_) => {}
+                    Err(at) => self.places.insert(at, (message.seq, place)),
+                }
+            }
+            Some(_) | None => self.places.push((message.seq, place)),
+        }
+        let sender = self
+            .senders
+            .entry((message.from.clone(), message.device))
+            .or_insert_with(|| Sender { key: DeviceKey::new(&message.from, message.device), filter: Vec::new() });
+        remember(&mut sender.filter, message.accepted());
+    }
+
+    /// The places of `after` < seq < `before`.
+    pub fn places_between(&self, after: Seq, before: Seq) -> &[(Seq, Place)] {
+        let start = self.places.partition_point(|&(seq, _)| seq <= after);
+        let end = self.places.partition_point(|&(seq, _)| seq < before);
+        self.places.get(start..end).unwrap_or(&[])
+    }
+}

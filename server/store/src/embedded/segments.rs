@@ -1,0 +1,203 @@
+//! Segment files of the logs: names, preparation ahead of use, a bounded cache of open ones, reading records from them.
+//!
+//! Any thread; a file is written only by the shard that owns its log, through the ring, and read by everybody.
+//! Invariant: a file named `*.log` has a whole, synced header and its name is durable before a record in it is
+//! acknowledged. A crash while preparing leaves at most a `*.new`, which the next start removes.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use lru::LruCache;
+use ringline_schema::disk;
+use ringline_schema::record::Record;
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
+
+use super::format::{Kind, Parsed, Place, SEGMENT_HEADER_BYTES, SegmentHeader, parse};
+
+/// Open segment files kept by a node; the one used longest ago is closed.
+const OPEN_SEGMENTS_MAX: NonZeroUsize = NonZeroUsize::new(64).unwrap();
+const ZERO_BYTES: usize = 1024 * 1024;
+
+/// What is said of a record that a newer program wrote.
+pub(super) const FOREIGN: &str = "a record of a type or version that this program does not know: use the newer one";
+
+/// One open segment file.
+#[derive(Debug)]
+pub(super) struct Segment {
+    pub header: SegmentHeader,
+    pub path: PathBuf,
+    pub file: File,
+}
+
+impl Segment {
+    #[cfg(test)]
+    pub fn for_test(file: File) -> Self {
+        Self { header: SegmentHeader { log: 0, number: 1, salt: 1 }, path: PathBuf::new(), file }
+    }
+
+    /// Reads and checks the record at `place`.
+    pub fn read(&self, place: Place) -> Result<Record, ReadError> {
+        let bad = |what: String| ReadError::Bad { path: self.path.clone(), offset: place.offset, what };
+        let mut bytes = vec![0; place.bytes as usize];
+        self.file.read_exact_at(&mut bytes, u64::from(place.offset)).map_err(|error| bad(error.to_string()))?;
+        let framed = match parse(&bytes, self.header.salt, place.offset) {
+            Parsed::Record(framed) => framed,
+            Parsed::Bad(what) => return Err(bad(what.to_owned())),
+            Parsed::Nothing | Parsed::NeedMore(_) => return Err(bad("no whole record".to_owned())),
+            Parsed::Foreign => return Err(bad(FOREIGN.to_owned())),
+        };
+        match framed.kind {
+            Kind::Record(record_type) => {
+                disk::decode(record_type, framed.payload).map_err(|error| bad(error.to_string()))
+            }
+            Kind::Seal | Kind::Run => Err(bad("a mark of the log instead of a record".to_owned())),
+        }
+    }
+}
+
+/// Why a record could not be read.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ReadError {
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: io::Error },
+    #[error("{} at byte {offset}: {what}", path.display())]
+    Bad { path: PathBuf, offset: u32, what: String },
+}
+
+/// How a segment is made ready.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Preparation {
+    pub segment_bytes: u64,
+    /// Write zeros instead of only reserving room.
+    pub zero: bool,
+}
+
+/// The folder of all logs.
+#[derive(Debug)]
+pub(super) struct Segments {
+    /// `dir/log`
+    folder: PathBuf,
+    open: Mutex<LruCache<(u16, u32), Arc<Segment>>>,
+}
+
+impl Segments {
+    pub fn new(folder: PathBuf) -> Self {
+        Self { folder, open: Mutex::new(LruCache::new(OPEN_SEGMENTS_MAX)) }
+    }
+
+    /// The logs that exist, in rising order.
+    pub fn logs(&self) -> io::Result<Vec<u16>> {
+        let mut logs = Vec::new();
+        for entry in fs::read_dir(&self.folder)? {
+            if let Some(log) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) {
+                logs.push(log);
+            }
+        }
+        logs.sort_unstable();
+        Ok(logs)
+    }
+
+    /// The segments of a log, in rising order. Removes what an interrupted preparation left.
+    pub fn numbers(&self, log: u16) -> io::Result<Vec<u32>> {
+        let mut numbers = Vec::new();
+        for entry in fs::read_dir(self.log_folder(log))? {
+            let path = entry?.path();
+            let number = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse().ok());
+            match (number, path.extension().and_then(|extension| extension.to_str())) {
+                (Some(number), Some("log")) => numbers.push(number),
+                (Some(_), Some("new")) => fs::remove_file(&path)?,
+                _ => {}
+            }
+        }
+        numbers.sort_unstable();
+        Ok(numbers)
+    }
+
+    /// A segment from the cache or from disk.
+    pub fn get(&self, log: u16, number: u32) -> Result<Arc<Segment>, ReadError> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(segment) = open.get(&(log, number)) {
+            return Ok(Arc::clone(segment));
+        }
+        let path = self.path(log, number);
+        let io_error = |source| ReadError::Io { path: path.clone(), source };
+        let file = OpenOptions::new().read(true).write(true).open(&path).map_err(io_error)?;
+        let mut bytes = [0; SEGMENT_HEADER_BYTES as usize];
+        let bad = |what: &str| ReadError::Bad { path: path.clone(), offset: 0, what: what.to_owned() };
+        match file.read_exact_at(&mut bytes, 0) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(bad("segment without a header")),
+            Err(error) => return Err(io_error(error)),
+        }
+        let header = SegmentHeader::decode(&bytes).map_err(bad)?;
+        if (header.log, header.number) != (log, number) {
+            return Err(bad("segment of another log or number under this name"));
+        }
+        let segment = Arc::new(Segment { header, path, file });
+        open.put((log, number), Arc::clone(&segment));
+        Ok(segment)
+    }
+
+    /// Makes an empty segment, durable with its name, and opens it. Blocks; never called on a reactor after the start.
+    pub fn prepare(&self, log: u16, number: u32, preparation: Preparation) -> io::Result<Arc<Segment>> {
+        let folder = self.log_folder(log);
+        if !folder.exists() {
+            fs::create_dir_all(&folder)?;
+            sync_folder(&self.folder)?;
+        }
+        let new = self.path(log, number).with_extension("new");
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&new)?;
+        let header = SegmentHeader { log, number, salt: rand::random() };
+        if preparation.zero {
+            write_zeros(&file, preparation.segment_bytes)?;
+        } else {
+            reserve(&file, preparation.segment_bytes)?;
+        }
+        file.write_all_at(&header.encode(), 0)?;
+        file.sync_all()?;
+        let path = self.path(log, number);
+        fs::rename(&new, &path)?;
+        sync_folder(&folder)?;
+        let segment = Arc::new(Segment { header, path, file });
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).put((log, number), Arc::clone(&segment));
+        Ok(segment)
+    }
+
+    pub fn path(&self, log: u16, number: u32) -> PathBuf {
+        self.log_folder(log).join(format!("{number:010}.log"))
+    }
+
+    fn log_folder(&self, log: u16) -> PathBuf {
+        self.folder.join(format!("{log:02}"))
+    }
+}
+
+/// Reserves room, so that a full disk is met here and not at a commit, and so that commits don't change the file's size.
+pub(super) fn reserve(file: &File, bytes: u64) -> io::Result<()> {
+    match fallocate(file, FallocateFlags::empty(), 0, bytes) {
+        // Not every file system can; the log then grows with its writes.
+        Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn write_zeros(file: &File, bytes: u64) -> io::Result<()> {
+    let zeros = vec![0; ZERO_BYTES];
+    let mut at = 0;
+    while at < bytes {
+        let step = (bytes - at).min(ZERO_BYTES as u64);
+        file.write_all_at(zeros.get(..step as usize).unwrap_or(&zeros), at)?;
+        at += step;
+    }
+    Ok(())
+}
+
+/// Makes names in a folder durable.
+pub(super) fn sync_folder(folder: &Path) -> io::Result<()> {
+    File::open(folder)?.sync_all()
+}

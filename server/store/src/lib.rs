@@ -1,0 +1,111 @@
+//! What Ringline keeps, floor 2: the [`Store`] trait, its backends, and the suite that all of them pass.
+//!
+//! A store is opened once a node and gives one handle a shard. A handle belongs to its core's thread: it never blocks
+//! but in [`Store::close`], and says by [`Store::wake_fd`] when [`Store::poll`] has something.
+//!
+//! - [`memory`]: forgets everything with its last handle; for tests and the simulator.
+//! - [`embedded`]: logs and an index derived from them in one folder; the default.
+
+#[cfg(any(test, feature = "conformance"))]
+pub mod conformance;
+pub mod embedded;
+pub mod memory;
+
+use std::os::fd::BorrowedFd;
+
+use ringline_schema::limits;
+use ringline_schema::record::{Accepted, Answer, Query, Record};
+
+/// The largest record that a store takes, as bytes of its body or password hash: twice the largest frame.
+pub const RECORD_BYTES_MAX: usize = 2 * limits::FRAME_BYTES_CEILING as usize;
+
+/// Numbers the records a shard has appended since it was opened: 1, 2, 3 …
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Lsn(pub u64);
+
+/// Chosen by the caller of [`Store::load`], comes back with the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LoadToken(pub u64);
+
+/// What a store has done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StoreEvent {
+    /// Every record up to this one is durable, in the order of their appends.
+    Committed(Lsn),
+    /// A write or a sync failed. Nothing after the last `Committed` is promised, and nothing more will be accepted.
+    Failed,
+    Loaded(LoadToken, Answer),
+}
+
+/// One shard's handle.
+pub trait Store {
+    /// Queues a record for the next commit and numbers it.
+    ///
+    /// Errors, all without having queued anything: `Full` when the queue holds as many bytes as it may or the index is
+    /// too far behind (try after the next `Committed`, or a little later), `Poisoned` after a failure or `close`,
+    /// `TooLarge` for a record above [`RECORD_BYTES_MAX`].
+    fn append(&mut self, record: &Record) -> Result<Lsn, StoreError>;
+
+    /// Starts the commit of what is queued, unless one is under way: called once a turn, so batches form at load.
+    fn submit(&mut self);
+
+    /// Asks for something. Answers see every record of this shard that was committed before the call, and committed
+    /// records of other shards at most a moment late.
+    ///
+    /// Errors: `Full` when as many questions are open as may be, `Poisoned` after `close`.
+    fn load(&mut self, token: LoadToken, query: Query) -> Result<(), StoreError>;
+
+    /// Moves what has happened into `events`. Cheap when nothing has: no system call.
+    fn poll(&mut self, events: &mut Vec<StoreEvent>);
+
+    /// Becomes readable (edge-triggered use: never read it) when `poll` has something new; `None`: poll finds
+    /// everything at once, there is nothing to wait for.
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// Commits what is queued, brings the index up to date and marks the stop as clean. Blocks. What it commits, and
+    /// answers to earlier questions, are given by the next `poll`.
+    fn close(&mut self) -> Result<(), StoreError>;
+}
+
+/// Why a store refused. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error("the store's queue is full")]
+    Full,
+    #[error("the store failed or was closed, and takes nothing more")]
+    Poisoned,
+    #[error("the record is larger than a store can hold")]
+    TooLarge,
+}
+
+/// The part of a record that can be large, in bytes.
+fn large_bytes(record: &Record) -> usize {
+    match record {
+        Record::Message(message) => message.body.len(),
+        Record::User(user) => user.password_hash.as_ref().map_or(0, String::len),
+        Record::Conversation { .. } | Record::Cursor { .. } => 0,
+    }
+}
+
+/// Adds an accepted send to a duplicate filter: rising by client_seq, no number twice.
+///
+/// May hold up to twice `DUPLICATE_WINDOW` entries, so that trimming costs little a message; [`newest`] gives the window.
+fn remember(filter: &mut Vec<Accepted>, accepted: Accepted) {
+    match filter.last() {
+        Some(last) if accepted.client_seq <= last.client_seq => {
+            match filter.binary_search_by_key(&accepted.client_seq, |entry| entry.client_seq) {
+                Ok(_) => {}
+                Err(at) => filter.insert(at, accepted),
+            }
+        }
+        Some(_) | None => filter.push(accepted),
+    }
+    if filter.len() >= 2 * limits::DUPLICATE_WINDOW {
+        filter.drain(..filter.len() - limits::DUPLICATE_WINDOW);
+    }
+}
+
+/// The entries of a duplicate filter that count: those with the highest client_seqs.
+fn newest(filter: &[Accepted]) -> &[Accepted] {
+    filter.get(filter.len().saturating_sub(limits::DUPLICATE_WINDOW)..).unwrap_or(filter)
+}

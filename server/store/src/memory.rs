@@ -1,0 +1,294 @@
+//! The memory backend: tables behind one lock, for tests and the simulator. It forgets with its last handle.
+//!
+//! Owned by whoever holds a handle; all handles of a node share one state. A record is visible and "durable" at
+//! `submit`. Written apart from the embedded backend on purpose: each is the other's check.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::os::fd::BorrowedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use ringline_schema::ids::{ConversationId, DeviceKey, Seq, UserName};
+use ringline_schema::record::{Accepted, Answer, ConversationRow, Head, Query, Range, Record, StoredMessage, User};
+
+use crate::{LoadToken, Lsn, RECORD_BYTES_MAX, Store, StoreError, StoreEvent, large_bytes, newest, remember};
+
+/// Bytes (by `Record::weight`) that wait for a submit; more is `Full`. Always room for one largest record.
+pub const QUEUE_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// Open questions of a handle; more is `Full`.
+pub const LOADS_MAX: usize = 4096;
+
+const _: () = assert!(QUEUE_BYTES_MAX >= RECORD_BYTES_MAX + 1024);
+
+/// A fresh store with one handle a shard.
+pub fn open(shards: u16) -> Vec<MemoryStore> {
+    let tables = Arc::new(Mutex::new(Tables::default()));
+    (0..shards).map(|_| MemoryStore::new(Arc::clone(&tables))).collect()
+}
+
+/// One shard's handle; see [`Store`].
+pub struct MemoryStore {
+    tables: Arc<Mutex<Tables>>,
+    queued: Vec<Record>,
+    queued_bytes: usize,
+    last: Lsn,
+    events: Vec<StoreEvent>,
+    loads: VecDeque<(LoadToken, Query)>,
+    state: State,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Open,
+    /// The next submit fails.
+    Failing,
+    /// Failed or closed.
+    Stopped,
+}
+
+impl MemoryStore {
+    fn new(tables: Arc<Mutex<Tables>>) -> Self {
+        Self {
+            tables,
+            queued: Vec::new(),
+            queued_bytes: 0,
+            last: Lsn::default(),
+            events: Vec::new(),
+            loads: VecDeque::new(),
+            state: State::Open,
+        }
+    }
+
+    /// New handles on the same state, as a restart with `shards` shards would have. What this or any other handle has
+    /// queued and not submitted stays out of it.
+    pub fn reopen(&self, shards: u16) -> Vec<Self> {
+        (0..shards).map(|_| Self::new(Arc::clone(&self.tables))).collect()
+    }
+
+    /// Lets the next `submit` that has something to commit fail, as a broken disk would.
+    pub fn fail_next_commit(&mut self) {
+        if self.state == State::Open {
+            self.state = State::Failing;
+        }
+    }
+
+    fn tables(&self) -> MutexGuard<'_, Tables> {
+        // A panic of another holder leaves whole records behind: each is applied under one lock.
+        self.tables.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Store for MemoryStore {
+    fn append(&mut self, record: &Record) -> Result<Lsn, StoreError> {
+        if self.state == State::Stopped {
+            return Err(StoreError::Poisoned);
+        }
+        if large_bytes(record) > RECORD_BYTES_MAX {
+            return Err(StoreError::TooLarge);
+        }
+        let bytes = self.queued_bytes + record.weight();
+        if bytes > QUEUE_BYTES_MAX {
+            return Err(StoreError::Full);
+        }
+        self.queued_bytes = bytes;
+        self.queued.push(record.clone());
+        self.last = Lsn(self.last.0 + 1);
+        Ok(self.last)
+    }
+
+    fn submit(&mut self) {
+        if self.queued.is_empty() || self.state == State::Stopped {
+            return;
+        }
+        self.queued_bytes = 0;
+        let queued = std::mem::take(&mut self.queued);
+        if self.state == State::Failing {
+            self.state = State::Stopped;
+            self.events.push(StoreEvent::Failed);
+            return;
+        }
+        let mut tables = self.tables();
+        for record in queued {
+            tables.apply(record);
+        }
+        drop(tables);
+        self.events.push(StoreEvent::Committed(self.last));
+    }
+
+    fn load(&mut self, token: LoadToken, query: Query) -> Result<(), StoreError> {
+        if self.state == State::Stopped {
+            return Err(StoreError::Poisoned);
+        }
+        if self.loads.len() >= LOADS_MAX {
+            return Err(StoreError::Full);
+        }
+        self.loads.push_back((token, query));
+        Ok(())
+    }
+
+    fn poll(&mut self, events: &mut Vec<StoreEvent>) {
+        events.append(&mut self.events);
+        while let Some((token, query)) = self.loads.pop_front() {
+            let answer = self.tables().answer(&query);
+            events.push(StoreEvent::Loaded(token, answer));
+        }
+    }
+
+    fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn close(&mut self) -> Result<(), StoreError> {
+        self.submit();
+        let was = std::mem::replace(&mut self.state, State::Stopped);
+        if was == State::Stopped { Err(StoreError::Poisoned) } else { Ok(()) }
+    }
+}
+
+#[derive(Default)]
+struct Tables {
+    users: HashMap<UserName, User>,
+    conversations: HashMap<ConversationId, Conversation>,
+    lists: BTreeMap<(UserName, ConversationId), ()>,
+    cursors: HashMap<(DeviceKey, ConversationId), Seq>,
+}
+
+#[derive(Default)]
+struct Conversation {
+    members: Option<[UserName; 2]>,
+    created_ms: u64,
+    messages: BTreeMap<Seq, StoredMessage>,
+    filters: HashMap<DeviceKey, Vec<Accepted>>,
+}
+
+impl Conversation {
+    fn first(&self) -> Seq {
+        self.messages.first_key_value().map_or(Seq::ZERO, |(&seq, _)| seq)
+    }
+
+    fn head(&self) -> Seq {
+        self.messages.last_key_value().map_or(Seq::ZERO, |(&seq, _)| seq)
+    }
+
+    fn last_time_ms(&self) -> u64 {
+        self.messages.last_key_value().map_or(self.created_ms, |(_, message)| message.time_ms)
+    }
+}
+
+impl Tables {
+    fn apply(&mut self, record: Record) {
+        match record {
+            Record::Message(message) => {
+                let conversation = self.conversations.entry(message.conversation).or_default();
+                let device = DeviceKey::new(&message.from, message.device);
+                remember(conversation.filters.entry(device).or_default(), message.accepted());
+                conversation.messages.insert(message.seq, message);
+            }
+            Record::User(user) => {
+                self.users.insert(user.name.clone(), user);
+            }
+            Record::Conversation { conversation, members, created_ms } => {
+                for member in &members {
+                    self.lists.insert((member.clone(), conversation), ());
+                }
+                let entry = self.conversations.entry(conversation).or_default();
+                entry.members = Some(members);
+                entry.created_ms = created_ms;
+            }
+            Record::Cursor { user, device, conversation, seq } => {
+                let cursor = self.cursors.entry((DeviceKey::new(&user, device), conversation)).or_default();
+                *cursor = seq.max(*cursor);
+            }
+        }
+    }
+
+    fn answer(&self, query: &Query) -> Answer {
+        match query {
+            Query::User { name } => Answer::User(self.users.get(name).cloned()),
+            Query::Head { conversation, device } => Answer::Head(self.head(*conversation, *device)),
+            Query::Messages { conversation, range } => self.messages(*conversation, range),
+            Query::Conversations { user, device, cursor, limit } => {
+                let after = (std::ops::Bound::Excluded((user.clone(), *cursor)), std::ops::Bound::Unbounded);
+                let rows = self.lists.range(after).take_while(|((owner, _), ())| owner == user);
+                let rows = rows.filter_map(|((_, conversation), ())| self.row(user, *device, *conversation));
+                Answer::Conversations(rows.take(usize::from(*limit)).collect())
+            }
+        }
+    }
+
+    fn head(&self, conversation: ConversationId, device: DeviceKey) -> Head {
+        let Some(found) = self.conversations.get(&conversation) else {
+            return Head::default();
+        };
+        let filter = found.filters.get(&device).map_or(Vec::new(), |filter| newest(filter).to_vec());
+        Head { exists: true, first: found.first(), head: found.head(), filter }
+    }
+
+    fn messages(&self, conversation: ConversationId, range: &Range) -> Answer {
+        let Some(found) = self.conversations.get(&conversation) else {
+            return Answer::Messages { first: Seq::ZERO, head: Seq::ZERO, messages: Vec::new() };
+        };
+        let inside = |seq: Seq| seq > range.after && range.before.is_none_or(|before| seq < before);
+        let matching = found.messages.values().filter(|message| inside(message.seq));
+        let mut bytes = 0;
+        let mut fits = |message: &&StoredMessage| {
+            let first = bytes == 0;
+            bytes += message.body.len().max(1);
+            first || bytes <= range.bytes_max as usize
+        };
+        let limit = usize::from(range.limit);
+        let messages = if range.newest {
+            let mut newest: Vec<_> = matching.rev().take(limit).take_while(&mut fits).cloned().collect();
+            newest.reverse();
+            newest
+        } else {
+            matching.take(limit).take_while(&mut fits).cloned().collect()
+        };
+        Answer::Messages { first: found.first(), head: found.head(), messages }
+    }
+
+    fn row(&self, user: &UserName, device: DeviceKey, conversation: ConversationId) -> Option<ConversationRow> {
+        let found = self.conversations.get(&conversation)?;
+        let [one, other] = found.members.as_ref()?;
+        let with = if one == user { other } else { one };
+        Some(ConversationRow {
+            conversation,
+            with: with.clone(),
+            first: found.first(),
+            head: found.head(),
+            last_time_ms: found.last_time_ms(),
+            acked: self.cursors.get(&(device, conversation)).copied().unwrap_or_default(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conformance;
+
+    #[test]
+    fn passes_the_conformance_suite() {
+        for case in conformance::CASES {
+            let mut kept: Option<MemoryStore> = None;
+            (case.check)(&mut |shards| {
+                let handles = kept.as_ref().map_or_else(|| open(shards), |store| store.reopen(shards));
+                kept = handles.first().map(|store| store.reopen(1).remove(0));
+                handles.into_iter().map(|store| Box::new(store) as Box<dyn Store>).collect()
+            });
+        }
+    }
+
+    #[test]
+    fn a_failing_commit_poisons() {
+        let mut store = open(1).remove(0);
+        let user = Record::User(User { name: UserName::new("ann").unwrap(), password_hash: None, created_ms: 1 });
+        store.fail_next_commit();
+        store.append(&user).unwrap();
+        store.submit();
+        let mut events = Vec::new();
+        store.poll(&mut events);
+        assert_eq!(events, [StoreEvent::Failed]);
+        assert!(matches!(store.append(&user), Err(StoreError::Poisoned)));
+        assert!(matches!(store.close(), Err(StoreError::Poisoned)));
+    }
+}
