@@ -83,7 +83,7 @@ pub fn start(options: WorkerOptions, wakers: &[Arc<Waker>]) -> std::io::Result<V
     let mut answers = Vec::new();
     let mut handles = Vec::new();
     for (at, waker) in wakers.iter().enumerate() {
-        // The core opens no more questions than this, so an answer never waits.
+        // More than a core asks at once in practice; at worst a worker waits for the core, which waits for nobody.
         let (sender, receiver) = bounded(WORK_IN_FLIGHT_MAX);
         answers.push(Answers { sender, waker: waker.clone() });
         let core = ShardIndex(at as u16);

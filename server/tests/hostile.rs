@@ -103,7 +103,7 @@ fn broken_bodies_and_early_commands_are_told_why_and_ended() {
         Request::Login(Login { user, credential, device: DeviceId(1), device_kind: DeviceKind::Web, agent: "x" })
     };
     let (_, whole) = wire.encode(&login("somebody"));
-    for cut in [17, 20, whole.len() / 2, whole.len() - 1] {
+    for cut in [17, 20, whole.len() / 2, whole.len() - 16] {
         let mut bytes = header(Command::Login as u16, (cut - 16) as u32).to_vec();
         bytes.extend_from_slice(&whole[16..cut]);
         let (told, ended) = answer_to(&server, &bytes);

@@ -83,7 +83,13 @@ fn imports_only_go_down_the_floors() {
     for (path, text) in sources() {
         let (_, own, allowed) = package_of(&path);
         for (_, crate_name, _) in FLOORS {
-            let imported = text.contains(&format!("{crate_name}::")) || text.contains(&format!("use {crate_name};"));
+            // `ringline` alone is also the namespace of the generated tables.
+            let imported = text.lines().any(|line| {
+                let line = line.trim_start();
+                let path = line.strip_prefix("pub ").unwrap_or(line).strip_prefix("use ").unwrap_or_default();
+                path.starts_with(&format!("{crate_name}::"))
+                    || (*crate_name != "ringline" && line.contains(&format!("{crate_name}::")))
+            });
             if imported && crate_name != own && !allowed.contains(crate_name) && !path.ends_with("tidy.rs") {
                 broken.push(format!("{path} imports {crate_name}"));
             }

@@ -301,6 +301,8 @@ impl Shard {
         };
         let Some(session) = self.sessions.get_mut(conn) else { return };
         session.state = State::LoggedIn(Box::new(login));
+        // Until now the connection was looked at for its login alone.
+        self.look_at(conn, self.now.mono_us + self.config.write_stall_ms * 1_000);
         self.online.entry(user.clone()).or_default().push(conn);
         self.online_names.insert(user.clone());
         self.sessions.counters.logins += 1;

@@ -92,6 +92,8 @@ pub struct Session {
     pub heard_us: u64,
     /// When output last moved, or began to wait.
     pub progress_us: u64,
+    /// When this connection is next looked at; a timer that fires before it is stale.
+    pub look_us: u64,
     out: Vec<u8>,
     in_flight_bytes: usize,
     dirty: bool,
@@ -216,6 +218,7 @@ impl Sessions {
             opened_us: now_us,
             heard_us: now_us,
             progress_us: now_us,
+            look_us: 0,
             out: Vec::new(),
             in_flight_bytes: 0,
             dirty: false,

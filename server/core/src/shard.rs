@@ -172,7 +172,15 @@ impl Shard {
             self.sessions.push(conn, &GOAWAY, fx);
             self.sessions.close(conn, CloseReason::Draining, fx);
         } else {
-            self.timers.arm(self.now.mono_us + self.config.login_timeout_ms * 1_000, Timer::Session(conn));
+            self.look_at(conn, self.now.mono_us + self.config.login_timeout_ms * 1_000);
+        }
+    }
+
+    /// Looks at a connection's deadlines at this moment, and not before.
+    pub(crate) fn look_at(&mut self, conn: ConnId, at_us: u64) {
+        if let Some(session) = self.sessions.get_mut(conn) {
+            session.look_us = at_us;
+            self.timers.arm(at_us, Timer::Session(conn));
         }
     }
 
@@ -333,7 +341,7 @@ impl Shard {
     /// Looks whether a connection has been silent or stuck for too long, and arms the next look.
     fn session_due(&mut self, conn: ConnId, fx: &mut Effects) {
         let (now_us, config) = (self.now.mono_us, &self.config);
-        let Some(session) = self.sessions.get(conn) else { return };
+        let Some(session) = self.sessions.get(conn).filter(|session| now_us >= session.look_us) else { return };
         let (deadline_us, code) = match &session.state {
             State::Fresh | State::Greeted { .. } => {
                 (session.opened_us + config.login_timeout_ms * 1_000, ErrorCode::LoginTimeout)
@@ -354,7 +362,7 @@ impl Shard {
         } else {
             // Output may begin to stall at any time: look at least once a stall period.
             let look_us = deadline_us.min(now_us + config.write_stall_ms * 1_000);
-            self.timers.arm(look_us, Timer::Session(conn));
+            self.look_at(conn, look_us);
         }
     }
 

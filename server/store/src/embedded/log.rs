@@ -35,6 +35,7 @@ pub(super) struct Committed {
     pub lsn: Lsn,
     /// Where the log ends now.
     pub to: Position,
+    /// 0: only a full segment was sealed.
     pub records: u64,
     pub bytes: u64,
     pub started: Instant,
@@ -128,7 +129,12 @@ impl Log {
 
     /// Starts writing what is queued, unless a write is under way.
     pub fn submit(&mut self, now: Instant) {
-        if self.poisoned || self.filling.is_empty() || self.writing.is_some() {
+        if self.poisoned || self.writing.is_some() {
+            return;
+        }
+        // A full segment whose successor came late is sealed even if nothing is queued: nothing may fit in it any more.
+        let seal_alone = self.next.is_some() && u64::from(self.offset) >= self.segment_bytes;
+        if self.filling.is_empty() && !seal_alone {
             return;
         }
         let bytes = self.filling.len() as u64;

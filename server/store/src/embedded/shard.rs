@@ -97,7 +97,9 @@ impl EmbeddedShard {
         // The index thread hears of it before the caller does: a question asked after the event finds the records.
         self.untold = Some(Job::Committed { to: committed.to, bytes: self.stats.bytes });
         self.tell();
-        self.events.push(StoreEvent::Committed(committed.lsn));
+        if committed.records > 0 {
+            self.events.push(StoreEvent::Committed(committed.lsn));
+        }
     }
 
     /// Tells the index thread how far the log is. When its queue is full, this waits for the next turn; a newer commit

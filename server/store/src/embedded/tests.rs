@@ -554,6 +554,41 @@ fn an_index_that_lags_pushes_back_and_recovers() {
 }
 
 #[test]
+fn a_segment_that_comes_late_is_taken_into_use() {
+    let (dir, pair) = (tempfile::tempdir().unwrap(), Pair::new("ann", "bob"));
+    let options = EmbeddedOptions { segment_bytes: 4096, ..small() };
+    let (mut handles, _) = EmbeddedStore::open(dir.path(), 1, options).unwrap();
+    let mut store = handles.remove(0);
+    let node = Arc::clone(&store.node);
+    let held = node.overlays[0].read().unwrap();
+    let message = |seq| {
+        let mut message = pair.message(seq);
+        message.body = vec![b'x'; 100_000].into();
+        Record::Message(message)
+    };
+    let mut seq = 0;
+    while let Ok(lsn) = store.append(&message(seq + 1)) {
+        seq += 1;
+        committed(&mut store, lsn);
+    }
+    assert!(seq > 1, "a segment may grow beyond its size while there is no other");
+    drop(held);
+    let mut waits = 0;
+    while store.append(&message(seq + 1)).is_err() {
+        waits += 1;
+        assert!(waits < 100_000, "it stays full");
+        store.submit();
+        store.poll(&mut Vec::new());
+        std::thread::sleep(std::time::Duration::from_micros(200));
+    }
+    store.close().unwrap();
+    drop((store, node));
+    let (mut node, report) = open(dir.path(), 1, &small());
+    assert!(report.clean_stop);
+    assert_eq!(node.messages(pair.id, ALL).2.len() as u64, seq + 1);
+}
+
+#[test]
 fn the_wake_descriptor_tells_of_commits_and_answers() {
     let (dir, pair) = (tempfile::tempdir().unwrap(), Pair::new("ann", "bob"));
     let (mut handles, _) = EmbeddedStore::open(dir.path(), 1, small()).unwrap();
