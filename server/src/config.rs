@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use ringline_core::config::DevicePolicy;
 use ringline_schema::limits;
 
+use crate::net::NetKind;
 use crate::park::ParkKind;
 
 /// The prefix of environment variables.
@@ -292,6 +293,7 @@ choices!(StoreKind: STORE_KINDS = "embedded" => StoreKind::Embedded, "memory" =>
 choices!(LogFormat: LOG_FORMATS = "text" => LogFormat::Text, "json" => LogFormat::Json);
 choices!(LogLevel: LOG_LEVELS = "error" => LogLevel::Error, "warn" => LogLevel::Warn, "info" => LogLevel::Info,
     "debug" => LogLevel::Debug, "trace" => LogLevel::Trace);
+choices!(NetKind: NET_KINDS = "auto" => NetKind::Auto, "ring" => NetKind::Ring, "epoll" => NetKind::Epoll);
 choices!(ParkKind: PARK_KINDS = "glommio" => ParkKind::Glommio, "direct" => ParkKind::Direct);
 choices!(DevicePolicy: DEVICE_POLICIES = "many" => DevicePolicy::Many,
     "one_per_kind" => DevicePolicy::OnePerKind, "one" => DevicePolicy::One);
@@ -363,8 +365,10 @@ settings! {
         "Address that clients are told to use, HOST:PORT; empty: the one of net.listen.";
     net_backlog: u32 = "net.backlog" ["connections"] 4_096, Bounds::Number(16, 1_048_576),
         "Connections that wait to be accepted, per core; the kernel caps it at net.core.somaxconn.";
+    net_kind: NetKind = "net.kind" [""] NetKind::Auto, Bounds::Choice(NET_KINDS),
+        "How sockets are served: an io_uring per core (kernel 6.1 or newer), epoll, or the first where the kernel has it.";
     net_park: ParkKind = "net.park" [""] ParkKind::Direct, Bounds::Choice(PARK_KINDS),
-        "How an idle core sleeps: by the executor's ring, or directly in epoll.";
+        "How an idle core sleeps: by the executor's ring, or directly in the call that serves the sockets.";
     cores: Cores = "cores" [""] Cores::All, Bounds::Cores,
         "Cores that run a shard each: all, a count, or a list.";
     data_dir: PathBuf = "data_dir" [""] PathBuf::from("ringline-data"), ANY,

@@ -4,7 +4,7 @@
 //! [`lanes`], rung by [`wake`]. [`boot`] checks the machine, [`node`] starts and stops everything, [`config`] is the one
 //! table of keys.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod auth;
 pub mod boot;

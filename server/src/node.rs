@@ -28,8 +28,9 @@ use crate::auth::{Issuer, Verifier};
 use crate::boot::{self, BootError};
 use crate::config::{Config, StoreKind};
 use crate::lanes;
-use crate::net::Admission;
-use crate::net::epoll::{EpollNet, EpollOptions};
+use crate::net::epoll::EpollNet;
+use crate::net::ring::RingNet;
+use crate::net::{Admission, Net, NetKind, NetOptions};
 use crate::park::{ParkKind, Parker};
 use crate::reactor::{CoreReport, Ended, Parts, Reactor};
 use crate::stop::Control;
@@ -49,6 +50,7 @@ enum CoreEnd {
 /// What a core's thread is started with.
 struct Seed {
     core: usize,
+    net: NetKind,
     park: ParkKind,
     config: CoreConfig,
     listener: OwnedFd,
@@ -87,6 +89,7 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
             config.connections_max
         );
     }
+    let net_kind = pick_net(config.net_kind);
     let stores = open_store(&config, cores.len())?;
     let verifier = open_auth(&config)?;
     let threads = worker_threads(&config, cores.len());
@@ -108,7 +111,8 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
         let core_config = core_config(&config, (at, cores.len()), address);
         let core = cores.get(at).copied().unwrap_or(at);
         let (admission, refusal) = (admission.clone(), refusal());
-        seeds.push(Seed { core, park: config.net_park, config: core_config, listener, admission, refusal, rest });
+        let (net, park) = (net_kind, config.net_park);
+        seeds.push(Seed { core, net, park, config: core_config, listener, admission, refusal, rest });
     }
     drop(reports);
     watch_signals(control.clone())?;
@@ -170,6 +174,20 @@ fn open_auth(config: &Config) -> Result<Arc<Verifier>, BootError> {
         tracing::info!("a new token issuer key was made in {}", config.data_dir.display());
     }
     Ok(Arc::new(Verifier::new(&issuer, &config.auth_public_keys, &config.auth_audience)?))
+}
+
+/// Settles `auto`: the ring if this kernel can make one.
+fn pick_net(wanted: NetKind) -> NetKind {
+    let picked = match (wanted, crate::net::ring::is_supported()) {
+        (NetKind::Auto, Err(error)) => {
+            tracing::info!("sockets are served by epoll: this kernel makes no ring for them ({error})");
+            return NetKind::Epoll;
+        }
+        (NetKind::Auto, Ok(())) => NetKind::Ring,
+        (NetKind::Ring | NetKind::Epoll, _) => wanted,
+    };
+    tracing::info!("sockets are served by {}", if picked == NetKind::Ring { "io_uring" } else { "epoll" });
+    picked
 }
 
 /// Cores without a shard on which the process may run.
@@ -317,9 +335,12 @@ fn run_core(seed: Seed, ready: &Sender<Result<(), BootError>>) -> Option<(Ended,
 }
 
 fn prepare(seed: Seed) -> std::io::Result<(Reactor, Parker)> {
-    use crate::net::Net;
-    let Seed { park, config, listener, admission, refusal, rest, core: _ } = seed;
-    let mut net = Box::new(EpollNet::new(EpollOptions { listener, admission, refusal })?);
+    let Seed { net, park, config, listener, admission, refusal, rest, core: _ } = seed;
+    let options = NetOptions { listener, admission, refusal };
+    let mut net: Box<dyn Net> = match net {
+        NetKind::Ring => Box::new(RingNet::new(options)?),
+        NetKind::Auto | NetKind::Epoll => Box::new(EpollNet::new(options)?),
+    };
     net.watch(rest.waker.bell())?;
     if let Some(fd) = rest.store.wake_fd() {
         net.watch(fd)?;

@@ -59,6 +59,9 @@ impl Parker {
         match self {
             Self::Direct => net.wait(sleep),
             Self::Glommio { fd, armed } => {
+                if !net.prepare_sleep() {
+                    return;
+                }
                 let mut timer = Timer::new(sleep);
                 let outcome = poll_fn(|context| match fd.poll_readable(context, armed) {
                     Poll::Ready(outcome) => Poll::Ready(outcome),

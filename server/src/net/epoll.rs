@@ -16,7 +16,7 @@ use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, SocketFlags};
 
-use super::{Admission, CloseCause, Flow, Net, NetCounters, NetEvent, Sending};
+use super::{Admission, CloseCause, Flow, Net, NetCounters, NetEvent, NetOptions, Sending};
 
 /// Bytes read from one connection in one turn.
 const RECEIVE_BYTES_MAX: usize = 64 * 1024;
@@ -32,15 +32,6 @@ const LOG_INTERVAL_US: u64 = 1_000_000;
 /// Generation 0 is no connection's: these two share it.
 const LISTENER: ConnId = ConnId { slot: 0, generation: 0 };
 const WATCHED: ConnId = ConnId { slot: 1, generation: 0 };
-
-/// What a core's sockets start with.
-pub struct EpollOptions {
-    /// Non-blocking and listening.
-    pub listener: OwnedFd,
-    pub admission: Arc<Admission>,
-    /// A whole frame for who finds no place.
-    pub refusal: Vec<u8>,
-}
 
 /// See the module.
 pub struct EpollNet {
@@ -87,7 +78,7 @@ impl Tenant {
 
 impl EpollNet {
     /// Errors: the kernel's, in practice only "too many open files".
-    pub fn new(options: EpollOptions) -> io::Result<Self> {
+    pub fn new(options: NetOptions) -> io::Result<Self> {
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
         epoll::add(&epoll, &options.listener, data(LISTENER), EventFlags::IN)?;
         Ok(Self {
@@ -375,6 +366,10 @@ impl Net for EpollNet {
         self.epoll.as_fd().try_clone_to_owned()
     }
 
+    fn prepare_sleep(&mut self) -> bool {
+        self.ready.is_empty() && self.broken.is_empty()
+    }
+
     fn wait(&mut self, timeout: Duration) {
         if self.ready.is_empty() && self.broken.is_empty() {
             self.fetch_ready(timeout);
@@ -422,7 +417,7 @@ mod tests {
         run_all(|connections_max, refusal| {
             let (listener, address) = listener();
             let admission = Arc::new(Admission::new(connections_max));
-            let options = EpollOptions { listener, admission: admission.clone(), refusal: refusal.to_vec() };
+            let options = NetOptions { listener, admission: admission.clone(), refusal: refusal.to_vec() };
             Bench { net: Box::new(EpollNet::new(options).unwrap()), address, admission }
         });
     }

@@ -5,14 +5,35 @@
 //! without effect; after `Closed` or `Detached` nothing more is said about a connection. What was received is lent for
 //! the length of the call only, so an idle connection owns no buffer here.
 
+pub mod buffers;
 pub mod epoll;
+pub mod ring;
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use ringline_core::event::ConnId;
+
+/// The choice of `net.kind`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NetKind {
+    /// The ring where the kernel has what it needs, else epoll.
+    Auto,
+    Ring,
+    Epoll,
+}
+
+/// What a core's sockets start with.
+pub struct NetOptions {
+    /// Non-blocking and listening.
+    pub listener: OwnedFd,
+    pub admission: Arc<Admission>,
+    /// A whole frame for who finds no place.
+    pub refusal: Vec<u8>,
+}
 
 /// What the kernel has done.
 #[derive(Debug)]
@@ -117,6 +138,9 @@ pub trait Net {
 
     /// Becomes readable when `poll` has something; to sleep on. A duplicate, owned by the caller.
     fn sleep_fd(&self) -> io::Result<OwnedFd>;
+
+    /// Said before a sleep on `sleep_fd`. False: something has come meanwhile, do not sleep.
+    fn prepare_sleep(&mut self) -> bool;
 
     /// Sleeps on this thread until `poll` has something, or for `timeout`.
     fn wait(&mut self, timeout: Duration);

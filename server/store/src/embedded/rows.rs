@@ -44,20 +44,20 @@ pub(super) fn head_key(conversation: ConversationId) -> [u8; 18] {
 
 pub(super) fn block_key(conversation: ConversationId, block: u64) -> [u8; 26] {
     let mut key = [0; 26];
-    key[..18].copy_from_slice(&conversation_key::<18>(conversation, b'p'));
+    key[..18].copy_from_slice(&conversation_key(conversation, b'p'));
     key[18..].copy_from_slice(&block.to_be_bytes());
     key
 }
 
 pub(super) fn filter_key(conversation: ConversationId, device: DeviceKey) -> [u8; 34] {
     let mut key = [0; 34];
-    key[..18].copy_from_slice(&conversation_key::<18>(conversation, b'f'));
+    key[..18].copy_from_slice(&conversation_key(conversation, b'f'));
     key[18..].copy_from_slice(&device.0.to_be_bytes());
     key
 }
 
-fn conversation_key<const BYTES: usize>(conversation: ConversationId, part: u8) -> [u8; BYTES] {
-    let mut key = [0; BYTES];
+fn conversation_key(conversation: ConversationId, part: u8) -> [u8; 18] {
+    let mut key = [0; 18];
     key[0] = b'c';
     key[1..17].copy_from_slice(&conversation.0.to_be_bytes());
     key[17] = part;

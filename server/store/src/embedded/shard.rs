@@ -71,7 +71,7 @@ impl EmbeddedShard {
         Stats { index_lag_bytes: self.stats.bytes.saturating_sub(applied), ..self.stats.clone() }
     }
 
-    /// The logs and index that this handle shares with the others of its node, for tests of what lies on disk.
+    /// The data folder that this handle shares with the others of its node.
     pub fn folder(&self) -> &std::path::Path {
         &self.node.folder
     }
