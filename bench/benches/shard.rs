@@ -30,8 +30,7 @@ impl Node {
         let mut config = CoreConfig::new(ShardIndex(0), CorePlacement::new(1).unwrap());
         (config.requests_per_s, config.requests_burst) = (u32::MAX, u32::MAX);
         let now = Now { mono_us: 1, unix_ms: 1_700_000_000_000 };
-        let mut node =
-            Self { shard: Shard::new(config, 1), fx: Effects::default(), now, appended: 0, client_seq: 0 };
+        let mut node = Self { shard: Shard::new(config, 1), fx: Effects::default(), now, appended: 0, client_seq: 0 };
         for client in 0..CLIENTS {
             let user = format!("client-{client}");
             node.event(Event::Opened { conn: conn(client) });
@@ -50,7 +49,8 @@ impl Node {
 
     fn request(&mut self, client: u32, request: Request<'_>) {
         let (conn, codec) = (conn(client), Codec::FlatBuffers);
-        self.event(Event::Request { conn, codec, request_id: 1, bytes: 100, request });
+        let flags = Default::default();
+        self.event(Event::Request { conn, codec, flags, request_id: 1, request });
     }
 
     /// Answers every effect, and takes all output as a socket would.

@@ -361,8 +361,13 @@ fn answers_to_nothing_and_pushes_are_counted() {
 #[test]
 fn a_body_that_does_not_decode_ends_the_connection() {
     let mut rig = Rig::ready(Scenario::Pair, CLOSED);
-    let header =
-        |command| ringline_schema::frame::Header { codec: Codec::FlatBuffers, command, request_id: 0, body_bytes: 3 };
+    let header = |command| ringline_schema::frame::Header {
+        codec: Codec::FlatBuffers,
+        command,
+        flags: Default::default(),
+        request_id: 0,
+        body_bytes: 3,
+    };
     for (command, expected) in [(0x0301, Outcome::Unreadable), (0x7fff, Outcome::Fine)] {
         let bytes = [&header(command).encode()[..], b"bad"].concat();
         let mut decoder = FrameDecoder::new();

@@ -13,12 +13,35 @@ pub const MAGIC: u16 = u16::from_le_bytes(*b"RL");
 /// The frame version this build speaks.
 pub const VERSION: u8 = 1;
 
+/// The flags of a frame, bits of a `u16`. A bit that this version does not know refuses the frame: `BAD_FLAGS`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flags(u16);
+
+impl Flags {
+    /// On a transient SEND: no SEND_ACK on success, failures are still told. On any other request: `BAD_REQUEST`.
+    pub const NO_REPLY: Self = Self(1);
+    const KNOWN: u16 = 1;
+
+    pub fn from_bits(bits: u16) -> Option<Self> {
+        (bits & !Self::KNOWN == 0).then_some(Self(bits))
+    }
+
+    pub fn bits(self) -> u16 {
+        self.0
+    }
+
+    pub fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
 /// A decoded header. All fields have been checked but the command, which may be unknown without harm to the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
     pub codec: Codec,
     /// Raw number: an unknown one is answered, and the stream goes on.
     pub command: u16,
+    pub flags: Flags,
     /// Chosen by the client; answers carry it back. 0 on pushes.
     pub request_id: u32,
     /// Bytes after the header.
@@ -33,7 +56,7 @@ impl Header {
         bytes[2] = VERSION;
         bytes[3] = self.codec as u8;
         bytes[4..6].copy_from_slice(&self.command.to_le_bytes());
-        // 6..8: flags, none defined in version 1.
+        bytes[6..8].copy_from_slice(&self.flags.bits().to_le_bytes());
         bytes[8..12].copy_from_slice(&self.request_id.to_le_bytes());
         bytes[12..16].copy_from_slice(&self.body_bytes.to_le_bytes());
         bytes
@@ -53,16 +76,14 @@ impl Header {
             return Err(refuse(ErrorCode::BadVersion));
         }
         let codec = Codec::from_number(codec).ok_or(refuse(ErrorCode::BadCodec))?;
-        if u16::from_le_bytes([f0, f1]) != 0 {
-            return Err(refuse(ErrorCode::BadFlags));
-        }
+        let flags = Flags::from_bits(u16::from_le_bytes([f0, f1])).ok_or(refuse(ErrorCode::BadFlags))?;
         let body_bytes = u32::from_le_bytes([b0, b1, b2, b3]);
         let command = u16::from_le_bytes([c0, c1]);
         let own_max = Command::from_number(command).map_or(u32::MAX, Command::body_bytes_max);
         if body_bytes > own_max || body_bytes > frame_bytes_max.saturating_sub(FRAME_HEADER_BYTES as u32) {
             return Err(refuse(ErrorCode::FrameTooLarge));
         }
-        Ok(Self { codec, command, request_id, body_bytes })
+        Ok(Self { codec, command, flags, request_id, body_bytes })
     }
 
     fn frame_bytes(&self) -> usize {
@@ -176,12 +197,16 @@ mod tests {
     const MAX: u32 = 1024;
 
     fn frame(command: u16, request_id: u32, body: &[u8]) -> Vec<u8> {
-        let header = Header { codec: Codec::FlatBuffers, command, request_id, body_bytes: body.len() as u32 };
+        let (codec, flags) = (Codec::FlatBuffers, Flags::default());
+        let header = Header { codec, command, flags, request_id, body_bytes: body.len() as u32 };
         [&header.encode()[..], body].concat()
     }
 
-    /// All frames of a stream cut at the given points, as (command, request id, body).
-    fn decode_in_parts(stream: &[u8], cuts: &[usize]) -> (Vec<(u16, u32, Vec<u8>)>, Option<FrameError>) {
+    /// Command, request id, body.
+    type Owned = (u16, u32, Vec<u8>);
+
+    /// All frames of a stream cut at the given points.
+    fn decode_in_parts(stream: &[u8], cuts: &[usize]) -> (Vec<Owned>, Option<FrameError>) {
         let mut decoder = FrameDecoder::new();
         let mut frames = Vec::new();
         let mut bounds: Vec<usize> = cuts.iter().map(|cut| cut % (stream.len() + 1)).collect();
@@ -245,7 +270,9 @@ mod tests {
         assert_eq!(refused(2, 2), Some((ErrorCode::BadVersion, 9)));
         assert_eq!(refused(3, 1), Some((ErrorCode::BadCodec, 9)));
         assert_eq!(refused(3, 250), Some((ErrorCode::BadCodec, 9)));
-        assert_eq!(refused(6, 1), Some((ErrorCode::BadFlags, 9)));
+        assert_eq!(refused(6, 2), Some((ErrorCode::BadFlags, 9)));
+        assert_eq!(refused(7, 1), Some((ErrorCode::BadFlags, 9)));
+        assert_eq!(refused(6, 1), None, "a flag that is known");
         assert_eq!(refused(15, 0xff), Some((ErrorCode::FrameTooLarge, 9)));
         assert_eq!(refused(4, 0xee), None, "an unknown command does not break the stream");
     }

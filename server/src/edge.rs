@@ -298,7 +298,7 @@ fn decode(connection: &mut Connection, turn: &mut Turn<'_>, mut input: &[u8]) ->
         };
         let (codec, request_id) = (frame.header.codec, frame.header.request_id);
         let event = match decode_request(&frame.header, frame.body) {
-            Ok(request) => Event::Request { conn, codec, request_id, bytes: frame.raw.len() as u32, request },
+            Ok(request) => Event::Request { conn, codec, flags: frame.header.flags, request_id, request },
             Err(code) => Event::Refused { conn, codec, request_id, code },
         };
         match shard.handle(event, now, fx) {

@@ -11,7 +11,7 @@ use common::{Server, Wire};
 use ringline_schema::codec::Codec;
 use ringline_schema::commands::Command;
 use ringline_schema::errors::ErrorCode;
-use ringline_schema::frame::Header;
+use ringline_schema::frame::{Flags, Header};
 use ringline_schema::ids::DeviceId;
 use ringline_schema::message::{BodyKind, Class, Credential, DeviceKind, Fetch, Login, Reply, Request, Secret, Send};
 
@@ -47,7 +47,8 @@ fn code(reply: &Reply<'_>) -> Option<ErrorCode> {
 
 /// A header by its parts, right or wrong.
 fn header(command: u16, body_bytes: u32) -> [u8; 16] {
-    Header { codec: Codec::FlatBuffers, command, request_id: 5, body_bytes }.encode()
+    let (codec, flags) = (Codec::FlatBuffers, Flags::default());
+    Header { codec, command, flags, request_id: 5, body_bytes }.encode()
 }
 
 /// The server's counters, as its stop logs them.
@@ -78,7 +79,7 @@ fn unreadable_streams_are_told_why_and_ended() {
         (broken(0, b'G'), ErrorCode::BadMagic),
         (broken(2, 9), ErrorCode::BadVersion),
         (broken(3, 1), ErrorCode::BadCodec),
-        (broken(6, 1), ErrorCode::BadFlags),
+        (broken(6, 2), ErrorCode::BadFlags),
         (broken(15, 0xff), ErrorCode::FrameTooLarge),
         (header(Command::Send as u16, 5_000), ErrorCode::FrameTooLarge),
     ];

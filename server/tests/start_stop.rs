@@ -213,9 +213,10 @@ fn what_is_sent_in_one_go_is_answered_in_full_whichever_core_owns_the_user() {
 }
 
 #[test]
-fn both_ways_to_sleep_serve() {
-    for park in ["glommio", "direct"] {
-        let mut server = Server::start(&["--set", &format!("net.park={park}"), "--set", "store.kind=memory"]);
+fn both_kinds_of_net_serve_with_both_ways_to_sleep() {
+    for (kind, park) in [("epoll", "glommio"), ("epoll", "direct"), ("ring", "glommio"), ("ring", "direct")] {
+        let (net, sleep) = (format!("net.kind={kind}"), format!("net.park={park}"));
+        let mut server = Server::start(&["--set", &net, "--set", &sleep, "--set", "store.kind=memory"]);
         let mut ann = server.login("ann", 1);
         let mut bob = server.login("bob", 1);
         for seq in 1..=50 {
@@ -226,7 +227,7 @@ fn both_ways_to_sleep_serve() {
                 other => panic!("{other:?}"),
             }
         }
-        assert_eq!(server.stop(), Some(0), "{park}");
+        assert_eq!(server.stop(), Some(0), "{kind} {park}");
     }
 }
 
@@ -335,6 +336,28 @@ fn the_machine_is_checked() {
     assert!(code == Some(1) && text.contains("open files are limited to 100") && text.contains("ulimit -n"), "{text}");
     let (code, text) = limited("--memlock=65536:65536");
     assert!(code == Some(1) && text.contains("locked memory is limited") && text.contains("ulimit -l"), "{text}");
+}
+
+/// Forbids `io_uring_setup` to this thread and everything it starts, as a container's seccomp profile does.
+fn forbid_io_uring(errno: u32) {
+    use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
+    let arch = TargetArch::try_from(std::env::consts::ARCH).unwrap();
+    let rules = [(libc::SYS_io_uring_setup, Vec::new())].into_iter().collect();
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, SeccompAction::Errno(errno), arch).unwrap();
+    let program: BpfProgram = filter.try_into().unwrap();
+    seccompiler::apply_filter(&program).unwrap();
+}
+
+#[test]
+fn without_io_uring_it_says_so() {
+    for (errno, advice) in [(libc::EPERM, "seccomp"), (libc::ENOSYS, "kernel of")] {
+        // A thread of its own: the filter can't be taken off again.
+        let complaint = std::thread::spawn(move || {
+            forbid_io_uring(errno as u32);
+            refused(&["--cores", "1"], &["io_uring is not available", advice]);
+        });
+        complaint.join().unwrap();
+    }
 }
 
 #[test]

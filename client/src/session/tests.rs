@@ -564,8 +564,13 @@ fn request_ids_survive_the_wrap_of_the_wire() {
 #[test]
 fn frames_of_a_newer_server_are_passed_over_and_wrong_ones_end_the_connection() {
     let mut world = online();
-    let unknown =
-        ringline_schema::frame::Header { codec: Codec::FlatBuffers, command: 0x03ff, request_id: 0, body_bytes: 0 };
+    let unknown = ringline_schema::frame::Header {
+        codec: Codec::FlatBuffers,
+        command: 0x03ff,
+        flags: Default::default(),
+        request_id: 0,
+        body_bytes: 0,
+    };
     assert_eq!(world.session.received(0, &unknown.encode()), Ok(()));
     let mut bytes = Vec::new();
     Encoder::new().reply(Codec::FlatBuffers, 99, &Reply::LogoutOk, &mut bytes);

@@ -7,7 +7,7 @@ mod flat;
 
 use crate::commands::{Command, Direction};
 use crate::errors::ErrorCode;
-use crate::frame::Header;
+use crate::frame::{Flags, Header};
 use crate::limits::FRAME_HEADER_BYTES;
 use crate::message::{Reply, Request};
 
@@ -62,14 +62,22 @@ impl Encoder {
 
     /// Appends one whole request frame to `out`.
     pub fn request(&mut self, codec: Codec, request_id: u32, request: &Request<'_>, out: &mut Vec<u8>) {
+        self.request_flagged((codec, Flags::default()), request_id, request, out);
+    }
+
+    /// The same with flags.
+    pub fn request_flagged(
+        &mut self,
+        (codec, flags): (Codec, Flags),
+        request_id: u32,
+        request: &Request<'_>,
+        out: &mut Vec<u8>,
+    ) {
         let body = match codec {
             Codec::FlatBuffers => self.flat.request(request),
         };
-        append(
-            Header { codec, command: request.command() as u16, request_id, body_bytes: body.len() as u32 },
-            body,
-            out,
-        );
+        let (command, body_bytes) = (request.command() as u16, body.len() as u32);
+        append(Header { codec, command, flags, request_id, body_bytes }, body, out);
     }
 
     /// Appends one whole answer or push frame to `out`. Pushes have request id 0.
@@ -77,7 +85,8 @@ impl Encoder {
         let body = match codec {
             Codec::FlatBuffers => self.flat.reply(reply),
         };
-        append(Header { codec, command: reply.command() as u16, request_id, body_bytes: body.len() as u32 }, body, out);
+        let (command, flags, body_bytes) = (reply.command() as u16, Flags::default(), body.len() as u32);
+        append(Header { codec, command, flags, request_id, body_bytes }, body, out);
     }
 }
 

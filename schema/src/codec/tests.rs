@@ -1,7 +1,7 @@
 //! Every command goes out and comes back the same; no bytes are anything but a value or an error.
 
 use super::*;
-use crate::frame::{FrameDecoder, Header};
+use crate::frame::{Flags, FrameDecoder, Header};
 use crate::ids::{ConversationId, DeviceId, Seq};
 use crate::message::*;
 use proptest::prelude::*;
@@ -126,7 +126,8 @@ fn a_login_needs_exactly_one_credential() {
     let table = crate::generated::wire::ringline::wire::Login::create(&mut fbb, &args);
     fbb.finish_minimal(table);
     let body = fbb.finished_data();
-    let header = Header { codec: Codec::FlatBuffers, command: Command::Login as u16, request_id: 0, body_bytes: 0 };
+    let (codec, command, flags) = (Codec::FlatBuffers, Command::Login as u16, Flags::default());
+    let header = Header { codec, command, flags, request_id: 0, body_bytes: 0 };
     assert_eq!(decode_request(&header, body), Err(ErrorCode::BadRequest));
 }
 

@@ -3,6 +3,7 @@
 use ringline_cluster::placement::ShardIndex;
 use ringline_schema::codec::Codec;
 use ringline_schema::errors::ErrorCode;
+use ringline_schema::frame::Flags;
 use ringline_schema::ids::UserName;
 use ringline_schema::message::Request;
 use ringline_schema::record::{Answer, Query, Record};
@@ -35,25 +36,53 @@ pub struct Token(pub u64);
 #[derive(Debug)]
 pub enum Event<'a> {
     /// A socket was accepted here, or handed over by another shard.
-    Opened { conn: ConnId },
-    /// A decoded request. `bytes` is its whole frame.
-    Request { conn: ConnId, codec: Codec, request_id: u32, bytes: u32, request: Request<'a> },
+    Opened {
+        conn: ConnId,
+    },
+    Request {
+        conn: ConnId,
+        codec: Codec,
+        flags: Flags,
+        request_id: u32,
+        request: Request<'a>,
+    },
     /// The edge could not decode what came; it is answered, and the connection ends if `code.closes()`.
-    Refused { conn: ConnId, codec: Codec, request_id: u32, code: ErrorCode },
+    Refused {
+        conn: ConnId,
+        codec: Codec,
+        request_id: u32,
+        code: ErrorCode,
+    },
     /// `bytes` of the connection's output went into the kernel.
-    Sent { conn: ConnId, bytes: usize },
+    Sent {
+        conn: ConnId,
+        bytes: usize,
+    },
     /// The socket is gone, whoever ended it. The last event of a connection, also after [`Effect::Close`].
-    Closed { conn: ConnId },
+    Closed {
+        conn: ConnId,
+    },
     /// The first `upto` records this shard appended are durable.
-    Stored { upto: u64 },
+    Stored {
+        upto: u64,
+    },
     /// The store is poisoned: nothing more will become durable.
     StoreFailed,
     /// The answer to [`Effect::Load`].
-    Loaded { token: Token, answer: Answer },
+    Loaded {
+        token: Token,
+        answer: Answer,
+    },
     /// The answer to [`Effect::Work`].
-    Worked { token: Token, outcome: WorkOutcome },
+    Worked {
+        token: Token,
+        outcome: WorkOutcome,
+    },
     /// Another shard of this node says something. In order per sender.
-    Shard { from: ShardIndex, message: ShardMessage },
+    Shard {
+        from: ShardIndex,
+        message: ShardMessage,
+    },
     /// At or after [`crate::Shard::next_deadline_us`].
     Timer,
     /// The node is stopping: refuse new work, tell clients, let what is in flight be answered.

@@ -43,6 +43,8 @@ pub struct TransientSend {
     pub kind: BodyKind,
     pub body: Bytes,
     pub ack_timeout_ms: Option<u32>,
+    /// Only a failure is told.
+    pub no_reply: bool,
 }
 
 /// Somebody waits to hear that a message reached a device.

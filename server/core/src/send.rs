@@ -16,7 +16,14 @@ use crate::shard::Shard;
 pub(crate) type SendEnd = (bool, Result<SendAck, ErrorCode>);
 
 impl Shard {
-    pub(crate) fn send(&mut self, conn: ConnId, request_id: u32, send: &Send<'_>, fx: &mut Effects) {
+    /// `no_reply`: a success is not told; only transient sends come with it.
+    pub(crate) fn send(
+        &mut self,
+        conn: ConnId,
+        (request_id, no_reply): (u32, bool),
+        send: &Send<'_>,
+        fx: &mut Effects,
+    ) {
         let body_bytes_max = self.config.frame_bytes_max.saturating_sub(limits::MESSAGE_OVERHEAD_BYTES_MAX);
         let checked = if self.draining {
             Err(ErrorCode::ShuttingDown)
@@ -29,7 +36,7 @@ impl Shard {
         };
         let sent = checked.and_then(|to| match send.class {
             Class::Durable => self.send_durable(conn, request_id, (to, send), fx),
-            Class::Transient => self.send_transient(conn, request_id, (to, send), fx),
+            Class::Transient => self.send_transient(conn, (request_id, no_reply), (to, send), fx),
         });
         if let Err(code) = sent {
             self.sessions.fail(conn, request_id, code, fx);
@@ -84,7 +91,7 @@ impl Shard {
     fn send_transient(
         &mut self,
         conn: ConnId,
-        request_id: u32,
+        (request_id, no_reply): (u32, bool),
         (to, send): (UserName, &Send<'_>),
         fx: &mut Effects,
     ) -> Result<(), ErrorCode> {
@@ -114,10 +121,12 @@ impl Shard {
             };
             let wanted = ack_timeout_ms.map(|timeout_ms| Wanted { origin, timeout_ms });
             let result = self.deliver_transient(&to, message, wanted, fx);
-            self.answer_send(origin, (false, result), None, fx);
+            if !no_reply || result.is_err() {
+                self.answer_send(origin, (false, result), None, fx);
+            }
         } else {
             let (client_seq, kind, body) = (send.client_seq, send.kind, Bytes::copy_from_slice(send.body));
-            let send = TransientSend { origin, from, to, device, client_seq, kind, body, ack_timeout_ms };
+            let send = TransientSend { origin, from, to, device, client_seq, kind, body, ack_timeout_ms, no_reply };
             self.tell_shard(target, ShardMessage::Transient(Box::new(send)), fx);
         }
         Ok(())
@@ -139,7 +148,9 @@ impl Shard {
         };
         let wanted = send.ack_timeout_ms.map(|timeout_ms| Wanted { origin: send.origin, timeout_ms });
         let result = self.deliver_transient(&send.to, message, wanted, fx);
-        self.answer_send(send.origin, (false, result), None, fx);
+        if !send.no_reply || result.is_err() {
+            self.answer_send(send.origin, (false, result), None, fx);
+        }
     }
 
     /// Gives a transient message to every device of its target that has room.

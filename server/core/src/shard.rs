@@ -6,8 +6,9 @@ use foldhash::fast::FixedState;
 use lru::LruCache;
 use ringline_cluster::placement::ShardIndex;
 use ringline_schema::errors::ErrorCode;
+use ringline_schema::frame::Flags;
 use ringline_schema::ids::{ConversationId, DeviceKey, Seq, UserName};
-use ringline_schema::message::{GoawayReason, Reply, Request};
+use ringline_schema::message::{Class, GoawayReason, Reply, Request, Send};
 use ringline_schema::record::{Answer, Query, Record, User};
 
 use crate::config::{
@@ -114,11 +115,11 @@ impl Shard {
         self.now = now;
         self.sessions.now_us = now.mono_us;
         let verdict = match event {
-            Event::Request { conn, codec, request_id, bytes: _, request } => {
+            Event::Request { conn, codec, flags, request_id, request } => {
                 if let Some(session) = self.sessions.get_mut(conn) {
                     session.codec = codec;
                 }
-                self.request(conn, request_id, request, fx)
+                self.request(conn, (request_id, flags), request, fx)
             }
             Event::Refused { conn, codec, request_id, code } => {
                 if let Some(session) = self.sessions.get_mut(conn) {
@@ -184,7 +185,13 @@ impl Shard {
         }
     }
 
-    fn request(&mut self, conn: ConnId, request_id: u32, request: Request<'_>, fx: &mut Effects) -> Verdict {
+    fn request(
+        &mut self,
+        conn: ConnId,
+        (request_id, flags): (u32, Flags),
+        request: Request<'_>,
+        fx: &mut Effects,
+    ) -> Verdict {
         let now_us = self.now.mono_us;
         let Some(session) = self.sessions.get_mut(conn).filter(|session| !session.is_draining()) else {
             return Verdict::Stop;
@@ -203,6 +210,11 @@ impl Shard {
             self.sessions.fail(conn, request_id, ErrorCode::NotLoggedIn, fx);
             return Verdict::Stop;
         }
+        let no_reply = flags.contains(Flags::NO_REPLY);
+        if no_reply && !matches!(request, Request::Send(Send { class: Class::Transient, .. })) {
+            self.sessions.fail(conn, request_id, ErrorCode::BadRequest, fx);
+            return Verdict::Continue;
+        }
         match request {
             Request::Register { user, password } => return self.register(conn, request_id, (user, password), fx),
             Request::Login(login) => return self.login(conn, request_id, &login, fx),
@@ -215,7 +227,7 @@ impl Shard {
                 let reply = Reply::RouteOk { node: &self.config.node, address: &self.config.address };
                 self.sessions.answer(conn, request_id, &reply, fx);
             }
-            Request::Send(send) => self.send(conn, request_id, &send, fx),
+            Request::Send(send) => self.send(conn, (request_id, no_reply), &send, fx),
             Request::Ack(ack) => self.ack(conn, request_id, ack, fx),
             Request::Fetch(fetch) => self.fetch(conn, request_id, &fetch, fx),
             Request::Online { cursor, limit } => self.online(conn, request_id, (cursor, limit), fx),

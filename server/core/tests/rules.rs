@@ -6,7 +6,7 @@ use ringline_core::config::{CoreConfig, DevicePolicy};
 use ringline_core::event::{CloseReason, ConnId, Effect, Effects, Event, Now, Token, Verdict, Work, WorkOutcome};
 use ringline_schema::codec::{Codec, decode_reply};
 use ringline_schema::errors::ErrorCode;
-use ringline_schema::frame::FrameDecoder;
+use ringline_schema::frame::{Flags, FrameDecoder};
 use ringline_schema::ids::{DeviceId, Seq};
 use ringline_schema::limits;
 use ringline_schema::message::*;
@@ -111,7 +111,11 @@ impl Node {
     }
 
     fn ask(&mut self, conn: ConnId, request: Request<'_>) -> Verdict {
-        self.event(Event::Request { conn, codec: Codec::FlatBuffers, request_id: 7, bytes: 0, request })
+        self.ask_flagged(conn, Flags::default(), request)
+    }
+
+    fn ask_flagged(&mut self, conn: ConnId, flags: Flags, request: Request<'_>) -> Verdict {
+        self.event(Event::Request { conn, codec: Codec::FlatBuffers, flags, request_id: 7, request })
     }
 
     fn login_as(&mut self, user: &str, device: u64, device_kind: DeviceKind) -> ConnId {
@@ -298,6 +302,23 @@ fn absent_targets_have_named_answers() {
 }
 
 #[test]
+fn a_transient_send_without_reply_is_silent_unless_it_fails() {
+    let mut node = Node::new(|_| ());
+    let (ann, bob) = (node.login("ann"), node.login("bob"));
+    let send = |to, class| {
+        let (kind, client_seq) = (BodyKind::Text, 1);
+        Request::Send(Send { to, class, kind, client_seq, ack_timeout_ms: None, body: b"x" })
+    };
+    let _ = node.ask_flagged(ann, Flags::NO_REPLY, send("bob", Class::Transient));
+    assert!(node.told(ann).is_empty());
+    assert_eq!(node.told(bob).len(), 1);
+    let _ = node.ask_flagged(ann, Flags::NO_REPLY, send("ghost", Class::Transient));
+    let _ = node.ask_flagged(ann, Flags::NO_REPLY, send("bob", Class::Durable));
+    let _ = node.ask_flagged(ann, Flags::NO_REPLY, Request::Ping { stamp: 1 });
+    assert_eq!(node.told_codes(ann), [ErrorCode::NotOnline, ErrorCode::BadRequest, ErrorCode::BadRequest]);
+}
+
+#[test]
 fn a_repeat_gets_its_old_seq_and_another_body_is_a_conflict() {
     let mut node = Node::new(|_| ());
     let ann = node.login("ann");
@@ -360,7 +381,8 @@ fn a_rate_above_the_limit_is_told_when_to_come_back() {
     assert!(node.told_codes(ann).is_empty());
     let _ = node.ask(ann, Request::Ping { stamp: 9 });
     let told = node.told(ann);
-    let limited = Reply::Failure { code: ErrorCode::RateLimited, retry_after_ms: 100, detail: ErrorCode::RateLimited.text() };
+    let limited =
+        Reply::Failure { code: ErrorCode::RateLimited, retry_after_ms: 100, detail: ErrorCode::RateLimited.text() };
     assert_eq!(decode(&told[0]), limited);
     node.pass(100);
     let _ = node.ask(ann, Request::Ping { stamp: 9 });
@@ -399,7 +421,8 @@ fn a_delivery_acknowledgement_tells_of_the_first_ack_or_of_the_timeout() {
         let (kind, ack_timeout_ms) = (BodyKind::Text, Some(1_000));
         Request::Send(Send { to: "bob", class, kind, client_seq, ack_timeout_ms, body: b"x" })
     };
-    for (class, client_seq) in [(Class::Durable, 1), (Class::Transient, 2), (Class::Durable, 3), (Class::Transient, 4)] {
+    for (class, client_seq) in [(Class::Durable, 1), (Class::Transient, 2), (Class::Durable, 3), (Class::Transient, 4)]
+    {
         let _ = node.ask(ann, send(class, client_seq));
     }
     let told = node.told(bob);

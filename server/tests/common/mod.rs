@@ -1,5 +1,7 @@
 //! What the tests over real sockets share: a server process in a folder of its own, and a small blocking wire client.
 //!
+//! `TEST_NET_KIND=epoll` (or `ring`) runs them over that net instead of the one that `auto` picks.
+//!
 //! Every wait is bounded by [`PATIENCE`], which no healthy run comes near; nothing here measures time.
 
 #![allow(dead_code, reason = "each test file uses its part")]
@@ -167,6 +169,7 @@ impl Drop for Server {
 fn spawn(data_dir: &Path, arguments: &[String]) -> (Child, Receiver<String>) {
     let mut child = ringline()
         .args(["serve", "--listen", "127.0.0.1:0", "--data-dir", data_dir.to_str().unwrap()])
+        .args(std::env::var("TEST_NET_KIND").iter().flat_map(|kind| ["--set".to_owned(), format!("net.kind={kind}")]))
         .args(arguments)
         .stderr(Stdio::piped())
         .spawn()

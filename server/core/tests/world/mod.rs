@@ -11,7 +11,7 @@ use ringline_core::config::{CoreConfig, DevicePolicy};
 use ringline_core::event::{ConnId, Effect, Effects, Event, Now, ShardMessage, Token, Verdict, Work, WorkOutcome};
 use ringline_schema::codec::{Codec, decode_reply};
 use ringline_schema::errors::ErrorCode;
-use ringline_schema::frame::FrameDecoder;
+use ringline_schema::frame::{Flags, FrameDecoder};
 use ringline_schema::ids::{ConversationId, DeviceId, Partition, Seq, UserName};
 use ringline_schema::message::{
     Ack, BodyKind, Class, Credential, DeviceKind, Fetch, Login, Reply, Request, Secret, Send,
@@ -207,7 +207,8 @@ impl World {
 
     fn request(&mut self, who: usize, request_id: u32, request: Request<'_>) {
         let Some((at, conn)) = self.clients[who].conn else { return };
-        let event = Event::Request { conn, codec: Codec::FlatBuffers, request_id, bytes: 64, request };
+        let (codec, flags) = (Codec::FlatBuffers, Flags::default());
+        let event = Event::Request { conn, codec, flags, request_id, request };
         if let Verdict::HandOver(_) = self.handle(at, event) {
             panic!("a client that connected to its owner was handed over");
         }
