@@ -334,6 +334,10 @@ impl Reactor {
     /// One write a dirty connection, one commit, one batch a lane.
     fn flush(&mut self) -> bool {
         let mut busy = !self.fx.dirty.is_empty();
+        // First what others work on meanwhile: the disk and the other cores.
+        self.append_backlog();
+        self.parts.store.submit();
+        self.flush_lanes();
         let Self { parts, edge, fx, now, .. } = self;
         let Parts { shard, net, .. } = parts;
         let mut dirty = std::mem::take(&mut fx.dirty);
@@ -346,14 +350,18 @@ impl Reactor {
         }
         self.perform();
         self.parts.net.flush();
-        self.append_backlog();
+        // What the writes have caused in turn, in practice only connections that ended.
         self.parts.store.submit();
         if self.parts.store.wake_fd().is_none() {
             busy |= self.gather_store();
         }
+        self.flush_lanes();
+        busy || !self.fx.dirty.is_empty()
+    }
+
+    fn flush_lanes(&mut self) {
         let Parts { lanes, shard, .. } = &mut self.parts;
         lanes.flush(|to, blocked| shard.set_lane_blocked(to, blocked));
-        busy || !self.fx.dirty.is_empty()
     }
 
     /// The last look before sleep.

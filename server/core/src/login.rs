@@ -296,6 +296,7 @@ impl Shard {
             device,
             kind,
             sends_in_flight: 0,
+            last_sent: None,
             known: Default::default(),
             lagged: Default::default(),
         };

@@ -55,11 +55,12 @@ impl Shard {
         fx: &mut Effects,
     ) -> Result<(), ErrorCode> {
         let origin = self.origin(conn, request_id);
-        let login = self.sessions.get(conn).and_then(|session| session.login()).ok_or(ErrorCode::NotLoggedIn)?;
+        let login = self.sessions.login_mut(conn).ok_or(ErrorCode::NotLoggedIn)?;
         if login.sends_in_flight >= limits::SENDS_IN_FLIGHT_MAX {
             return Err(ErrorCode::Busy);
         }
-        let conversation = ConversationId::direct(&login.user, &to);
+        let conversation = login.direct(&to);
+        let (from, device, device_key) = (login.user.clone(), login.device, login.key);
         let owner = self.owner(conversation.partition());
         if !self.is_here(owner) && self.is_blocked(owner) {
             return Err(ErrorCode::Busy);
@@ -67,10 +68,10 @@ impl Shard {
         let submit = Submit {
             origin,
             conversation,
-            from: login.user.clone(),
+            from,
             to,
-            device: login.device,
-            device_key: login.key,
+            device,
+            device_key,
             client_seq: send.client_seq,
             kind: send.kind,
             body: Bytes::copy_from_slice(send.body),

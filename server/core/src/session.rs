@@ -44,6 +44,8 @@ pub struct Login {
     pub kind: DeviceKind,
     /// Durable sends without an answer.
     pub sends_in_flight: u32,
+    /// The conversation of the last durable send, whose id is a hash of two names.
+    pub last_sent: Option<(UserName, ConversationId)>,
     /// Conversations this device has seen something of.
     pub known: BTreeMap<ConversationId, Known>,
     /// Dropped durable deliveries that LAGGED has yet to tell.
@@ -68,6 +70,16 @@ pub struct Lag {
 }
 
 impl Login {
+    /// The id of the conversation with `to`.
+    pub fn direct(&mut self, to: &UserName) -> ConversationId {
+        if let Some((_, conversation)) = self.last_sent.as_ref().filter(|(name, _)| name == to) {
+            return *conversation;
+        }
+        let conversation = ConversationId::direct(&self.user, to);
+        self.last_sent = Some((to.clone(), conversation));
+        conversation
+    }
+
     /// Notes that this device was given `seq`.
     pub fn show(&mut self, conversation: ConversationId, seq: Seq) {
         let known = self.known.entry(conversation).or_default();

@@ -70,9 +70,14 @@ pub(super) struct Indexer {
     pub failed: bool,
 }
 
+/// Added to the nice value: about a quarter of a reactor's share where both must use one core.
+const NICENESS: i32 = 5;
+
 impl Indexer {
     /// The thread's body. Ends at `Close`, or without flushing when the shard's handle is gone.
     pub fn run(mut self) {
+        // On Linux the nice value is a thread's own.
+        let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), NICENESS);
         loop {
             let job = match self.flush_due {
                 None => self.jobs.recv().map_err(|_| RecvTimeoutError::Disconnected),

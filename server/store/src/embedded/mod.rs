@@ -80,7 +80,8 @@ pub struct EmbeddedOptions {
     pub index_lag_bytes_max: u64,
     /// Open questions; more is `Full`.
     pub loads_max: usize,
-    /// Records and time after which recent rows are moved into the index.
+    /// Records and time after which recent rows are moved into the index. Rarely is cheaper: the rows of a conversation
+    /// that is busy all the time are written once a flush. What a crash replays is at most this much.
     pub flush_records_max: usize,
     pub flush_interval_ms: u64,
     /// Block cache of the index, for the node.
@@ -98,8 +99,8 @@ impl Default for EmbeddedOptions {
             batch_bytes_max: 4 * MIB as usize,
             index_lag_bytes_max: 64 * MIB,
             loads_max: 4096,
-            flush_records_max: 65_536,
-            flush_interval_ms: 1000,
+            flush_records_max: 131_072,
+            flush_interval_ms: 5_000,
             index_cache_bytes: 32 * MIB,
             index_memtable_bytes: 16 * MIB,
         }
