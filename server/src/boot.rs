@@ -19,13 +19,13 @@ use crate::config::{Config, ConfigError, Cores, StoreKind};
 pub const RING_IO_BYTES: usize = 64 * 1024;
 /// The executor refuses to start below this, whatever it then locks (at most three times [`RING_IO_BYTES`] a core; with
 /// less room it goes on without registered buffers).
-const MEMLOCK_BYTES_MIN: u64 = 512 * 1024;
+pub const MEMLOCK_BYTES_MIN: u64 = 512 * 1024;
 /// Descriptors beside connections: logs, key files, the store's index.
 const FILES_RESERVED: usize = 192;
 /// Rings, timers, doorbells, listener and log segments of one core.
 const FILES_PER_CORE: usize = 48;
 /// A node that can hold fewer is not worth starting.
-const CONNECTIONS_MIN: usize = 64;
+pub const CONNECTIONS_MIN: usize = 64;
 
 /// Why the node did not start.
 #[derive(Debug, thiserror::Error)]
@@ -136,9 +136,14 @@ pub fn check_memlock() -> Result<(), BootError> {
     Ok(())
 }
 
+/// Descriptors that are no connections.
+pub fn files_reserved(cores: usize) -> usize {
+    FILES_RESERVED.saturating_add(cores.saturating_mul(FILES_PER_CORE))
+}
+
 /// How many connections fit under the limit of open files, at most `wanted`.
 pub fn fit_connections(wanted: usize, cores: usize) -> Result<usize, BootError> {
-    let reserved = FILES_RESERVED + cores * FILES_PER_CORE;
+    let reserved = files_reserved(cores);
     let limit = usize::try_from(raise_to(Resource::Nofile, (wanted + reserved) as u64)).unwrap_or(usize::MAX);
     let fit = limit.saturating_sub(reserved).min(wanted);
     if fit < CONNECTIONS_MIN {

@@ -1,5 +1,6 @@
 //! The command line. Everything here runs once, on the main thread.
 
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -9,9 +10,9 @@ use ringline_client::chat::{self, ChatOptions, PasswordSource};
 use ringline_schema::ids::UserName;
 
 use crate::auth::{AuthError, Issuer};
-use crate::boot::BootError;
+use crate::boot::{self, BootError};
 use crate::config::Config;
-use crate::{logs, node};
+use crate::{doctor, logs, node};
 
 /// Exit code of a command that could not begin or failed.
 const EXIT_FAILED: u8 = 1;
@@ -34,6 +35,8 @@ enum Command {
     Chat(ChatArgs),
     /// Print a login token for a user, signed with the server's own key.
     Token(TokenArgs),
+    /// Check this machine: what was found, why it matters, the command that mends it. Exits with 1 if something fails.
+    Doctor(DoctorArgs),
     /// Print the configuration.
     Config(ConfigCommand),
     /// Print the version.
@@ -71,6 +74,15 @@ struct ConfigCommand {
     /// Every key with its effective value and where it came from.
     #[arg(long)]
     show: bool,
+    #[command(flatten)]
+    config: ConfigArgs,
+}
+
+#[derive(Debug, Args)]
+struct DoctorArgs {
+    /// One JSON object instead of the table.
+    #[arg(long)]
+    json: bool,
     #[command(flatten)]
     config: ConfigArgs,
 }
@@ -114,6 +126,7 @@ pub fn run() -> ExitCode {
         Command::Serve(args) => serve(&args),
         Command::Chat(args) => chat_at_terminal(args),
         Command::Token(args) => print_token(&args),
+        Command::Doctor(args) => examine(&args),
         Command::Config(args) => print_config(&args),
         Command::Version => {
             println!("ringline {}", env!("CARGO_PKG_VERSION"));
@@ -162,6 +175,18 @@ fn serve(args: &ConfigArgs) -> Result<u8, String> {
         tracing::warn!("the variable {name} names no key of the configuration");
     }
     node::serve(config).map_err(|error: BootError| error.to_string())
+}
+
+fn examine(args: &DoctorArgs) -> Result<u8, String> {
+    let (config, _) = args.config.load()?;
+    let cores = boot::pick_cores(&config.cores).map_err(|error| error.to_string())?;
+    let report = doctor::examine(&config, &cores);
+    let mut out = std::io::stdout().lock();
+    let text =
+        if args.json { report.json().map_err(|error| error.to_string())? } else { report.table(out.is_terminal()) };
+    // A reader that has gone away has read enough.
+    let _ = out.write_all(text.as_bytes());
+    Ok(report.exit_code())
 }
 
 fn print_config(args: &ConfigCommand) -> Result<u8, String> {

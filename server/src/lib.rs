@@ -2,7 +2,7 @@
 //!
 //! The way of a byte: [`net`] → [`edge`] → the shard, and back as effects that [`reactor`] performs. Cores speak over
 //! [`lanes`], rung by [`wake`]. [`boot`] checks the machine, [`node`] starts and stops everything, [`config`] is the one
-//! table of keys.
+//! table of keys, [`doctor`] explains the machine.
 
 #![deny(unsafe_code)]
 
@@ -10,6 +10,7 @@ pub mod auth;
 pub mod boot;
 pub mod cli;
 pub mod config;
+pub mod doctor;
 pub mod edge;
 pub mod lanes;
 pub mod logs;

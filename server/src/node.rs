@@ -27,6 +27,7 @@ use signal_hook::iterator::Signals;
 use crate::auth::{Issuer, Verifier};
 use crate::boot::{self, BootError};
 use crate::config::{Config, StoreKind};
+use crate::doctor;
 use crate::lanes;
 use crate::net::epoll::EpollNet;
 use crate::net::ring::RingNet;
@@ -89,6 +90,7 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
             config.connections_max
         );
     }
+    doctor::at_start(&config, &cores, features).iter().for_each(|line| tracing::warn!("{line}"));
     let net_kind = pick_net(config.net_kind);
     let stores = open_store(&config, cores.len())?;
     let verifier = open_auth(&config)?;

@@ -38,6 +38,7 @@ pub fn run_all(make: Make) {
     refuses_above_its_limit_and_gives_places_back(make);
     finishes_the_stream_and_still_reads(make);
     closes_its_listener(make);
+    more_bytes_than_buffers_arrive_without_another_wake(make);
 }
 
 /// What was seen, owned.
@@ -57,9 +58,14 @@ impl Bench {
     }
 
     fn poll(&mut self, flow: Flow) -> Vec<Seen> {
+        self.poll_after(Duration::from_millis(5), flow)
+    }
+
+    /// Sleeps for at most `sleep`, then polls.
+    fn poll_after(&mut self, sleep: Duration, flow: Flow) -> Vec<Seen> {
         let mut seen = Vec::new();
         self.net.flush();
-        self.net.wait(Duration::from_millis(5));
+        self.net.wait(sleep);
         self.net.poll(0, &mut |event| {
             seen.push(match event {
                 NetEvent::Accepted { conn } => Seen::Accepted(conn),
@@ -250,4 +256,29 @@ fn closes_its_listener(make: Make) {
     assert!(TcpStream::connect(bench.address).is_err());
     client.write_all(b"still").unwrap();
     assert_eq!(bench.receive(conn, 5), b"still");
+}
+
+/// More bytes wait than a ring has buffers for, and nothing else happens: what found no buffer must not wait for
+/// somebody else's bytes to wake the core.
+fn more_bytes_than_buffers_arrive_without_another_wake(make: Make) {
+    const CLIENTS: usize = 256;
+    // In all twice what the receive buffers of a ring hold, and each share fits into its socket.
+    const BYTES: usize = 64 * 1024;
+    let mut bench = make(CLIENTS, b"");
+    let mut clients: Vec<_> = (0..CLIENTS).map(|_| bench.accept().0).collect();
+    for client in &mut clients {
+        client.write_all(&[7; BYTES]).unwrap();
+    }
+    let (started, mut received) = (Instant::now(), 0);
+    while received < CLIENTS * BYTES {
+        // A sleep that nothing ends is as long as the patience.
+        let seen = bench.poll_after(PATIENCE, Flow::Continue);
+        assert!(started.elapsed() < PATIENCE, "{received} bytes came, the rest slept in its sockets");
+        for event in seen {
+            match event {
+                Seen::Received(_, bytes) => received += bytes.len(),
+                other => panic!("unexpected {other:?}"),
+            }
+        }
+    }
 }

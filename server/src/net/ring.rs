@@ -476,9 +476,6 @@ impl Net for RingNet {
             self.accept_again_us = None;
             self.arm_accept();
         }
-        for conn in std::mem::take(&mut self.rearm) {
-            self.arm_receive(conn);
-        }
         self.enter(true);
         self.reap();
         let reaped = std::mem::take(&mut self.reaped);
@@ -487,6 +484,10 @@ impl Net for RingNet {
         }
         if let Some(buffers) = &mut self.buffers {
             buffers.publish();
+        }
+        // Now, with buffers to receive into, and before a sleep: what waits in these sockets wakes nobody otherwise.
+        for conn in std::mem::take(&mut self.rearm) {
+            self.arm_receive(conn);
         }
         let any = !reaped.is_empty();
         self.reaped = reaped;
