@@ -71,6 +71,8 @@ struct Account {
 pub struct Ledger {
     accounts: Vec<Account>,
     late: Vec<(u32, u32)>,
+    /// Senders whose receiver may miss messages.
+    excused: Vec<u32>,
     verdict: Verdict,
 }
 
@@ -91,6 +93,9 @@ pub struct Verdict {
     pub corrupt: u64,
     /// Messages of another run: ignored.
     pub other_runs: u64,
+    /// Accepted and not read by a client that reads slowly on purpose, where that is no loss: transient messages, and
+    /// stored ones once the server has closed the connection.
+    pub unread: u64,
     /// Own messages to others, told to the device that sent them: ignored.
     pub echoed: u64,
 }
@@ -99,7 +104,7 @@ impl Ledger {
     /// A ledger for `clients` senders.
     pub fn new(clients: u32) -> Self {
         let accounts = vec![Account::default(); clients as usize];
-        Self { accounts, late: Vec::new(), verdict: Verdict::default() }
+        Self { accounts, late: Vec::new(), excused: Vec::new(), verdict: Verdict::default() }
     }
 
     fn account(&mut self, sender: u32, number: u32) -> Option<&mut Account> {
@@ -123,6 +128,11 @@ impl Ledger {
     /// Neither order nor repetition is judged here: the history overlaps what was pushed.
     pub fn fetched(&mut self, sender: u32, number: u32) -> bool {
         self.account(sender, number).is_some_and(|account| account.delivered.insert(number))
+    }
+
+    /// What this sender sent and nobody received is no loss: its receiver reads too slowly.
+    pub fn excuse(&mut self, sender: u32) {
+        self.excused.push(sender);
     }
 
     /// A body that is not what its sender wrote.
@@ -153,6 +163,7 @@ impl Ledger {
             mine.retried.merge(&theirs.retried);
         }
         self.late.extend_from_slice(&other.late);
+        self.excused.extend_from_slice(&other.excused);
         let (mine, theirs) = (&mut self.verdict, &other.verdict);
         mine.duplicated += theirs.duplicated;
         mine.reordered += theirs.reordered;
@@ -167,6 +178,11 @@ impl Ledger {
         let mut verdict = self.verdict;
         for account in &self.accounts {
             verdict.lost += account.accepted.count_without(&account.delivered);
+        }
+        for account in self.excused.iter().filter_map(|&sender| self.accounts.get(sender as usize)) {
+            let unread = account.accepted.count_without(&account.delivered);
+            verdict.lost = verdict.lost.saturating_sub(unread);
+            verdict.unread += unread;
         }
         for &(sender, number) in &self.late {
             let retried = self.accounts.get(sender as usize).is_some_and(|account| account.retried.contains(number));

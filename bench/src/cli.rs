@@ -12,8 +12,12 @@ use ringline_schema::limits::{FRAME_BYTES_MAX, MESSAGE_OVERHEAD_BYTES_MAX};
 use ringline_schema::message::Class;
 
 use crate::Failure;
-use crate::plan::{Pace, Plan, Scenario, names};
+use crate::compare::cli::Contest;
+use crate::intervals;
+use crate::plan::{Pace, Plan, Scenario, Slow, names};
+use crate::search::SearchArgs;
 use crate::stamp::STAMP_BYTES;
+use crate::storm::StormArgs;
 
 /// The largest payload that fits a default frame.
 const PAYLOAD_BYTES_MAX: u32 = FRAME_BYTES_MAX - MESSAGE_OVERHEAD_BYTES_MAX;
@@ -52,6 +56,15 @@ pub enum Command {
     ///
     /// Exit code: 0 all well; 1 a client was disconnected or the run could not be done; 2 wrong usage.
     Idle(IdleArgs),
+    /// Connect and log in as fast as the server takes it, then drop and reconnect clients at a steady rate
+    ///
+    /// Shows logins a second, login latency, and what was refused or failed, by name. A client whose login fails or
+    /// whose connection is closed comes back after a back-off with full jitter, 0.2 s to 30 s.
+    ///
+    /// Exit code: 0 every client is logged in at the end; 1 some are not, or the run could not be done; 2 wrong usage.
+    Storm(StormArgs),
+    #[command(flatten)]
+    Contest(Contest),
 }
 
 /// What both commands need.
@@ -126,15 +139,33 @@ pub struct RunArgs {
     /// Acknowledge deliveries by cumulative cursors, once a second and conversation [default: on for durable]
     #[arg(long, value_enum)]
     pub ack_cursors: Option<Switch>,
+    /// Scenario slow: percent of all clients that read slowly, and send nothing, until the measured window ends
+    #[arg(long, default_value_t = 10, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(1..=50))]
+    pub slow_percent: u32,
+    /// Scenario slow: what such a client reads; less than it is sent, or nothing will pile up
+    #[arg(long, default_value_t = 1_000, value_name = "BYTES",
+        value_parser = clap::value_parser!(u32).range(1..=100_000_000))]
+    pub slow_bytes_per_s: u32,
+    #[command(flatten)]
+    pub search: SearchArgs,
     /// Write the result as one JSON object
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+    /// Write the result as one HTML page with curves
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    /// Write an HdrHistogram interval log: latencies in µs a second, tags ack and deliver
+    #[arg(long, value_name = "FILE")]
+    pub hdr: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, Args)]
 pub struct IdleArgs {
     #[command(flatten)]
     pub fleet: FleetArgs,
+    /// Write the result as one JSON object
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
     /// Seconds to stay logged in, pinging as the server asks
     #[arg(long, default_value = "10", value_name = "SECONDS", value_parser = parse_seconds)]
     pub hold: f64,
@@ -153,6 +184,13 @@ impl ClassArg {
             Self::Transient => Class::Transient,
         }
     }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Durable => "durable",
+            Self::Transient => "transient",
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -165,7 +203,7 @@ pub enum Switch {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cores(pub Vec<usize>);
 
-fn parse_cores(text: &str) -> Result<Cores, String> {
+pub(crate) fn parse_cores(text: &str) -> Result<Cores, String> {
     const CORE_MAX: usize = 4_095;
     let number = |part: &str| match part.trim().parse::<usize>() {
         Ok(core) if core <= CORE_MAX => Ok(core),
@@ -185,7 +223,7 @@ fn parse_cores(text: &str) -> Result<Cores, String> {
     Ok(Cores(cores))
 }
 
-fn parse_seconds(text: &str) -> Result<f64, String> {
+pub(crate) fn parse_seconds(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(seconds) if (0.0..=PHASE_S_MAX).contains(&seconds) => Ok(seconds),
         Ok(_) | Err(_) => Err(format!("\"{text}\" is no number of seconds from 0 to {PHASE_S_MAX}")),
@@ -209,7 +247,7 @@ impl FleetArgs {
     }
 
     /// User names, checked as the server will check them.
-    fn names(&self) -> Result<Vec<String>, Failure> {
+    pub(crate) fn names(&self) -> Result<Vec<String>, Failure> {
         let names = names(&self.user_prefix, self.clients);
         match names.last().map(|name| UserName::new(name)) {
             Some(Err(error)) => Err(Failure::Usage(format!("--user-prefix: {error}"))),
@@ -221,6 +259,8 @@ impl FleetArgs {
     pub fn idle_plan(&self) -> Result<Plan, Failure> {
         Ok(Plan {
             scenario: Scenario::SelfChat,
+            slow: Slow { percent: 0, bytes_per_s: 0 },
+            interval_ns: None,
             class: Class::Transient,
             pace: Pace::Closed { window: 1 },
             payload_bytes: STAMP_BYTES,
@@ -237,13 +277,17 @@ impl RunArgs {
     pub fn plan(&self) -> Result<Plan, Failure> {
         let clients = self.fleet.clients;
         match self.scenario {
-            Scenario::Pair if clients % 2 == 1 => {
-                return Err(Failure::Usage(format!("--scenario pair needs an even number of clients, not {clients}")));
+            Scenario::Pair | Scenario::Slow if clients % 2 == 1 => {
+                let name = self.scenario.name();
+                return Err(Failure::Usage(format!(
+                    "--scenario {name} needs an even number of clients, not {clients}"
+                )));
             }
-            Scenario::Random if clients < 2 => {
-                return Err(Failure::Usage("--scenario random needs two clients or more".to_owned()));
+            Scenario::Random | Scenario::Mutual if clients < 2 => {
+                let name = self.scenario.name();
+                return Err(Failure::Usage(format!("--scenario {name} needs two clients or more")));
             }
-            Scenario::SelfChat | Scenario::Pair | Scenario::Random => {}
+            Scenario::SelfChat | Scenario::Pair | Scenario::Random | Scenario::Mutual | Scenario::Slow => {}
         }
         if self.duration <= 0.0 {
             return Err(Failure::Usage("--duration must be more than 0".to_owned()));
@@ -251,10 +295,12 @@ impl RunArgs {
         let class = self.class.class();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let seed = [now.as_nanos().to_le_bytes().as_slice(), &std::process::id().to_le_bytes()].concat();
-        Ok(Plan {
+        let mut plan = Plan {
             scenario: self.scenario,
+            slow: Slow { percent: self.slow_percent, bytes_per_s: self.slow_bytes_per_s },
+            interval_ns: self.hdr.as_ref().map(|_| intervals::length_ns((self.duration * NS_PER_S as f64) as u64)),
             class,
-            pace: self.pace()?,
+            pace: Pace::Closed { window: 1 },
             payload_bytes: self.payload as usize,
             run: body_hash(&seed),
             // Microseconds: rises from run to run as long as no client sends a million messages a second.
@@ -265,12 +311,14 @@ impl RunArgs {
                 None => class == Class::Durable,
             },
             names: self.fleet.names()?,
-        })
+        };
+        plan.pace = self.pace(plan.senders())?;
+        Ok(plan)
     }
 
-    fn pace(&self) -> Result<Pace, Failure> {
+    fn pace(&self, senders: u32) -> Result<Pace, Failure> {
         let period_ns = match (self.pace.rate, self.pace.interval_ms) {
-            (Some(rate), _) => u64::from(self.fleet.clients) * NS_PER_S / rate.max(1),
+            (Some(rate), _) => u64::from(senders) * NS_PER_S / rate.max(1),
             (None, Some(interval_ms)) => interval_ms * NS_PER_MS,
             (None, None) => return Ok(Pace::Closed { window: self.pace.window.unwrap_or(1) }),
         };
@@ -290,7 +338,7 @@ mod tests {
         let base = ["ringline-bench", "run", "--clients", "4"];
         match Cli::try_parse_from(base.iter().chain(more))?.command {
             Command::Run(args) => Ok(args),
-            Command::Idle(_) => unreachable!(),
+            Command::Idle(_) | Command::Storm(_) | Command::Contest(_) => unreachable!(),
         }
     }
 
@@ -300,7 +348,9 @@ mod tests {
         cli.clone().debug_assert();
         for command in cli.get_subcommands_mut() {
             let help = command.render_long_help().to_string();
-            assert!(help.contains("--issuer-key") && help.contains("Exit code"), "{help}");
+            // Those that start their servers themselves ask for no key.
+            let starts_servers = ["floor", "compare", "floor-server"].contains(&command.get_name());
+            assert!(help.contains("Exit code") && (starts_servers || help.contains("--issuer-key")), "{help}");
             for argument in command.get_arguments() {
                 assert!(argument.get_help().is_some(), "{} has no help", argument.get_id());
             }

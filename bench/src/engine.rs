@@ -16,6 +16,7 @@ use std::time::Instant;
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::frame::FrameDecoder;
 use ringline_schema::limits::FRAME_BYTES_CEILING;
+use ringline_schema::message::Class;
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll::{self, Event, EventData, EventFlags};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -30,6 +31,8 @@ const LOGINS_IN_FLIGHT_MAX: usize = 128;
 /// Clients from one loopback address; each connection needs a port of its own, and the usual range has 28,232.
 const CLIENTS_PER_SOURCE: u32 = 28_000;
 const READ_BYTES: usize = 64 * 1024;
+/// Receive buffer that a slow reader asks the kernel for.
+const SLOW_BUFFER_BYTES: usize = 4 * 1024;
 /// Events taken in one turn, and due sends made in one turn, so that neither starves the other.
 const EVENTS_MAX: usize = 256;
 const DUE_MAX: usize = 512;
@@ -141,6 +144,19 @@ struct Link {
     decoder: FrameDecoder,
     /// What the socket did not take; empty nearly always.
     unwritten: Vec<u8>,
+    /// Reads slowly on purpose: epoll is not asked for reads, the sweep makes them.
+    sips: bool,
+    /// When it read last.
+    sipped_ns: u64,
+}
+
+impl Link {
+    /// What to ask epoll for: reads, unless the sweep makes them; writes while something waits to be written.
+    fn interest(&self) -> EventFlags {
+        let reads = if self.sips { EventFlags::empty() } else { EventFlags::IN };
+        let writes = if self.unwritten.is_empty() { EventFlags::empty() } else { EventFlags::OUT };
+        reads | writes
+    }
 }
 
 /// See the file's head.
@@ -174,11 +190,13 @@ impl Engine {
             stage: Stage::Waiting,
             decoder: FrameDecoder::new(),
             unwritten: Vec::new(),
+            sips: false,
+            sipped_ns: 0,
         });
         Ok(Self {
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             links: links.collect(),
-            desk: Desk::new(clients),
+            desk: Desk::for_plan(&share.plan),
             buffer: vec![0; READ_BYTES],
             events: Vec::with_capacity(EVENTS_MAX),
             timeline: Timeline::NEVER,
@@ -212,6 +230,11 @@ impl Engine {
             tally.unsent += link.peer.unsent(&self.share.plan, &self.timeline);
             tally.given_up += refused;
             tally.unanswered = tally.unanswered.saturating_sub(refused);
+            let plan = &self.share.plan;
+            let may_miss = plan.class == Class::Transient || !link.peer.ready();
+            if plan.reads_slowly(link.peer.index()) && may_miss {
+                self.desk.ledger.excuse(plan.target(link.peer.index(), 0));
+            }
         }
         self.desk
     }
@@ -227,7 +250,10 @@ impl Engine {
         while self.logins_in_flight < in_flight_max {
             let slot = self.next_connect;
             let Some(link) = self.links.get_mut(slot) else { return };
-            match connect(self.share.target, link.peer.index() / CLIENTS_PER_SOURCE) {
+            let index = link.peer.index();
+            // Before the connection: the kernel must not read on behalf of who is to read slowly.
+            let buffer_bytes = self.share.plan.reads_slowly(index).then_some(SLOW_BUFFER_BYTES);
+            match connect(self.share.target, index, buffer_bytes) {
                 Ok(stream) => {
                     let added = epoll::add(&self.epoll, &stream, EventData::new_u64(slot as u64), EventFlags::OUT);
                     link.stage = Stage::Connecting(stream);
@@ -259,7 +285,7 @@ impl Engine {
         let stage = std::mem::replace(&mut link.stage, Stage::Closed);
         let Stage::Connecting(stream) = stage else { return };
         let ready = match stream.take_error() {
-            Ok(None) => interest(&self.epoll, &stream, (slot, false)),
+            Ok(None) => interest(&self.epoll, &stream, (slot, EventFlags::IN)),
             Ok(Some(error)) | Err(error) => Err(error),
         };
         link.stage = Stage::LoggingIn(stream);
@@ -281,6 +307,9 @@ impl Engine {
         let Some(link) = self.links.get_mut(slot) else { return };
         if let Stage::LoggingIn(stream) = std::mem::replace(&mut link.stage, Stage::Closed) {
             link.stage = Stage::Open(stream);
+        }
+        if self.share.plan.reads_slowly(link.peer.index()) {
+            self.set_sips(slot, true);
         }
         self.logins_in_flight = self.logins_in_flight.saturating_sub(1);
         self.logged_in += 1;
@@ -353,11 +382,42 @@ impl Engine {
         }
     }
 
-    /// One `recv`; epoll reports again if there is more.
+    /// Begins or ends slow reading.
+    fn set_sips(&mut self, slot: usize, sips: bool) {
+        let now_ns = self.now_ns();
+        let Some(link) = self.links.get_mut(slot) else { return };
+        (link.sips, link.sipped_ns) = (sips, now_ns);
+        let Some(stream) = link.stage.stream() else { return };
+        if let Err(error) = interest(&self.epoll, stream, (slot, link.interest())) {
+            self.io_failed(slot, &error);
+        }
+    }
+
+    /// Reads what a slow reader may by now; at full speed again once the window is over, so that it catches up.
+    fn sip(&mut self, slot: usize) {
+        let now_ns = self.now_ns();
+        if now_ns >= self.timeline.measure_to_ns {
+            return self.set_sips(slot, false);
+        }
+        let Some(link) = self.links.get_mut(slot) else { return };
+        let waited_ns = now_ns.saturating_sub(link.sipped_ns);
+        let bytes = u128::from(self.share.plan.slow.bytes_per_s) * u128::from(waited_ns) / u128::from(NS_PER_S);
+        if bytes > 0 {
+            link.sipped_ns = now_ns;
+            self.read_at_most(slot, usize::try_from(bytes).unwrap_or(READ_BYTES));
+        }
+    }
+
     fn read(&mut self, slot: usize) {
+        self.read_at_most(slot, READ_BYTES);
+    }
+
+    /// One `recv`; epoll reports again if there is more.
+    fn read_at_most(&mut self, slot: usize, bytes_max: usize) {
         let Some(link) = self.links.get_mut(slot) else { return };
         let Some(mut stream) = link.stage.stream() else { return };
-        let bytes = match stream.read(&mut self.buffer) {
+        let room = bytes_max.min(self.buffer.len());
+        let bytes = match stream.read(self.buffer.get_mut(..room).unwrap_or_default()) {
             Ok(0) => return self.close(slot, Disconnect::ByServer),
             Ok(bytes) => bytes,
             Err(error) => return self.io_failed(slot, &error),
@@ -445,7 +505,7 @@ impl Engine {
         }
         let waits = !link.unwritten.is_empty();
         if waits != waited
-            && let Err(error) = interest(&self.epoll, stream, (slot, waits))
+            && let Err(error) = interest(&self.epoll, stream, (slot, link.interest()))
         {
             return self.io_failed(slot, &error);
         }
@@ -464,14 +524,14 @@ impl Engine {
 
     fn close(&mut self, slot: usize, why: Disconnect) {
         let Some(link) = self.links.get_mut(slot) else { return };
-        let incident = Incident::Disconnected(why);
+        let incident = if link.sips { Incident::SlowReaderClosed } else { Incident::Disconnected(why) };
         let early = !matches!(link.stage, Stage::Open(_));
         link.stage = Stage::Closed;
         link.unwritten = Vec::new();
         let abandoned = u64::from(link.peer.gone());
         let tally = &mut self.desk.tally;
         tally.count(incident);
-        tally.disconnected += 1;
+        tally.disconnected += u64::from(!link.sips);
         tally.abandoned += abandoned;
         tally.unanswered = tally.unanswered.saturating_sub(abandoned);
         if early {
@@ -551,6 +611,9 @@ impl Engine {
         for _ in 0..part {
             let slot = self.sweep_slot;
             self.sweep_slot = if slot + 1 < self.links.len() { slot + 1 } else { 0 };
+            if self.links.get(slot).is_some_and(|link| link.sips) {
+                self.sip(slot);
+            }
             // A client that cannot write now says nothing more that could wait.
             if self.links.get(slot).is_some_and(|link| link.unwritten.is_empty() && link.peer.ready()) {
                 self.with_peer(slot, Peer::housekeep);
@@ -571,11 +634,16 @@ impl Engine {
     }
 }
 
-/// Begins a connection. `source` picks the local address 127.0.0.1 + source, on loopback only: each has its own ports.
-fn connect(target: SocketAddr, source: u32) -> io::Result<TcpStream> {
+/// Begins a connection of this client. On loopback each group of clients has a local address of its own
+/// (127.0.0.1 and up), each with its own ports. `buffer_bytes` bounds what the kernel receives unread.
+pub(crate) fn connect(target: SocketAddr, client: u32, buffer_bytes: Option<usize>) -> io::Result<TcpStream> {
+    let source = client / CLIENTS_PER_SOURCE;
     let socket = Socket::new(Domain::for_address(target), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_nonblocking(true)?;
     socket.set_tcp_nodelay(true)?;
+    if let Some(bytes) = buffer_bytes {
+        socket.set_recv_buffer_size(bytes)?;
+    }
     if let IpAddr::V4(address) = target.ip()
         && address.is_loopback()
         && source > 0
@@ -590,8 +658,6 @@ fn connect(target: SocketAddr, source: u32) -> io::Result<TcpStream> {
     }
 }
 
-/// Asks epoll for reads of this slot, and for writes too while something waits to be written.
-fn interest(epoll: &OwnedFd, stream: &TcpStream, (slot, writes): (usize, bool)) -> io::Result<()> {
-    let flags = if writes { EventFlags::IN | EventFlags::OUT } else { EventFlags::IN };
+fn interest(epoll: &OwnedFd, stream: &TcpStream, (slot, flags): (usize, EventFlags)) -> io::Result<()> {
     Ok(epoll::modify(epoll, stream, EventData::new_u64(slot as u64), flags)?)
 }

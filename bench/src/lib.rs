@@ -1,23 +1,34 @@
 //! The load generator of Ringline, floor 4: it drives a server as a stranger would, over TCP, and checks every message.
 //!
 //! - Pure: [`plan`] (who sends what to whom, when), [`stamp`] (the body of a message), [`check`] (loss, duplicates,
-//!   order), [`tally`] (counts and latencies), [`peer`] (one simulated client), [`report`].
-//! - Shell: [`engine`] (the epoll loop of one thread), [`run`] (threads and phases), [`server_process`], [`token`],
-//!   [`cli`].
+//!   order), [`tally`] (counts and latencies), [`peer`] (one simulated client), [`intervals`] (latency by interval),
+//!   [`report`], [`html`] (the page of a run), [`search`] (the highest rate; with its thin shell).
+//! - Shell: [`engine`] (the epoll loop of one thread), [`run`] (threads and phases), [`storm`] (logins and drops),
+//!   [`facts`], [`server_process`], [`token`], [`cli`].
+//! - Against others: [`wire`] (protocols, pure), [`compare`], [`floor`], [`floor_ring`] (the bare echo).
 //!
 //! Nothing of the server or of the client SDK is used: what is measured is what the wire shows.
 
 pub mod check;
 pub mod cli;
+pub mod compare;
 pub mod engine;
+pub mod facts;
+pub mod floor;
+pub mod floor_ring;
+pub mod html;
+pub mod intervals;
 pub mod peer;
 pub mod plan;
 pub mod report;
 pub mod run;
+pub mod search;
 pub mod server_process;
 pub mod stamp;
+pub mod storm;
 pub mod tally;
 pub mod token;
+pub mod wire;
 
 /// Why a command ended without a result. One clear line for people.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

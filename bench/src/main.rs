@@ -2,23 +2,36 @@
 //!
 //! Main thread only. Exit codes: 0 all well, 1 a broken promise or a run that could not be done, 2 wrong usage.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
 use ringline_bench::Failure;
 use ringline_bench::cli::{Cli, Command, RunArgs};
-use ringline_bench::run;
+use ringline_bench::compare::{self, cli::Contest};
+use ringline_bench::{floor, html, run, search, storm};
+use serde::Serialize;
 
 const EXIT_BROKEN: u8 = 1;
 const EXIT_USAGE: u8 = 2;
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
+        Command::Run(args) if args.search.search => search_and_report(&args),
         Command::Run(args) => run_and_report(&args),
-        Command::Idle(args) => run::idle(&args).map(|(text, clean)| {
-            print!("{text}");
-            clean
+        Command::Idle(args) => run::idle(&args).and_then(|report| {
+            print!("{}", report.table());
+            write_json(args.json.as_deref(), &report)?;
+            Ok(report.clean())
         }),
+        Command::Storm(args) => storm::storm(&args).and_then(|report| {
+            print!("{}", report.table());
+            write_json(args.json.as_deref(), &report)?;
+            Ok(report.clean())
+        }),
+        Command::Contest(Contest::Floor(args)) => floor::floor(&args),
+        Command::Contest(Contest::Compare(args)) => compare::compare(&args),
+        Command::Contest(Contest::FloorServer(args)) => floor::serve(&args).map(|never| match never {}),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,
@@ -37,10 +50,41 @@ fn main() -> ExitCode {
 fn run_and_report(args: &RunArgs) -> Result<bool, Failure> {
     let report = run::run(args)?;
     print!("{}", report.table());
-    if let Some(path) = &args.json {
-        let text = report.json().map_err(|error| Failure::Failed(format!("JSON: {error}")))?;
-        let written = std::fs::write(path, text + "\n");
-        written.map_err(|error| Failure::Failed(format!("cannot write {}: {error}", path.display())))?;
+    write_json(args.json.as_deref(), &report)?;
+    if let Some(path) = &args.html {
+        write(path, html::page(&report).map_err(Failure::Failed)?.as_bytes())?;
+    }
+    if let Some(path) = &args.hdr {
+        let facts = report.machine.rows().into_iter().map(|(name, value)| format!("{name}: {value}"));
+        let comments: Vec<String> =
+            [report.title(), format!("commit: {}", report.commit)].into_iter().chain(facts).collect();
+        let log = report.detail.intervals.log(report.detail.since, &comments);
+        write(path, &log.map_err(|error| Failure::Failed(format!("interval log: {error}")))?)?;
     }
     Ok(report.clean())
+}
+
+/// Whether no step broke a promise.
+fn search_and_report(args: &RunArgs) -> Result<bool, Failure> {
+    let report = search::search(args, |line| println!("{line}"))?;
+    println!("{}", report.summary());
+    if !report.valid {
+        println!("INVALID: the generator lagged, so this is its limit and not the server's");
+    }
+    write_json(args.json.as_deref(), &report)?;
+    if let Some(path) = &args.html {
+        write(path, html::search_page(&report).map_err(Failure::Failed)?.as_bytes())?;
+    }
+    Ok(!report.broken)
+}
+
+fn write_json(path: Option<&Path>, report: &impl Serialize) -> Result<(), Failure> {
+    let Some(path) = path else { return Ok(()) };
+    let text = serde_json::to_string(report).map_err(|error| Failure::Failed(format!("JSON: {error}")))?;
+    write(path, (text + "\n").as_bytes())
+}
+
+fn write(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
+    let written = std::fs::write(path, bytes);
+    written.map_err(|error| Failure::Failed(format!("cannot write {}: {error}", path.display())))
 }

@@ -17,6 +17,7 @@ use ringline_schema::message::{
 };
 
 use crate::check::{Arrival, Inbox, Ledger, NUMBERS_MAX};
+use crate::intervals::Kind;
 use crate::plan::{Pace, Plan, Timeline};
 use crate::stamp::{NotOurs, Stamp};
 use crate::tally::{self, Incident, Tally};
@@ -54,7 +55,14 @@ pub struct Desk {
 }
 
 impl Desk {
-    /// A desk for a run of `clients` clients in all.
+    /// A desk for a run by this plan.
+    pub fn for_plan(plan: &Plan) -> Self {
+        let mut desk = Self::new(plan.clients());
+        desk.tally.intervals.set_length(plan.interval_ns);
+        desk
+    }
+
+    /// A desk for a run of `clients` clients in all, without an interval log.
     pub fn new(clients: u32) -> Self {
         Self {
             encoder: Encoder::new(),
@@ -344,6 +352,8 @@ impl Peer {
         tally.accepted += u64::from(turn.timeline.measured(turn.now_ns));
         if turn.timeline.measured(intended_ns) {
             tally::record(&mut tally.ack_us, intended_ns, turn.now_ns);
+            let at_ns = turn.timeline.since_measure_from(turn.now_ns);
+            tally.intervals.record((Kind::Ack, at_ns), intended_ns, turn.now_ns);
         }
     }
 
@@ -383,7 +393,7 @@ impl Peer {
             seq: message.seq,
         };
         if self.inbox.receive(arrival, &mut turn.desk.ledger) {
-            delivered(&stamp, turn);
+            delivered(&stamp, self.index, turn);
         }
     }
 
@@ -414,7 +424,7 @@ impl Peer {
                 && turn.desk.ledger.fetched(stamp.sender, stamp.number)
             {
                 turn.desk.tally.fetched += 1;
-                delivered(&stamp, turn);
+                delivered(&stamp, self.index, turn);
             }
         }
         let Some(gap) = self.gaps.front_mut() else {
@@ -451,6 +461,9 @@ impl Peer {
     /// The distance to the oldest unanswered send is bounded too, not only their count: the server's duplicate filter
     /// remembers so many, and a retry below it would be refused as stale.
     fn next_send(&self, turn: &Turn<'_>) -> Option<u64> {
+        if turn.plan.reads_slowly(self.index) {
+            return None;
+        }
         let room = self.pending.len() < self.sends_in_flight_max as usize && self.next_number() < NUMBERS_MAX;
         if !room {
             return None;
@@ -536,6 +549,9 @@ impl Peer {
 
     /// Open loop: how many messages were due before the end and have not been sent.
     pub fn unsent(&self, plan: &Plan, timeline: &Timeline) -> u64 {
+        if plan.reads_slowly(self.index) {
+            return 0;
+        }
         let due = |number: u32| {
             let intended_ns = plan.intended_ns(timeline.start_ns, self.index, number);
             intended_ns.is_some_and(|intended_ns| intended_ns < timeline.measure_to_ns)
@@ -560,12 +576,20 @@ fn after_ms(now_ns: u64, retry_after_ms: u32) -> u64 {
 }
 
 /// Counts a message that a receiver sees for the first time.
-fn delivered(stamp: &Stamp, turn: &mut Turn<'_>) {
-    let tally = &mut turn.desk.tally;
+fn delivered(stamp: &Stamp, receiver: u32, turn: &mut Turn<'_>) {
+    let (tally, now_ns) = (&mut turn.desk.tally, turn.now_ns);
     tally.ever_delivered += 1;
-    tally.delivered += u64::from(turn.timeline.measured(turn.now_ns));
-    if turn.timeline.measured(stamp.intended_ns) {
-        tally::record(&mut tally.deliver_us, stamp.intended_ns, turn.now_ns);
+    tally.delivered += u64::from(turn.timeline.measured(now_ns));
+    if !turn.timeline.measured(stamp.intended_ns) {
+        return;
+    }
+    // Who reads slowly on purpose waits on purpose: the others' latency is the figure.
+    if turn.plan.reads_slowly(receiver) {
+        tally::record(&mut tally.slow_deliver_us, stamp.intended_ns, now_ns);
+    } else {
+        tally::record(&mut tally.deliver_us, stamp.intended_ns, now_ns);
+        let at_ns = turn.timeline.since_measure_from(now_ns);
+        tally.intervals.record((Kind::Deliver, at_ns), stamp.intended_ns, now_ns);
     }
 }
 

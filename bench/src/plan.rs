@@ -16,6 +16,10 @@ pub enum Scenario {
     Pair,
     /// Every message goes to another client drawn at random.
     Random,
+    /// Every client sends to all others in turn (200 clients are usual: each then has 199 conversations).
+    Mutual,
+    /// As pair, but some of the receivers (--slow-percent) read slowly and send nothing.
+    Slow,
 }
 
 impl Scenario {
@@ -24,6 +28,8 @@ impl Scenario {
             Self::SelfChat => "self",
             Self::Pair => "pair",
             Self::Random => "random",
+            Self::Mutual => "mutual",
+            Self::Slow => "slow",
         }
     }
 }
@@ -46,10 +52,23 @@ impl Pace {
     }
 }
 
+/// The slow readers of [`Scenario::Slow`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slow {
+    /// Of all clients; 1 to 50, because only one of a pair is slow.
+    pub percent: u32,
+    /// What such a client reads, until the measured window ends.
+    pub bytes_per_s: u32,
+}
+
 /// The whole plan of a run.
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub scenario: Scenario,
+    /// Used by [`Scenario::Slow`] only.
+    pub slow: Slow,
+    /// Length of one histogram of the interval log; `None`: no log is kept.
+    pub interval_ns: Option<u64>,
     pub class: Class,
     pub pace: Pace,
     pub payload_bytes: usize,
@@ -72,13 +91,39 @@ impl Plan {
     pub fn target(&self, sender: u32, number: u32) -> u32 {
         match self.scenario {
             Scenario::SelfChat => sender,
-            Scenario::Pair => sender ^ 1,
+            Scenario::Pair | Scenario::Slow => sender ^ 1,
+            Scenario::Mutual => {
+                let clients = u64::from(self.clients()).max(1);
+                // 1 to clients - 1 places further on: every other client once a round, and each sender begins with
+                // another one, so that no receiver gets a burst.
+                let ahead = 1 + u64::from(number) % clients.saturating_sub(1).max(1);
+                u32::try_from((u64::from(sender) + ahead) % clients).unwrap_or(0)
+            }
             Scenario::Random => {
                 let others = u64::from(self.clients().saturating_sub(1)).max(1);
                 let drawn = mix(self.run ^ (u64::from(sender) << 32) ^ u64::from(number)) % others;
                 // Skips the sender itself.
                 let drawn = u32::try_from(drawn).unwrap_or(0);
                 if drawn >= sender { drawn.saturating_add(1) } else { drawn }
+            }
+        }
+    }
+
+    /// Whether a client reads slowly and sends nothing: the odd one of some pairs, evenly spread.
+    pub fn reads_slowly(&self, client: u32) -> bool {
+        // Of the pairs so far, twice the share is slow, because each has one receiver that may be.
+        let slow_pairs = |pairs: u64| pairs * 2 * u64::from(self.slow.percent) / 100;
+        let pair = u64::from(client / 2);
+        self.scenario == Scenario::Slow && client % 2 == 1 && slow_pairs(pair + 1) > slow_pairs(pair)
+    }
+
+    /// How many clients send.
+    pub fn senders(&self) -> u32 {
+        match self.scenario {
+            Scenario::SelfChat | Scenario::Pair | Scenario::Random | Scenario::Mutual => self.clients(),
+            Scenario::Slow => {
+                let slow = u64::from(self.clients() / 2) * 2 * u64::from(self.slow.percent) / 100;
+                self.clients().saturating_sub(u32::try_from(slow).unwrap_or(u32::MAX))
             }
         }
     }
@@ -108,7 +153,7 @@ pub fn names(prefix: &str, clients: u32) -> Vec<String> {
 }
 
 /// The finalizer of splitmix64: a well-mixed number for every number.
-fn mix(number: u64) -> u64 {
+pub(crate) fn mix(number: u64) -> u64 {
     let z = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -139,6 +184,11 @@ impl Timeline {
         (self.measure_from_ns..self.measure_to_ns).contains(&time_ns)
     }
 
+    /// How far into the measured window a time is that is not before it; what comes after the window counts as its end.
+    pub fn since_measure_from(&self, now_ns: u64) -> u64 {
+        now_ns.min(self.measure_to_ns.saturating_sub(1)).saturating_sub(self.measure_from_ns)
+    }
+
     /// Whether a closed loop sends at this time.
     pub fn sends_at(&self, now_ns: u64) -> bool {
         (self.start_ns..self.measure_to_ns).contains(&now_ns)
@@ -160,6 +210,8 @@ pub(crate) mod tests {
     pub(crate) fn plan(scenario: Scenario, pace: Pace, clients: u32) -> Plan {
         Plan {
             scenario,
+            slow: Slow { percent: 10, bytes_per_s: 1_000 },
+            interval_ns: None,
             class: Class::Durable,
             pace,
             payload_bytes: 64,
@@ -188,6 +240,42 @@ pub(crate) mod tests {
         assert_eq!(plan(Scenario::Random, closed, 2).target(0, 1), 1);
         assert_eq!(plan(Scenario::Random, closed, 2).target(1, 1), 0);
     }
+
+    #[test]
+    fn mutual_covers_every_ordered_pair_evenly() {
+        let clients = 7;
+        let plan = plan(Scenario::Mutual, Pace::Closed { window: 1 }, clients);
+        let mut hits = vec![vec![0; clients as usize]; clients as usize];
+        for sender in 0..clients {
+            for number in 0..(clients - 1) * 5 {
+                hits[sender as usize][plan.target(sender, number) as usize] += 1;
+            }
+        }
+        for (sender, row) in hits.iter().enumerate() {
+            for (target, &count) in row.iter().enumerate() {
+                assert_eq!(count, if sender == target { 0 } else { 5 }, "{sender} to {target}");
+            }
+        }
+        // Within one round no two senders aim at the same receiver.
+        let mut targets: Vec<u32> = (0..clients).map(|sender| plan.target(sender, 3)).collect();
+        targets.sort_unstable();
+        assert_eq!(targets, (0..clients).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn the_asked_share_of_receivers_is_slow_and_silent() {
+        for (percent, clients) in [(10, 100), (1, 1_000), (50, 8), (33, 200)] {
+            let mut plan = plan(Scenario::Slow, Pace::Closed { window: 1 }, clients);
+            plan.slow.percent = percent;
+            let slow: Vec<u32> = (0..clients).filter(|&client| plan.reads_slowly(client)).collect();
+            assert_eq!(slow.len() as u32, clients * percent / 100);
+            assert!(slow.iter().all(|client| client % 2 == 1), "its partner is quick");
+            assert_eq!(plan.senders(), clients - slow.len() as u32);
+        }
+        assert!(!(0..100).any(|client| plan(Scenario::Pair, OPEN, 100).reads_slowly(client)));
+    }
+
+    const OPEN: Pace = Pace::Open { period_ns: 1_000 };
 
     #[test]
     fn an_open_loop_is_evenly_staggered_over_the_clients() {

@@ -1,45 +1,29 @@
-//! The result of a run: one JSON object for machines, one table for people. Pure, but for [`Machine::here`].
+//! The result of a run: one JSON object for machines, one table for people. Pure.
 //!
 //! Invariant: every figure says under what it was measured: loop, pace, commit, kernel, CPUs, and whether the generator
 //! itself kept up (`valid`).
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::time::SystemTime;
 
 use hdrhistogram::Histogram;
 use ringline_schema::message::Class;
 use serde::Serialize;
 
 use crate::check::Verdict;
+use crate::facts::Machine;
+use crate::intervals::Intervals;
 use crate::plan::{Pace, Plan};
-use crate::run::Samples;
+use crate::run::{Point, Samples};
 use crate::tally::Tally;
 
 /// An open loop whose generator was later than this, at the 99th percentile, has measured itself.
-const LAG_US_MAX: u64 = 10_000;
+pub const LAG_US_MAX: u64 = 10_000;
 /// An open loop that left more than this part of its sends unmade has not offered the load it was asked for.
 const UNSENT_SHARE_MAX: f64 = 0.01;
 const BYTES_PER_MIB: f64 = 1_048_576.0;
 const NS_PER_S: f64 = 1e9;
-
-/// Where a run took place.
-#[derive(Clone, Debug)]
-pub struct Machine {
-    pub kernel: String,
-    pub cpus: usize,
-    pub command_line: String,
-}
-
-impl Machine {
-    /// This machine and process. Call it before the thread is pinned: a pinned thread sees one CPU.
-    pub fn here() -> Self {
-        Self {
-            kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
-            cpus: std::thread::available_parallelism().map_or(1, usize::from),
-            command_line: std::env::args().collect::<Vec<_>>().join(" "),
-        }
-    }
-}
 
 /// What a run has found.
 pub struct Measured {
@@ -49,6 +33,21 @@ pub struct Measured {
     pub connect_s: f64,
     /// Length of the measured window.
     pub seconds: f64,
+    /// When the measured window began.
+    pub since: SystemTime,
+    /// From the start of the warm-up to the end of the window.
+    pub points: Vec<Point>,
+}
+
+/// What the pages and logs are drawn from and the JSON object has no room for.
+#[derive(Clone, Debug)]
+pub struct Detail {
+    pub since: SystemTime,
+    pub ack_us: Histogram<u64>,
+    pub deliver_us: Histogram<u64>,
+    pub slow_deliver_us: Histogram<u64>,
+    pub intervals: Intervals,
+    pub points: Vec<Point>,
 }
 
 /// Percentiles in µs; all 0 when nothing was recorded.
@@ -62,7 +61,7 @@ pub struct Latency {
 }
 
 impl Latency {
-    fn of(histogram: &Histogram<u64>) -> Self {
+    pub fn of(histogram: &Histogram<u64>) -> Self {
         let at = |quantile| histogram.value_at_quantile(quantile);
         Self { p50: at(0.5), p90: at(0.9), p99: at(0.99), p999: at(0.999), max: histogram.max() }
     }
@@ -79,10 +78,13 @@ pub struct Lag {
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     pub version: &'static str,
-    pub command_line: String,
+    #[serde(flatten)]
+    pub machine: Machine,
     pub valid: bool,
     pub scenario: &'static str,
     pub class: &'static str,
+    /// What an acknowledgement means.
+    pub durability: &'static str,
     pub clients: u32,
     /// Closed loop only.
     pub window: Option<u32>,
@@ -98,6 +100,8 @@ pub struct Report {
     /// From the intended send time to SEND_ACK, and to the first DELIVER.
     pub ack_us: Latency,
     pub deliver_us: Latency,
+    /// The same to the receivers that read slowly on purpose.
+    pub slow_deliver_us: Option<Latency>,
     pub connect_s: f64,
     pub lost: u64,
     pub duplicated: u64,
@@ -110,27 +114,27 @@ pub struct Report {
     pub server_cpu_s: Option<f64>,
     pub server_rss_bytes: Option<u64>,
     pub commit: &'static str,
-    pub kernel: String,
-    pub cpus: usize,
     /// Why the run is not valid.
     #[serde(skip)]
     pub invalid_because: Vec<String>,
     /// What the table shows and the JSON does not.
     #[serde(skip)]
-    notes: Vec<(&'static str, String)>,
+    pub notes: Vec<(&'static str, String)>,
+    #[serde(skip)]
+    pub detail: Detail,
 }
 
 impl Report {
     /// `samples` are those of the start and the end of the measured window.
     pub fn new(plan: &Plan, measured: Measured, samples: [Samples; 2], machine: Machine) -> Self {
-        let Measured { tally, verdict, connect_s, seconds } = measured;
+        let Measured { tally, verdict, connect_s, seconds, since, points } = measured;
         let [before, after] = samples;
         let per_s = |count: u64| count as f64 / seconds.max(f64::MIN_POSITIVE);
         let server_cpu_s = before.server.zip(after.server).map(|(before, after)| after.cpu_s - before.cpu_s);
         let (window, rate, lag) = match plan.pace {
             Pace::Closed { window } => (Some(window), None, None),
             Pace::Open { period_ns } => {
-                let rate = f64::from(plan.clients()) * NS_PER_S / period_ns as f64;
+                let rate = f64::from(plan.senders()) * NS_PER_S / period_ns as f64;
                 let lag = Lag { p99: tally.lag_us.value_at_quantile(0.99), max: tally.lag_us.max() };
                 (None, Some(rate), Some(lag))
             }
@@ -138,10 +142,11 @@ impl Report {
         let invalid_because = doubts(&tally, lag);
         Self {
             version: env!("CARGO_PKG_VERSION"),
-            command_line: machine.command_line,
+            machine,
             valid: invalid_because.is_empty(),
             scenario: plan.scenario.name(),
             class: class_name(plan.class),
+            durability: durability(plan.class),
             clients: plan.clients(),
             window,
             rate,
@@ -153,6 +158,7 @@ impl Report {
             delivered_per_s: per_s(tally.delivered),
             ack_us: Latency::of(&tally.ack_us),
             deliver_us: Latency::of(&tally.deliver_us),
+            slow_deliver_us: (!tally.slow_deliver_us.is_empty()).then(|| Latency::of(&tally.slow_deliver_us)),
             connect_s,
             lost: verdict.lost,
             duplicated: verdict.duplicated,
@@ -162,10 +168,16 @@ impl Report {
             server_cpu_s,
             server_rss_bytes: after.server.map(|sample| sample.rss_bytes),
             commit: env!("RINGLINE_COMMIT"),
-            kernel: machine.kernel,
-            cpus: machine.cpus,
             invalid_because,
             notes: notes(&tally, &verdict, samples, seconds),
+            detail: Detail {
+                since,
+                ack_us: tally.ack_us,
+                deliver_us: tally.deliver_us,
+                slow_deliver_us: tally.slow_deliver_us,
+                intervals: tally.intervals,
+                points,
+            },
         }
     }
 
@@ -180,27 +192,31 @@ impl Report {
         serde_json::to_string(self)
     }
 
-    /// The table for people.
-    pub fn table(&self) -> String {
-        let mut text = String::new();
+    /// What was run, in one line.
+    pub fn title(&self) -> String {
         let pace = match (self.window, self.rate) {
             (Some(window), _) => format!("closed loop, {window} in flight"),
             (None, rate) => format!("open loop, {:.0} msg/s", rate.unwrap_or_default()),
         };
-        let _ = writeln!(
-            text,
+        format!(
             "{} {} messages of {} bytes, {} clients, {pace}, {} s",
             self.scenario, self.class, self.payload_bytes, self.clients, self.seconds
-        );
-        let mut row = |name: &str, value: String| {
-            let _ = writeln!(text, "  {name:<24} {value}");
-        };
+        )
+    }
+
+    /// Every figure with its name, in the order of the table.
+    pub fn rows(&self) -> Vec<(&str, String)> {
+        let mut rows = Vec::new();
+        let mut row = |name, value: String| rows.push((name, value));
         row("connected in", format!("{:.2} s", self.connect_s));
         row("sent", format!("{:.0}/s", self.sent_per_s));
         row("accepted", format!("{:.0}/s", self.accepted_per_s));
         row("delivered", format!("{:.0}/s", self.delivered_per_s));
         for (name, latency) in [("send to ack, ms", self.ack_us), ("send to delivery, ms", self.deliver_us)] {
             row(name, latency_row(latency));
+        }
+        if let Some(latency) = self.slow_deliver_us {
+            row("to slow readers, ms", latency_row(latency));
         }
         if let Some(lag) = self.generator_lag_us {
             row("generator lag, ms", format!("p99 {}  max {}", ms(lag.p99), ms(lag.max)));
@@ -213,6 +229,15 @@ impl Report {
         }
         for (name, value) in &self.notes {
             row(name, value.clone());
+        }
+        rows
+    }
+
+    /// The table for people.
+    pub fn table(&self) -> String {
+        let mut text = self.title() + "\n";
+        for (name, value) in self.rows() {
+            let _ = writeln!(text, "  {name:<24} {value}");
         }
         for why in &self.invalid_because {
             let _ = writeln!(text, "INVALID: {why}");
@@ -256,6 +281,16 @@ fn doubts(tally: &Tally, lag: Option<Lag>) -> Vec<String> {
     doubts
 }
 
+/// What a SEND_ACK says about the message, by the server's promise.
+fn durability(class: Class) -> &'static str {
+    match class {
+        Class::Durable => {
+            "durable: acknowledged after its record is on disk (fdatasync by batch, or as the server's backend says)"
+        }
+        Class::Transient => "transient: forwarded, never stored",
+    }
+}
+
 fn notes(tally: &Tally, verdict: &Verdict, samples: [Samples; 2], seconds: f64) -> Vec<(&'static str, String)> {
     let [before, after] = samples;
     let mut notes = Vec::new();
@@ -264,6 +299,7 @@ fn notes(tally: &Tally, verdict: &Verdict, samples: [Samples; 2], seconds: f64) 
         ("fetched after LAGGED", tally.fetched),
         ("of other runs", verdict.other_runs),
         ("own messages echoed", verdict.echoed),
+        ("unread by slow readers", verdict.unread),
     ];
     notes.extend(counts.into_iter().filter(|&(_, count)| count > 0).map(|(name, count)| (name, count.to_string())));
     let share = |cpu_s: f64| format!("{cpu_s:.2} s ({:.0} % of a core)", 100.0 * cpu_s / seconds);
@@ -288,17 +324,19 @@ fn class_name(class: Class) -> &'static str {
     }
 }
 
-fn ms(us: u64) -> String {
+/// Microseconds as milliseconds with three decimals.
+pub fn ms(us: u64) -> String {
     format!("{}.{:03}", us / 1_000, us % 1_000)
 }
 
-fn latency_row(latency: Latency) -> String {
+/// Milliseconds, for people.
+pub fn latency_row(latency: Latency) -> String {
     let Latency { p50, p90, p99, p999, max } = latency;
     format!("p50 {}  p90 {}  p99 {}  p99.9 {}  max {}", ms(p50), ms(p90), ms(p99), ms(p999), ms(max))
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::plan::Scenario;
     use crate::plan::tests::plan;
@@ -307,17 +345,41 @@ mod tests {
 
     const OPEN: Pace = Pace::Open { period_ns: 4_000_000 };
 
-    fn report(pace: Pace, tally: Tally, verdict: Verdict) -> Report {
-        let machine = Machine { kernel: "6.18".into(), cpus: 2, command_line: "ringline-bench run".into() };
+    pub(crate) fn machine() -> Machine {
+        Machine {
+            kernel: "6.18".into(),
+            cpus: 2,
+            cpu_model: "Test <CPU>".into(),
+            memory_gib: Some(8.0),
+            mitigations: "active: retbleed".into(),
+            governor: "performance".into(),
+            nic: "loopback".into(),
+            server_command_line: "ringline serve".into(),
+            command_line: "ringline-bench run".into(),
+        }
+    }
+
+    pub(crate) fn report(pace: Pace, tally: Tally, verdict: Verdict) -> Report {
+        let machine = machine();
         let samples = [1.0, 3.5].map(|cpu_s| {
             let sample = Some(Sample { cpu_s, rss_bytes: 1 << 20 });
             Samples { server: sample, generator: sample }
         });
-        let measured = Measured { tally, verdict, connect_s: 0.5, seconds: 2.0 };
+        let point = |step: u32| Point {
+            at_s: f64::from(step) * 0.25,
+            sent: u64::from(step) * 25,
+            accepted: u64::from(step) * 25,
+            delivered: u64::from(step) * 24,
+            server_cpu_s: Some(f64::from(step) * 0.2),
+            generator_cpu_s: Some(f64::from(step) * 0.1),
+        };
+        let points = (0..9).map(point).collect();
+        let since = SystemTime::UNIX_EPOCH;
+        let measured = Measured { tally, verdict, connect_s: 0.5, seconds: 2.0, since, points };
         Report::new(&plan(Scenario::Pair, pace, 4), measured, samples, machine)
     }
 
-    fn sent(count: u64) -> Tally {
+    pub(crate) fn sent(count: u64) -> Tally {
         Tally { sent: count, ever_sent: count, accepted: count, delivered: count, ..Tally::default() }
     }
 
@@ -329,7 +391,8 @@ mod tests {
         keys.sort_unstable();
         let mut agreed = "scenario class clients window rate payload_bytes loop seconds sent_per_s accepted_per_s \
             delivered_per_s ack_us deliver_us connect_s lost duplicated reordered errors generator_lag_us server_cpu_s \
-            server_rss_bytes commit kernel cpus valid version command_line"
+            server_rss_bytes commit kernel cpus valid version command_line cpu_model memory_gib mitigations governor nic \
+            server_command_line durability slow_deliver_us"
             .split_whitespace()
             .collect::<Vec<_>>();
         agreed.sort_unstable();

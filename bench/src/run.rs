@@ -3,20 +3,23 @@
 //! Owned by the main thread, which sleeps between its looks at the gauges and shares the generator's first core, so
 //! that the server's cores stay the server's.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use serde::Serialize;
 
 use crate::Failure;
 use crate::cli::{FleetArgs, IdleArgs, RunArgs};
 use crate::engine::{Engine, Share, Shared};
+use crate::facts::Machine;
 use crate::peer::Desk;
 use crate::plan::{Plan, Timeline};
-use crate::report::{Machine, Measured, Report};
+use crate::report::{Measured, Report};
 use crate::server_process::{self, Sample};
 use crate::token::Issuer;
 
@@ -30,79 +33,175 @@ const LOOK: Duration = Duration::from_millis(50);
 const START_DELAY_NS: u64 = 100_000_000;
 /// After everything was delivered: watched on for messages delivered twice.
 const DUPLICATE_WATCH_NS: u64 = 200_000_000;
+/// Between two points of the curves over time, and how many a run has at most.
+const SAMPLE_NS: u64 = 250_000_000;
+const POINTS_MAX: usize = 4_000;
 const NS_PER_S: f64 = 1e9;
 
 /// A whole run. The report says whether it was clean; an error means that there is none.
 pub fn run(args: &RunArgs) -> Result<Report, Failure> {
-    let machine = Machine::here();
+    let machine = Machine::here(args.fleet.target, args.fleet.server());
     let plan = Arc::new(args.plan()?);
-    let fleet = Fleet::launch(&args.fleet, &plan)?;
+    let mut fleet = Fleet::launch(&args.fleet, &plan)?;
     let start_ns = fleet.shared.now_ns() + START_DELAY_NS;
     let measure_from_ns = start_ns + nanoseconds(args.warmup);
     let timeline = Timeline { start_ns, measure_from_ns, measure_to_ns: measure_from_ns + nanoseconds(args.duration) };
     // Only this thread sets it, once.
     let _ = fleet.shared.timeline.set(timeline);
+    fleet.series = Series::new(timeline);
 
     fleet.watch("warm-up", timeline.measure_from_ns)?;
-    let before = fleet.samples();
+    let (before, since) = (fleet.samples(), SystemTime::now());
     fleet.watch("measuring", timeline.measure_to_ns)?;
     let after = fleet.samples();
     fleet.drain(Duration::from_secs_f64(args.drain))?;
 
-    let connect_s = fleet.connect_s;
+    let (connect_s, points) = (fleet.connect_s, std::mem::take(&mut fleet.series.points));
     let desk = fleet.finish()?;
-    let measured = Measured { verdict: desk.ledger.verdict(), tally: desk.tally, connect_s, seconds: args.duration };
+    let (verdict, seconds) = (desk.ledger.verdict(), args.duration);
+    let measured = Measured { verdict, tally: desk.tally, connect_s, seconds, since, points };
     Ok(Report::new(&plan, measured, [before, after], machine))
 }
 
-/// Logs all clients in and holds them. The text is the result; the flag says whether nobody was disconnected.
-pub fn idle(args: &IdleArgs) -> Result<(String, bool), Failure> {
+/// What idle clients cost. The fields' names are the keys of the JSON object; `null`: no server process was found.
+#[derive(Clone, Debug, Serialize)]
+pub struct IdleReport {
+    pub version: &'static str,
+    pub commit: &'static str,
+    #[serde(flatten)]
+    pub machine: Machine,
+    pub clients: u32,
+    pub connect_s: f64,
+    pub logins_per_s: f64,
+    pub hold_s: f64,
+    pub server_rss_before_bytes: Option<u64>,
+    pub server_rss_logged_in_bytes: Option<u64>,
+    pub server_rss_held_bytes: Option<u64>,
+    /// Resident memory gained by the logins, a client.
+    pub bytes_per_client: Option<f64>,
+    pub server_cpu_login_s: Option<f64>,
+    pub server_cpu_idle_s: Option<f64>,
+    pub pings: u64,
+    pub disconnected: u64,
+    pub errors: BTreeMap<&'static str, u64>,
+}
+
+/// Logs all clients in and holds them.
+pub fn idle(args: &IdleArgs) -> Result<IdleReport, Failure> {
+    let server = args.fleet.server();
+    let machine = Machine::here(args.fleet.target, server);
     let plan = Arc::new(args.fleet.idle_plan()?);
-    let before = args.fleet.server().and_then(server_process::sample);
-    let fleet = Fleet::launch(&args.fleet, &plan)?;
+    let before = server.and_then(server_process::sample);
+    let mut fleet = Fleet::launch(&args.fleet, &plan)?;
     let logged_in = fleet.samples().server;
     let hold_ns = nanoseconds(args.hold);
     fleet.watch("holding", fleet.shared.now_ns() + hold_ns)?;
     let held = fleet.samples().server;
     let connect_s = fleet.connect_s;
     let desk = fleet.finish()?;
-
-    let mut text = String::new();
     let clients = plan.clients();
-    let _ = writeln!(
-        text,
-        "clients logged in    {clients} in {connect_s:.2} s ({:.0}/s)",
-        f64::from(clients) / connect_s.max(1e-9)
-    );
-    if let (Some(before), Some(after), Some(held)) = (before, logged_in, held) {
-        let grown = after.rss_bytes.saturating_sub(before.rss_bytes);
-        let _ = writeln!(
-            text,
-            "server memory        {:.1} MiB before, {:.1} MiB logged in, {:.1} MiB after {} s",
-            mib(before),
-            mib(after),
-            mib(held),
-            args.hold
-        );
-        let _ = writeln!(text, "memory per client    {:.0} bytes", grown as f64 / f64::from(clients));
-        let _ = writeln!(
-            text,
-            "server CPU           {:.2} s for the logins, {:.2} s while idle",
-            after.cpu_s - before.cpu_s,
-            held.cpu_s - after.cpu_s
-        );
-    } else {
-        let _ = writeln!(text, "server memory        unknown: no process found; pass --server-pid");
-    }
-    let _ = writeln!(text, "pings                {}", desk.tally.pings);
-    for (name, count) in &desk.tally.incidents {
-        let _ = writeln!(text, "{name:<20} {count}");
-    }
-    Ok((text, desk.tally.disconnected == 0))
+    let rss = |sample: Option<Sample>| sample.map(|sample| sample.rss_bytes);
+    let cpu_between = |from: Option<Sample>, to: Option<Sample>| from.zip(to).map(|(from, to)| to.cpu_s - from.cpu_s);
+    let grown = rss(before).zip(rss(logged_in)).map(|(before, after)| after.saturating_sub(before));
+    Ok(IdleReport {
+        version: env!("CARGO_PKG_VERSION"),
+        commit: env!("RINGLINE_COMMIT"),
+        machine,
+        clients,
+        connect_s,
+        logins_per_s: f64::from(clients) / connect_s.max(1e-9),
+        hold_s: args.hold,
+        server_rss_before_bytes: rss(before),
+        server_rss_logged_in_bytes: rss(logged_in),
+        server_rss_held_bytes: rss(held),
+        bytes_per_client: grown.map(|grown| grown as f64 / f64::from(clients)),
+        server_cpu_login_s: cpu_between(before, logged_in),
+        server_cpu_idle_s: cpu_between(logged_in, held),
+        pings: desk.tally.pings,
+        disconnected: desk.tally.disconnected,
+        errors: desk.tally.incidents,
+    })
 }
 
-fn mib(sample: Sample) -> f64 {
-    sample.rss_bytes as f64 / f64::from(1 << 20)
+impl IdleReport {
+    /// Whether nobody was disconnected.
+    pub fn clean(&self) -> bool {
+        self.disconnected == 0
+    }
+
+    /// The table for people.
+    pub fn table(&self) -> String {
+        let mut text = String::new();
+        let mut row = |name: &str, value: String| {
+            let _ = writeln!(text, "{name:<20} {value}");
+        };
+        row("clients logged in", format!("{} in {:.2} s ({:.0}/s)", self.clients, self.connect_s, self.logins_per_s));
+        let rss = (self.server_rss_before_bytes, self.server_rss_logged_in_bytes, self.server_rss_held_bytes);
+        if let (Some(before), Some(after), Some(held)) = rss {
+            let [before, after, held] = [before, after, held].map(mib);
+            let hold_s = self.hold_s;
+            let value = format!("{before:.1} MiB before, {after:.1} MiB logged in, {held:.1} MiB after {hold_s} s");
+            row("server memory", value);
+        } else {
+            row("server memory", "unknown: no process found; pass --server-pid".to_owned());
+        }
+        if let Some(bytes) = self.bytes_per_client {
+            row("memory per client", format!("{bytes:.0} bytes"));
+        }
+        if let (Some(login), Some(idle)) = (self.server_cpu_login_s, self.server_cpu_idle_s) {
+            row("server CPU", format!("{login:.2} s for the logins, {idle:.2} s while idle"));
+        }
+        row("pings", self.pings.to_string());
+        for (name, count) in &self.errors {
+            row(name, count.to_string());
+        }
+        text
+    }
+}
+
+/// How the run stood at one moment. Counts since the start of the warm-up.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Point {
+    /// Seconds since the start of the measured window; negative in the warm-up.
+    pub at_s: f64,
+    pub sent: u64,
+    pub accepted: u64,
+    pub delivered: u64,
+    pub server_cpu_s: Option<f64>,
+    pub generator_cpu_s: Option<f64>,
+}
+
+/// The points of a run: one every 250 ms, or fewer in a long run, so that there are never more than [`POINTS_MAX`].
+#[derive(Clone, Debug)]
+struct Series {
+    measure_from_ns: u64,
+    step_ns: u64,
+    due_ns: u64,
+    points: Vec<Point>,
+}
+
+impl Series {
+    fn new(timeline: Timeline) -> Self {
+        let length_ns = timeline.measure_to_ns.saturating_sub(timeline.start_ns);
+        Self {
+            measure_from_ns: timeline.measure_from_ns,
+            step_ns: SAMPLE_NS.max(length_ns / POINTS_MAX as u64),
+            due_ns: timeline.start_ns,
+            points: Vec::new(),
+        }
+    }
+
+    fn due(&self, now_ns: u64) -> bool {
+        now_ns >= self.due_ns && self.points.len() < POINTS_MAX
+    }
+
+    fn at_s(&self, now_ns: u64) -> f64 {
+        (now_ns as f64 - self.measure_from_ns as f64) / NS_PER_S
+    }
+}
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
 }
 
 fn nanoseconds(seconds: f64) -> u64 {
@@ -118,7 +217,7 @@ pub struct Samples {
 
 impl FleetArgs {
     /// The server's process, if it can be found.
-    fn server(&self) -> Option<u32> {
+    pub(crate) fn server(&self) -> Option<u32> {
         self.server_pid.or_else(|| server_process::listening_on(self.target.port()))
     }
 }
@@ -131,6 +230,7 @@ struct Fleet {
     bar: ProgressBar,
     /// From the first connect to the last login.
     connect_s: f64,
+    series: Series,
 }
 
 impl Fleet {
@@ -146,7 +246,8 @@ impl Fleet {
             core_affinity::set_for_current(core_affinity::CoreId { id: first });
         }
         let shared = Arc::new(Shared::new(threads));
-        let mut fleet = Self { shared, threads: Vec::new(), server, bar, connect_s: 0.0 };
+        let mut fleet =
+            Self { shared, threads: Vec::new(), server, bar, connect_s: 0.0, series: Series::new(Timeline::NEVER) };
         let began = Instant::now();
         for (thread, core) in cores.into_iter().take(threads).enumerate() {
             let (plan, tokens, shared) = (Arc::clone(plan), Arc::clone(&tokens), Arc::clone(&fleet.shared));
@@ -188,7 +289,7 @@ impl Fleet {
     }
 
     /// Waits until a moment of the run, showing what goes on.
-    fn watch(&self, phase: &'static str, until_ns: u64) -> Result<(), Failure> {
+    fn watch(&mut self, phase: &'static str, until_ns: u64) -> Result<(), Failure> {
         let (begin_ns, begin_sent) = (self.shared.now_ns(), self.shared.sum(|gauge| &gauge.sent));
         self.bar.set_length(until_ns.saturating_sub(begin_ns));
         self.style("{prefix:<10} {wide_bar} {msg}", "");
@@ -196,6 +297,7 @@ impl Fleet {
         loop {
             self.failed()?;
             let now_ns = self.shared.now_ns();
+            self.note(now_ns);
             if now_ns >= until_ns {
                 return Ok(());
             }
@@ -207,6 +309,24 @@ impl Fleet {
             self.bar.set_message(format!("{rate:.0} msg/s, {gone} disconnected"));
             std::thread::sleep(LOOK.min(Duration::from_nanos(until_ns - now_ns)));
         }
+    }
+
+    /// Keeps a point of the series if one is due.
+    fn note(&mut self, now_ns: u64) {
+        if !self.series.due(now_ns) {
+            return;
+        }
+        let samples = self.samples();
+        let point = Point {
+            at_s: self.series.at_s(now_ns),
+            sent: self.shared.sum(|gauge| &gauge.sent),
+            accepted: self.shared.sum(|gauge| &gauge.accepted),
+            delivered: self.shared.sum(|gauge| &gauge.delivered),
+            server_cpu_s: samples.server.map(|sample| sample.cpu_s),
+            generator_cpu_s: samples.generator.map(|sample| sample.cpu_s),
+        };
+        self.series.points.push(point);
+        self.series.due_ns = self.series.due_ns.saturating_add(self.series.step_ns).max(now_ns);
     }
 
     /// Waits until everything is answered and delivered, and a little longer for doubles; or until `longest`.
@@ -290,7 +410,7 @@ fn spawn(share: Share, core: usize) -> Result<JoinHandle<Desk>, Failure> {
 }
 
 /// Raises the limit of open files to `wanted` at least, to the hard limit if it can.
-fn raise_file_limit(wanted: u64) -> Result<(), Failure> {
+pub(crate) fn raise_file_limit(wanted: u64) -> Result<(), Failure> {
     let limit = getrlimit(Resource::Nofile);
     // None: no limit.
     if limit.current.is_none_or(|current| current >= wanted) {

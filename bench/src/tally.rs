@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 use hdrhistogram::Histogram;
 use ringline_schema::errors::ErrorCode;
 
+use crate::intervals::Intervals;
+
 /// The longest latency a histogram tells apart, in µs: 10 minutes. Longer ones count as this.
 const LATENCY_US_MAX: u64 = 600_000_000;
 /// Significant decimal digits of a histogram.
@@ -38,6 +40,8 @@ pub enum Incident {
     GapForgotten,
     Goaway,
     Disconnected(Disconnect),
+    /// The server gave up on a client that read slowly on purpose.
+    SlowReaderClosed,
     /// An answer to nothing that was asked, or a second answer.
     UnexpectedAnswer,
     /// A command that this generator does not know, from a newer server: passed over.
@@ -58,6 +62,7 @@ impl Incident {
             Self::Disconnected(Disconnect::Reset) => "DISCONNECTED_RESET",
             Self::Disconnected(Disconnect::Socket) => "DISCONNECTED_SOCKET_ERROR",
             Self::Disconnected(Disconnect::Unreadable) => "DISCONNECTED_UNREADABLE",
+            Self::SlowReaderClosed => "SLOW_READER_CLOSED",
             Self::UnexpectedAnswer => "UNEXPECTED_ANSWER",
             Self::UnknownCommand => "UNKNOWN_PUSH",
             Self::DupWithoutRetry => "DUP_WITHOUT_RETRY",
@@ -75,6 +80,10 @@ pub struct Tally {
     /// Intended send time to SEND_ACK, and to the first DELIVER, in µs; of messages intended inside the window.
     pub ack_us: Histogram<u64>,
     pub deliver_us: Histogram<u64>,
+    /// The same to receivers that read slowly on purpose; they are not in `deliver_us`.
+    pub slow_deliver_us: Histogram<u64>,
+    /// Both latencies by interval of the window, if the plan wants them.
+    pub intervals: Intervals,
     /// Open loop: how late the generator itself was, in µs.
     pub lag_us: Histogram<u64>,
     pub ever_sent: u64,
@@ -103,6 +112,8 @@ impl Default for Tally {
             delivered: 0,
             ack_us: histogram(),
             deliver_us: histogram(),
+            slow_deliver_us: histogram(),
+            intervals: Intervals::default(),
             lag_us: histogram(),
             ever_sent: 0,
             ever_accepted: 0,
@@ -131,6 +142,8 @@ impl Tally {
         self.delivered += other.delivered;
         add(&mut self.ack_us, &other.ack_us);
         add(&mut self.deliver_us, &other.deliver_us);
+        add(&mut self.slow_deliver_us, &other.slow_deliver_us);
+        self.intervals.merge(&other.intervals);
         add(&mut self.lag_us, &other.lag_us);
         self.ever_sent += other.ever_sent;
         self.ever_accepted += other.ever_accepted;
@@ -153,13 +166,14 @@ pub fn record(histogram: &mut Histogram<u64>, from_ns: u64, to_ns: u64) {
     histogram.saturating_record((to_ns.saturating_sub(from_ns) / NS_PER_US).max(1));
 }
 
-fn histogram() -> Histogram<u64> {
+/// An empty histogram of latencies in µs; all have the same bounds.
+pub fn histogram() -> Histogram<u64> {
     // The bounds are constants that the library accepts; a test makes one.
     Histogram::new_with_bounds(1, LATENCY_US_MAX, DIGITS).unwrap_or_else(|_| unreachable!("constant bounds"))
 }
 
 /// Merging cannot fail: all histograms have the same bounds.
-fn add(mine: &mut Histogram<u64>, theirs: &Histogram<u64>) {
+pub fn add(mine: &mut Histogram<u64>, theirs: &Histogram<u64>) {
     if let Err(error) = mine.add(theirs) {
         unreachable!("same bounds: {error}");
     }

@@ -14,7 +14,7 @@ use ed25519_dalek::pkcs8::spki::der::pem::LineEnding;
 use ringline_bench::Failure;
 use ringline_bench::cli::{Cli, Command};
 use ringline_bench::report::Report;
-use ringline_bench::run;
+use ringline_bench::{run, search, storm};
 use tempfile::TempDir;
 
 use server::{Script, Server};
@@ -47,10 +47,10 @@ impl Key {
 
 fn try_run(target: &str, more: &str) -> Result<Report, Failure> {
     let key = Key::new();
-    match Cli::try_parse_from(key.line("run", target, more)).unwrap().command {
-        Command::Run(args) => run::run(&args),
-        Command::Idle(_) => unreachable!(),
-    }
+    let Command::Run(args) = Cli::try_parse_from(key.line("run", target, more)).unwrap().command else {
+        unreachable!()
+    };
+    run::run(&args)
 }
 
 /// Runs against a server with this script.
@@ -71,7 +71,7 @@ const SHORT: &str = "--duration 0.3 --warmup 0.1 --drain 10";
 
 #[test]
 fn clean_runs_are_clean_in_every_scenario_and_loop() {
-    for scenario in ["self", "pair", "random"] {
+    for scenario in ["self", "pair", "random", "mutual"] {
         for class in ["durable", "transient"] {
             for pace in ["--window 3", "--rate 2000", "--interval-ms 5"] {
                 let more = format!("--clients 6 --scenario {scenario} --class {class} {pace} --threads 2 {SHORT}");
@@ -183,9 +183,59 @@ fn idle_clients_ping_and_are_weighed() {
     let key = Key::new();
     let line = key.line("idle", &server.address.to_string(), "--clients 20 --hold 0.6");
     let Command::Idle(args) = Cli::try_parse_from(line).unwrap().command else { unreachable!() };
-    let (text, clean) = run::idle(&args).unwrap();
-    assert!(clean && text.contains("clients logged in    20") && text.contains("memory per client"), "{text}");
+    let report = run::idle(&args).unwrap();
+    let text = report.table();
+    assert!(
+        report.clean()
+            && report.clients == 20
+            && text.contains("clients logged in    20")
+            && text.contains("memory per client"),
+        "{text}"
+    );
     assert!(server.seen().pings > 0 && server.seen().logins == 20);
+}
+
+#[test]
+fn slow_readers_send_nothing_and_catch_up_after_the_window() {
+    let (report, server) = run_with(
+        Script::GOOD,
+        "--clients 8 --scenario slow --slow-percent 25 --slow-bytes-per-s 200 --rate 600 --payload 500 --duration 0.6 \
+         --warmup 0 --drain 20",
+    );
+    let table = report.table();
+    let slow = report.slow_deliver_us.unwrap();
+    assert!(report.clean() && slow.max > 0 && report.deliver_us.max > 0, "{table}");
+    let unsent = report.errors.get("UNSENT").copied().unwrap_or_default();
+    assert_eq!(server.seen().accepted + unsent, 360, "the six others send what was asked\n{table}");
+}
+
+#[test]
+fn a_storm_logs_everybody_in_and_back_in() {
+    let server = Server::start(Script { ping_interval_ms: 100, ..Script::GOOD });
+    let key = Key::new();
+    let line = key.line("storm", &server.address.to_string(), "--clients 12 --churn 50 --duration 0.5 --in-flight 4");
+    let Command::Storm(args) = Cli::try_parse_from(line).unwrap().command else { unreachable!() };
+    let report = storm::storm(&args).unwrap();
+    let table = report.table();
+    assert!(report.clean() && report.dropped > 0 && report.returned == report.dropped, "{table}");
+    assert_eq!(server.seen().logins, 12 + report.returned, "{table}");
+    assert!(report.login_us.max > 0 && report.return_us.max > 0 && report.errors.is_empty(), "{table}");
+}
+
+#[test]
+fn a_search_steps_upwards_and_holds() {
+    let server = Server::start(Script::GOOD);
+    let key = Key::new();
+    // No latency is too long here, so that only what is achieved ends it, whatever the machine.
+    let more =
+        "--clients 4 --scenario self --search --rate 4000000 --p99-ms 600000 --duration 0.1 --warmup 0 --drain 1";
+    let line = key.line("run", &server.address.to_string(), more);
+    let Command::Run(args) = Cli::try_parse_from(line).unwrap().command else { unreachable!() };
+    let mut lines = Vec::new();
+    let report = search::search(&args, |line| lines.push(line.to_owned())).unwrap();
+    assert_eq!(lines.len(), report.steps.len() + 1, "a head, then a line a step");
+    assert_eq!(report.sustained_per_s, None, "{}", report.table());
+    assert!(report.limited_by.is_some() && report.steps.len() == 2 && report.held.is_empty(), "{}", report.table());
 }
 
 #[test]
