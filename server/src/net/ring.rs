@@ -130,6 +130,9 @@ pub struct RingNet {
     refusal: Vec<u8>,
     watched: Vec<OwnedFd>,
     bell: OwnedFd,
+    /// Connections whose client has ended its stream. Told one poll later: what the bytes before the end caused to be
+    /// sent goes out first.
+    ended: Vec<ConnId>,
     /// Connections whose receive has to be armed again.
     rearm: Vec<ConnId>,
     reaped: Vec<Completion>,
@@ -179,6 +182,7 @@ impl RingNet {
             refusal: options.refusal,
             watched: Vec::new(),
             bell,
+            ended: Vec::new(),
             rearm: Vec::new(),
             reaped: Vec::with_capacity(COMPLETIONS_PER_TURN_MAX),
             counters: NetCounters::default(),
@@ -358,7 +362,10 @@ impl RingNet {
             self.received(conn, id, (usize::try_from(result).unwrap_or(0), sink));
         }
         match errno(result) {
-            None if result == 0 => lost = Some(CloseCause::Peer),
+            None if result == 0 => {
+                self.ended.push(conn);
+                return self.bury(conn);
+            }
             // Out of buffers, or interrupted: armed again below.
             None | Some(Errno::NOBUFS | Errno::INTR | Errno::AGAIN | Errno::CANCELED) => {}
             Some(error) => lost = Some(CloseCause::Error(error.kind())),
@@ -388,6 +395,15 @@ impl RingNet {
             && tenant.receiving
         {
             self.cancel_receive(conn);
+        }
+    }
+
+    /// A client ended its stream: the connection is lost, or goes to the other core to be lost there.
+    fn stream_ended(&mut self, conn: ConnId, sink: &mut dyn FnMut(NetEvent<'_>) -> Flow) {
+        if self.tenant(conn).is_some_and(|tenant| tenant.leaving == Leaving::Detaching) {
+            self.receive_ended(conn, sink);
+        } else {
+            self.lose(conn, CloseCause::Peer, sink);
         }
     }
 
@@ -476,11 +492,17 @@ impl Net for RingNet {
             self.accept_again_us = None;
             self.arm_accept();
         }
+        let ended = std::mem::take(&mut self.ended);
         self.enter(true);
         self.reap();
         let reaped = std::mem::take(&mut self.reaped);
         for &completion in &reaped {
             self.dispatch(completion, now_us, sink);
+        }
+        let mut any = !reaped.is_empty();
+        for conn in ended {
+            any = true;
+            self.stream_ended(conn, sink);
         }
         if let Some(buffers) = &mut self.buffers {
             buffers.publish();
@@ -489,7 +511,6 @@ impl Net for RingNet {
         for conn in std::mem::take(&mut self.rearm) {
             self.arm_receive(conn);
         }
-        let any = !reaped.is_empty();
         self.reaped = reaped;
         any
     }
@@ -564,10 +585,13 @@ impl Net for RingNet {
         let mut count = [0; 8];
         let _ = rustix::io::read(&self.bell, &mut count);
         self.enter(true);
-        self.ring.as_mut().is_none_or(|ring| ring.completion().is_empty())
+        self.ended.is_empty() && self.ring.as_mut().is_none_or(|ring| ring.completion().is_empty())
     }
 
     fn wait(&mut self, timeout: Duration) {
+        if !self.ended.is_empty() {
+            return;
+        }
         let Some(ring) = &mut self.ring else { return };
         let timeout = Timespec::new().sec(timeout.as_secs()).nsec(timeout.subsec_nanos());
         let arguments = SubmitArgs::new().timespec(&timeout);
