@@ -337,7 +337,7 @@ fn run_core(seed: Seed, ready: &Sender<Result<(), BootError>>) -> Option<(Ended,
 }
 
 fn prepare(seed: Seed) -> std::io::Result<(Reactor, Parker)> {
-    let Seed { net, park, config, listener, admission, refusal, rest, core: _ } = seed;
+    let Seed { net, park, config, listener, admission, refusal, mut rest, core: _ } = seed;
     let options = NetOptions { listener, admission, refusal };
     let mut net: Box<dyn Net> = match net {
         NetKind::Ring => Box::new(RingNet::new(options)?),
@@ -346,6 +346,9 @@ fn prepare(seed: Seed) -> std::io::Result<(Reactor, Parker)> {
     net.watch(rest.waker.bell())?;
     if let Some(fd) = rest.store.wake_fd() {
         net.watch(fd)?;
+    }
+    if net.writes_files() {
+        rest.store.lend_writes();
     }
     let parker = Parker::new(park, net.as_ref())?;
     let parts = Parts {

@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, Sender};
 use ringline_cluster::placement::ShardIndex;
@@ -28,6 +28,8 @@ const WORKED_PER_TURN_MAX: usize = 256;
 const BLOCKED_SLEEP_US: u64 = 1_000;
 /// Sleep while stopping: other cores' quiet is looked at, not announced.
 const STOPPING_SLEEP_US: u64 = 2_000;
+/// How long the end waits for the disk.
+const WRITE_WAIT: Duration = Duration::from_secs(10);
 /// How often counters go to the main thread.
 const REPORT_INTERVAL_US: u64 = 60_000_000;
 
@@ -118,6 +120,7 @@ impl Reactor {
             self.parts.waker.awake();
         };
         self.report(true);
+        self.take_back_writes();
         (ended, self.parts.store.close())
     }
 
@@ -150,7 +153,7 @@ impl Reactor {
 
     fn gather_net(&mut self) -> bool {
         let Self { parts, edge, fx, now, .. } = self;
-        let Parts { net, shard, lanes, .. } = parts;
+        let Parts { net, shard, lanes, store, .. } = parts;
         let now = *now;
         // Everything is told at once and in order: a slot that is freed here may be taken by the next event.
         let any = net.poll(now.mono_us, &mut |event| {
@@ -165,6 +168,7 @@ impl Reactor {
                 NetEvent::Detached { conn, socket } => {
                     edge.detached(conn, socket, |departure| depart(lanes, departure));
                 }
+                NetEvent::FileWritten { write, result } => store.written(write, result),
                 NetEvent::Closed { conn, cause } => {
                     tracing::debug!(slot = conn.slot, ?cause, "the client's socket ended");
                     edge.closed(&mut turn, conn);
@@ -336,7 +340,7 @@ impl Reactor {
         let mut busy = !self.fx.dirty.is_empty();
         // First what others work on meanwhile: the disk and the other cores.
         self.append_backlog();
-        self.parts.store.submit();
+        self.commit();
         self.flush_lanes();
         let Self { parts, edge, fx, now, .. } = self;
         let Parts { shard, net, .. } = parts;
@@ -351,7 +355,7 @@ impl Reactor {
         self.perform();
         self.parts.net.flush();
         // What the writes have caused in turn, in practice only connections that ended.
-        self.parts.store.submit();
+        self.commit();
         if self.parts.store.wake_fd().is_none() {
             busy |= self.gather_store();
         }
@@ -359,9 +363,37 @@ impl Reactor {
         busy || !self.fx.dirty.is_empty()
     }
 
+    /// Starts the commit of what is queued, on the net's ring where it has one.
+    fn commit(&mut self) {
+        let Parts { store, net, .. } = &mut self.parts;
+        store.submit();
+        while let Some(write) = store.take_write() {
+            if let Err(write) = net.write_file(write) {
+                store.written(write, -libc::EAGAIN);
+                return;
+            }
+        }
+    }
+
     fn flush_lanes(&mut self) {
         let Parts { lanes, shard, .. } = &mut self.parts;
         lanes.flush(|to, blocked| shard.set_lane_blocked(to, blocked));
+    }
+
+    /// Waits for the log write that is with the net, so that the store can close; a write that does not end within
+    /// [`WRITE_WAIT`] is the store's to report.
+    fn take_back_writes(&mut self) {
+        let deadline = Instant::now() + WRITE_WAIT;
+        let Parts { store, net, .. } = &mut self.parts;
+        while net.is_writing_file() && Instant::now() < deadline {
+            net.wait(Duration::from_micros(STOPPING_SLEEP_US));
+            let _ = net.poll(self.now.mono_us, &mut |event| {
+                if let NetEvent::FileWritten { write, result } = event {
+                    store.written(write, result);
+                }
+                Flow::Stop
+            });
+        }
     }
 
     /// The last look before sleep.

@@ -75,7 +75,7 @@ impl Bench {
                 }
                 NetEvent::Sent { conn, bytes, buffer } => Seen::Sent(conn, bytes, buffer.is_some()),
                 NetEvent::Closed { conn, .. } => Seen::Closed(conn),
-                NetEvent::Detached { .. } => panic!("nobody asked for it"),
+                NetEvent::Detached { .. } | NetEvent::FileWritten { .. } => panic!("nobody asked for it"),
             });
             Flow::Continue
         });

@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use ringline_core::event::ConnId;
+use ringline_store::FileWrite;
 
 /// The choice of `net.kind`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +57,11 @@ pub enum NetEvent<'a> {
     Detached {
         conn: ConnId,
         socket: OwnedFd,
+    },
+    /// A write given to [`Net::write_file`] is done: `result` as in [`ringline_store::Store::written`].
+    FileWritten {
+        write: FileWrite,
+        result: i32,
     },
     /// The connection is gone, and its buffers with it.
     Closed {
@@ -127,6 +133,22 @@ pub trait Net {
     ///
     /// Errors: the kernel's; the socket is closed.
     fn adopt(&mut self, socket: OwnedFd) -> io::Result<ConnId>;
+
+    /// Whether [`Net::write_file`] is served here.
+    fn writes_files(&self) -> bool {
+        false
+    }
+
+    /// Writes and syncs a part of a file, one at a time; [`NetEvent::FileWritten`] follows.
+    ///
+    /// Errors: gives the write back where it is not served, or while another is under way.
+    fn write_file(&mut self, write: FileWrite) -> Result<(), FileWrite> {
+        Err(write)
+    }
+
+    fn is_writing_file(&self) -> bool {
+        false
+    }
 
     /// Wakes the core's sleep whenever this descriptor becomes readable (edge-triggered).
     fn watch(&mut self, fd: BorrowedFd<'_>) -> io::Result<()>;

@@ -17,10 +17,14 @@ use std::time::Duration;
 use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use ringline_core::event::ConnId;
+use ringline_store::FileWrite;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use rustix::net::{SendFlags, Shutdown};
 
+mod op;
+
+use self::op::{Completion, GENERATION_MAX, Op, conn_of, errno, make_ring, report_enter, user_data};
 use super::buffers::{self, Buffers};
 use super::{Admission, CloseCause, Flow, Net, NetCounters, NetEvent, NetOptions, Sending};
 
@@ -34,44 +38,9 @@ const COMPLETIONS_PER_TURN_MAX: usize = 4_096;
 const ACCEPT_PAUSE_US: u64 = 100_000;
 /// A condition that repeats is logged at most this often.
 const LOG_INTERVAL_US: u64 = 1_000_000;
+const IORING_ENTER_GETEVENTS: u32 = 1;
 /// How long the end waits for the kernel to let go of buffers; after it they are leaked rather than freed.
 const DROP_WAIT: Duration = Duration::from_secs(1);
-
-const GENERATION_MAX: u32 = (1 << 24) - 1;
-const IORING_ENTER_GETEVENTS: u32 = 1;
-
-/// What a completion is about, in the top byte of its user data.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-enum Op {
-    Accept = 1,
-    Receive = 2,
-    Send = 3,
-    /// The low half is an index into `watched`.
-    Watch = 4,
-    Cancel = 5,
-}
-
-impl Op {
-    fn of(user_data: u64) -> Option<Self> {
-        match user_data >> 56 {
-            1 => Some(Self::Accept),
-            2 => Some(Self::Receive),
-            3 => Some(Self::Send),
-            4 => Some(Self::Watch),
-            5 => Some(Self::Cancel),
-            _ => None,
-        }
-    }
-}
-
-fn user_data(op: Op, conn: ConnId) -> u64 {
-    (op as u64) << 56 | u64::from(conn.generation) << 32 | u64::from(conn.slot)
-}
-
-fn conn_of(user_data: u64) -> ConnId {
-    ConnId { slot: user_data as u32, generation: (user_data >> 32) as u32 & GENERATION_MAX }
-}
 
 struct Slot {
     generation: u32,
@@ -111,9 +80,6 @@ struct Outgoing {
     done: usize,
 }
 
-/// A copied completion: user data, result, flags.
-type Completion = (u64, i32, u32);
-
 /// See the module.
 pub struct RingNet {
     // Dropped in this order: the ring first, then what it points into.
@@ -129,6 +95,8 @@ pub struct RingNet {
     admission: Arc<Admission>,
     refusal: Vec<u8>,
     watched: Vec<OwnedFd>,
+    /// The log write that is with the kernel.
+    file_write: Option<FileWrite>,
     bell: OwnedFd,
     /// Connections whose client has ended its stream. Told one poll later: what the bytes before the end caused to be
     /// sent goes out first.
@@ -151,16 +119,6 @@ pub fn is_supported() -> io::Result<()> {
     Ok(())
 }
 
-fn make_ring(submissions: u32, completions: u32) -> io::Result<IoUring> {
-    IoUring::builder()
-        .setup_single_issuer()
-        .setup_defer_taskrun()
-        .setup_taskrun_flag()
-        .setup_submit_all()
-        .setup_cqsize(completions)
-        .build(submissions)
-}
-
 impl RingNet {
     /// Must be called on the thread that will use it.
     ///
@@ -181,6 +139,7 @@ impl RingNet {
             admission: options.admission,
             refusal: options.refusal,
             watched: Vec::new(),
+            file_write: None,
             bell,
             ended: Vec::new(),
             rearm: Vec::new(),
@@ -205,12 +164,13 @@ impl RingNet {
     /// Queues an entry; calls the kernel first when the queue is full.
     ///
     /// Only called with entries whose pointers stay valid until their completion: sends point into the `Outgoing` of a
-    /// tenant, which is not dropped or touched before, and no other operation carries a pointer.
+    /// tenant and a file write into `file_write`, both on the heap and neither dropped nor touched before; no other
+    /// operation carries a pointer.
     fn queue(&mut self, entry: &squeue::Entry) {
         for _ in 0..2 {
             let Some(ring) = &mut self.ring else { return };
             // SAFETY: see above; the descriptors are open until the operation ends, because a tenant keeps its socket
-            // while `is_free` is false, and listener and watched descriptors live as long as the ring.
+            // while `is_free` is false, a file write its file, and listener and watched descriptors live as long as the ring.
             if unsafe { ring.submission().push(entry) }.is_ok() {
                 return;
             }
@@ -455,6 +415,12 @@ impl RingNet {
         let _ = sink(NetEvent::Sent { conn, bytes, buffer });
     }
 
+    fn on_file_written(&mut self, result: i32, sink: &mut dyn FnMut(NetEvent<'_>) -> Flow) {
+        if let Some(write) = self.file_write.take() {
+            let _ = sink(NetEvent::FileWritten { write, result });
+        }
+    }
+
     fn arm_watch(&mut self, at: usize) {
         let Some(fd) = self.watched.get(at) else { return };
         let entry = opcode::PollAdd::new(Fd(fd.as_raw_fd()), libc::POLLIN as u32).multi(true).build();
@@ -475,6 +441,7 @@ impl RingNet {
             Some(Op::Accept) => self.on_accept((result, flags), now_us, sink),
             Some(Op::Receive) => self.on_receive(conn, (result, flags), sink),
             Some(Op::Send) => self.on_sent(conn, result, sink),
+            Some(Op::FileWrite) => self.on_file_written(result, sink),
             Some(Op::Watch) if !cqueue::more(flags) => self.arm_watch(conn.slot as usize),
             Some(Op::Watch | Op::Cancel) => {}
             None => debug_assert!(false, "a completion of nothing"),
@@ -482,7 +449,8 @@ impl RingNet {
     }
 
     fn has_kernel_operations(&self) -> bool {
-        self.slots.iter().filter_map(|slot| slot.tenant.as_ref()).any(|tenant| !tenant.is_free())
+        let mut tenants = self.slots.iter().filter_map(|slot| slot.tenant.as_ref());
+        self.file_write.is_some() || tenants.any(|tenant| !tenant.is_free())
     }
 }
 
@@ -553,6 +521,28 @@ impl Net for RingNet {
 
     fn adopt(&mut self, socket: OwnedFd) -> io::Result<ConnId> {
         Ok(self.seat(socket))
+    }
+
+    fn writes_files(&self) -> bool {
+        true
+    }
+
+    fn write_file(&mut self, write: FileWrite) -> Result<(), FileWrite> {
+        if self.file_write.is_some() || self.ring.is_none() {
+            debug_assert!(false, "one write at a time");
+            return Err(write);
+        }
+        let file = Fd(write.file().as_raw_fd());
+        let entry = opcode::Write::new(file, write.rest().as_ptr(), write.rest().len() as u32).offset(write.offset());
+        // Asynchronous: some file systems would sync inside the submission, on this thread.
+        let entry = entry.rw_flags(libc::RWF_DSYNC).build().flags(squeue::Flags::ASYNC);
+        self.file_write = Some(write);
+        self.queue(&entry.user_data((Op::FileWrite as u64) << 56));
+        Ok(())
+    }
+
+    fn is_writing_file(&self) -> bool {
+        self.file_write.is_some()
     }
 
     fn watch(&mut self, fd: BorrowedFd<'_>) -> io::Result<()> {
@@ -629,34 +619,10 @@ impl Drop for RingNet {
         if !clean {
             std::mem::forget(self.buffers.take());
             std::mem::forget(std::mem::take(&mut self.slots));
+            std::mem::forget(self.file_write.take());
         }
     }
 }
 
-fn errno(result: i32) -> Option<Errno> {
-    (result < 0).then(|| Errno::from_raw_os_error(-result))
-}
-
-/// A time-out, an interruption and a full completion queue are part of the trade; anything else is not.
-fn report_enter(error: &io::Error) {
-    let expected = [libc::ETIME, libc::EINTR, libc::EBUSY, libc::EAGAIN];
-    if !error.raw_os_error().is_some_and(|number| expected.contains(&number)) {
-        tracing::error!(%error, "io_uring_enter failed");
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::net::conformance::{Bench, listener, run_all};
-
-    #[test]
-    fn conforms() {
-        run_all(|connections_max, refusal| {
-            let (listener, address) = listener();
-            let admission = Arc::new(Admission::new(connections_max));
-            let options = NetOptions { listener, admission: admission.clone(), refusal: refusal.to_vec() };
-            Bench { net: Box::new(RingNet::new(options).unwrap()), address, admission }
-        });
-    }
-}
+mod tests;

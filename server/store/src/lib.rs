@@ -10,11 +10,14 @@
 pub mod conformance;
 pub mod embedded;
 pub mod memory;
+mod write;
 
 use std::os::fd::BorrowedFd;
 
 use ringline_schema::limits;
 use ringline_schema::record::{Accepted, Answer, Query, Record};
+
+pub use write::FileWrite;
 
 /// The largest record that a store takes, as bytes of its body or password hash: twice the largest frame.
 pub const RECORD_BYTES_MAX: usize = 2 * limits::FRAME_BYTES_CEILING as usize;
@@ -62,8 +65,21 @@ pub trait Store {
     /// everything at once, there is nothing to wait for.
     fn wake_fd(&self) -> Option<BorrowedFd<'_>>;
 
+    /// From here until `close` the caller makes this store's log writes on a ring of its own: [`Store::take_write`]
+    /// gives them. Without effect on a store that writes no files.
+    fn lend_writes(&mut self) {}
+
+    /// The write to be made now, if there is one: after `submit`, and again after [`Store::written`].
+    fn take_write(&mut self) -> Option<FileWrite> {
+        None
+    }
+
+    /// Brings back a write that was taken, with the kernel's answer: bytes written, or a negative error number. What
+    /// follows from it is told by `poll`.
+    fn written(&mut self, _write: FileWrite, _result: i32) {}
+
     /// Commits what is queued, brings the index up to date and marks the stop as clean. Blocks. What it commits, and
-    /// answers to earlier questions, are given by the next `poll`.
+    /// answers to earlier questions, are given by the next `poll`. A write that was taken must be back before.
     fn close(&mut self) -> Result<(), StoreError>;
 }
 

@@ -19,6 +19,7 @@ use super::format::{
 };
 use super::ring::WriteRing;
 use super::segments::Segment;
+use crate::write::FileWrite;
 use crate::{Lsn, RECORD_BYTES_MAX, StoreError, large_bytes};
 
 /// What framing adds to a record at most.
@@ -175,7 +176,20 @@ impl Log {
         Some(Ok(committed))
     }
 
-    /// Blocks until the write that is under way, if any, has ended.
+    /// Whether somebody else makes the writes: then [`Log::take_write`] gives them.
+    pub fn set_lent(&mut self, lent: bool) {
+        self.ring.set_lent(lent);
+    }
+
+    pub fn take_write(&mut self) -> Option<FileWrite> {
+        self.ring.take()
+    }
+
+    pub fn written(&mut self, write: FileWrite, result: i32) {
+        self.ring.give_back(write, result);
+    }
+
+    /// Blocks until the write that is under way, if any, has ended. Errors: see [`WriteRing::wait`].
     pub fn wait(&mut self) -> io::Result<()> {
         self.ring.wait()
     }

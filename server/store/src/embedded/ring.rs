@@ -1,5 +1,5 @@
-//! The log's way to the disk: one synced write at a time through io_uring. The seam between the log and a ring, so that
-//! the log can move to the reactor's own ring later: `start` gives a buffer away, `finished` gives it back.
+//! The log's way to the disk: one synced write at a time. Made on a small ring of its own, or lent: then whoever has
+//! asked for the writes takes each one, makes it on their ring, and brings back the result.
 //!
 //! Owned by a shard's thread. Invariant: from `start` until `finished` has returned them, the buffer and the file belong
 //! to the kernel; nothing reads, moves or frees them.
@@ -16,11 +16,10 @@ use io_uring::{IoUring, opcode, squeue, types};
 use rkyv::util::AlignedVec;
 
 use super::segments::Segment;
+use crate::write::FileWrite;
 
 /// One operation is under way at a time.
 const RING_ENTRIES: u32 = 4;
-/// How often one write may be interrupted or cut short before it counts as failed.
-const RETRIES_MAX: u32 = 64;
 
 /// What a finished write gives back.
 pub(super) struct Finished {
@@ -30,10 +29,12 @@ pub(super) struct Finished {
     pub result: io::Result<()>,
 }
 
-/// A ring with at most one write under way.
+/// At most one write under way.
 pub(super) struct WriteRing {
     ring: IoUring,
-    in_flight: Option<InFlight>,
+    state: State,
+    /// Writes are made by somebody else.
+    lent: bool,
     /// The kernel refused the queued entry for the moment (memory, interruption); it stays in the queue.
     refused: bool,
     /// Faults to meet, in order of submission.
@@ -41,94 +42,109 @@ pub(super) struct WriteRing {
     pub faults: std::collections::VecDeque<Fault>,
 }
 
+/// Where the write is.
+enum State {
+    None,
+    /// The kernel may be using buffer and file.
+    WithKernel(FileWrite),
+    /// To be taken.
+    Offered(FileWrite),
+    /// Taken.
+    Away,
+    Finished(Finished),
+}
+
 /// What a test lets happen to the next submission.
 #[cfg(test)]
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Fault {
-    None,
     /// At most this many bytes are written.
     Short(usize),
     /// The write is made and then reported with this error number.
     Error(i32),
 }
 
-struct InFlight {
-    segment: Arc<Segment>,
-    buffer: AlignedVec,
-    /// Where in the segment the buffer begins.
-    offset: u32,
-    /// Bytes known to be written.
-    written: usize,
-    retries: u32,
-    /// The kernel may be using buffer and file.
-    with_kernel: bool,
-    #[cfg(test)]
-    fault: Fault,
-}
-
 impl WriteRing {
-    /// `wake` becomes readable at every completion.
+    /// `wake` becomes readable at every completion on the own ring.
     pub fn new(wake: &OwnedFd) -> io::Result<Self> {
         let ring = IoUring::new(RING_ENTRIES)?;
         ring.submitter().register_eventfd(wake.as_raw_fd())?;
         Ok(Self {
             ring,
-            in_flight: None,
+            state: State::None,
+            lent: false,
             refused: false,
             #[cfg(test)]
             faults: std::collections::VecDeque::new(),
         })
     }
 
+    /// From here on writes are lent, or made here again. A write that was offered and not taken is made here.
+    pub fn set_lent(&mut self, lent: bool) {
+        self.lent = lent;
+        if !lent && let Some(write) = self.take() {
+            self.make(write);
+        }
+    }
+
     /// Writes `buffer` at `offset` and syncs it. Must not be called while a write is under way.
     ///
     /// An error of the submission itself is reported by `finished` like any other.
     pub fn start(&mut self, segment: Arc<Segment>, offset: u32, buffer: AlignedVec) {
-        assert!(self.in_flight.is_none(), "one write at a time");
-        let in_flight = InFlight {
-            segment,
-            buffer,
-            offset,
-            written: 0,
-            retries: 0,
-            with_kernel: false,
-            #[cfg(test)]
-            fault: Fault::None,
-        };
-        self.in_flight = Some(in_flight);
-        self.submit_rest();
+        assert!(matches!(self.state, State::None), "one write at a time");
+        let write = FileWrite::new(segment, u64::from(offset), buffer);
+        if self.lent {
+            self.state = State::Offered(write);
+        } else {
+            self.make(write);
+        }
+    }
+
+    /// The write that somebody else is to make, once.
+    pub fn take(&mut self) -> Option<FileWrite> {
+        if !matches!(self.state, State::Offered(_)) {
+            return None;
+        }
+        match std::mem::replace(&mut self.state, State::Away) {
+            State::Offered(write) => Some(write),
+            State::None | State::WithKernel(_) | State::Away | State::Finished(_) => None,
+        }
+    }
+
+    /// A write that was taken comes back, with what the kernel answered to its rest.
+    pub fn give_back(&mut self, write: FileWrite, result: i32) {
+        assert!(matches!(self.state, State::Away), "no write was taken");
+        self.advance(write, result);
     }
 
     pub fn is_busy(&self) -> bool {
-        self.in_flight.is_some()
+        !matches!(self.state, State::None)
     }
 
     /// The write that has ended, if one has. Reads memory only, unless a cut-short write has to go on.
     pub fn finished(&mut self) -> Option<Finished> {
-        let in_flight = self.in_flight.as_mut()?;
-        let Some(completion) = self.ring.completion().next() else {
-            if self.refused {
-                self.enter();
-            }
+        if matches!(self.state, State::WithKernel(_)) {
+            self.reap();
+        }
+        if !matches!(self.state, State::Finished(_)) {
             return None;
-        };
-        in_flight.with_kernel = false;
-        let result = completion.result();
-        #[cfg(test)]
-        let result = if let Fault::Error(number) = in_flight.fault { -number } else { result };
-        match in_flight.advance(result) {
-            Some(result) => self.take(result),
-            None => {
-                self.submit_rest();
-                None
-            }
+        }
+        match std::mem::replace(&mut self.state, State::None) {
+            State::Finished(finished) => Some(finished),
+            State::None | State::WithKernel(_) | State::Offered(_) | State::Away => None,
         }
     }
 
-    /// Blocks until the kernel has ended the write, if one is under way. For `close` and drop.
+    /// Blocks until the kernel has ended the write that was made here, if one is under way. For `close` and drop.
+    ///
+    /// Errors: the kernel's; `WouldBlock` if the write is with somebody else.
     pub fn wait(&mut self) -> io::Result<()> {
-        let Some(in_flight) = &self.in_flight else { return Ok(()) };
-        if !in_flight.with_kernel || !self.ring.completion().is_empty() {
+        match &self.state {
+            State::None | State::Finished(_) => return Ok(()),
+            State::Offered(_) | State::Away => return Err(io::ErrorKind::WouldBlock.into()),
+            State::WithKernel(_) => {}
+        }
+        if !self.ring.completion().is_empty() {
             return Ok(());
         }
         match self.ring.submit_and_wait(1) {
@@ -138,35 +154,46 @@ impl WriteRing {
         }
     }
 
-    fn take(&mut self, result: io::Result<()>) -> Option<Finished> {
-        let in_flight = self.in_flight.take()?;
-        assert!(!in_flight.with_kernel, "the buffer is ours again");
-        Some(Finished { buffer: in_flight.buffer, result })
+    fn reap(&mut self) {
+        let Some(completion) = self.ring.completion().next() else {
+            if self.refused {
+                self.enter();
+            }
+            return;
+        };
+        let result = completion.result();
+        if let State::WithKernel(write) = std::mem::replace(&mut self.state, State::None) {
+            #[cfg(test)]
+            let result = if let Some(Fault::Error(number)) = self.faults.pop_front() { -number } else { result };
+            self.advance(write, result);
+        }
     }
 
-    fn submit_rest(&mut self) {
-        let Some(in_flight) = &mut self.in_flight else { return };
-        assert!(!in_flight.with_kernel, "one submission at a time");
-        let rest = in_flight.buffer.get(in_flight.written..).unwrap_or(&[]);
-        #[cfg(not(test))]
-        let bytes = rest.len();
+    /// Ends a write, or goes on with its rest. It is with nobody now.
+    fn advance(&mut self, mut write: FileWrite, result: i32) {
+        match write.advance(result) {
+            Some(result) => self.state = State::Finished(Finished { buffer: write.into_buffer(), result }),
+            None if self.lent => self.state = State::Offered(write),
+            None => self.make(write),
+        }
+    }
+
+    /// Makes a write on the own ring.
+    fn make(&mut self, write: FileWrite) {
+        let bytes = write.rest().len();
         #[cfg(test)]
-        let bytes = {
-            in_flight.fault = self.faults.pop_front().unwrap_or(Fault::None);
-            if let Fault::Short(bytes) = in_flight.fault { bytes.min(rest.len()) } else { rest.len() }
-        };
-        let file = types::Fd(in_flight.segment.file.as_raw_fd());
-        let entry = opcode::Write::new(file, rest.as_ptr(), bytes as u32)
-            .offset(u64::from(in_flight.offset) + in_flight.written as u64)
+        let bytes = if let Some(Fault::Short(most)) = self.faults.front() { bytes.min(*most) } else { bytes };
+        let entry = opcode::Write::new(types::Fd(write.file().as_raw_fd()), write.rest().as_ptr(), bytes as u32)
+            .offset(write.offset())
             .rw_flags(libc::RWF_DSYNC)
             .build()
             .flags(squeue::Flags::ASYNC);
-        in_flight.with_kernel = true;
-        // SAFETY: the entry names `bytes` readable bytes from `rest.as_ptr()` and an open file. Both are owned by
-        // `self.in_flight`, whose buffer lies on the heap and so stays where it is when `self` moves. `with_kernel` is
-        // true from here until the entry's completion has been reaped in `finished`; meanwhile `start` and `take` panic
-        // before they could replace or give out the buffer, no `&mut` to it exists, and `drop` waits for the
-        // completion, or leaks buffer and file when it cannot. If the push fails, the kernel never sees the entry.
+        self.state = State::WithKernel(write);
+        // SAFETY: the entry names `bytes` readable bytes of `rest` and an open file. Both are owned by the write in
+        // `State::WithKernel`, whose buffer lies on the heap and so stays where it is when `self` moves. The state
+        // leaves `WithKernel` only in `reap`, which has the entry's completion, and in `drop`, which waits for it or
+        // leaks buffer and file when it cannot; `start`, `give_back` and `set_lent` touch other states only. No `&mut`
+        // to the buffer exists meanwhile. If the push fails, the kernel never sees the entry.
         let pushed = unsafe { self.ring.submission().push(&entry) };
         // The queue has room for more entries than are ever under way; a failure would be a lost write, so say so.
         assert!(pushed.is_ok(), "the submission queue has room");
@@ -185,37 +212,16 @@ impl WriteRing {
     }
 }
 
-impl InFlight {
-    /// Takes in a completion's result; `None`: there is more to write.
-    fn advance(&mut self, result: i32) -> Option<io::Result<()>> {
-        self.retries += 1;
-        if self.retries > RETRIES_MAX {
-            return Some(Err(io::Error::other("the write was interrupted or cut short too often")));
-        }
-        if result < 0 {
-            let error = io::Error::from_raw_os_error(-result);
-            // Never "sync again and hope": going on writes these bytes again and syncs what it has written.
-            let again = matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock);
-            return if again { None } else { Some(Err(error)) };
-        }
-        if result == 0 {
-            return Some(Err(io::ErrorKind::WriteZero.into()));
-        }
-        self.written += result.unsigned_abs() as usize;
-        (self.written >= self.buffer.len()).then_some(Ok(()))
-    }
-}
-
 impl Drop for WriteRing {
     fn drop(&mut self) {
-        while self.in_flight.as_ref().is_some_and(|in_flight| in_flight.with_kernel) {
+        while matches!(self.state, State::WithKernel(_)) {
             if self.wait().is_err() {
                 // The kernel may still read the buffer: give both up for ever rather than free them under it.
-                std::mem::forget(self.in_flight.take());
+                std::mem::forget(std::mem::replace(&mut self.state, State::None));
                 return;
             }
             if self.ring.completion().next().is_some() {
-                self.in_flight = None;
+                self.state = State::None;
             }
         }
     }
@@ -272,5 +278,44 @@ mod tests {
         ring.start(Arc::new(Segment::for_test(file.reopen().unwrap())), 0, buffer);
         drop(ring);
         assert_eq!(file.as_file().metadata().unwrap().len(), 1 << 20);
+    }
+
+    #[test]
+    fn a_lent_write_comes_back_until_all_of_it_is_on_disk() {
+        let wake = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mut ring = WriteRing::new(&wake).unwrap();
+        ring.set_lent(true);
+        let mut buffer = AlignedVec::new();
+        buffer.extend_from_slice(b"abcdef");
+        ring.start(Arc::new(Segment::for_test(file.reopen().unwrap())), 3, buffer);
+        assert!(ring.is_busy() && ring.finished().is_none() && ring.wait().is_err());
+        let mut write_one = |bytes: usize, result: i32| {
+            let write = ring.take().unwrap();
+            assert!(ring.take().is_none() && ring.finished().is_none() && ring.wait().is_err(), "taken once");
+            rustix::io::pwrite(write.file(), &write.rest()[..bytes], write.offset()).unwrap();
+            ring.give_back(write, result);
+        };
+        write_one(2, 2);
+        write_one(0, -libc::EINTR);
+        write_one(4, 4);
+        ring.finished().unwrap().result.unwrap();
+        assert!(!ring.is_busy() && ring.take().is_none());
+        assert_eq!(std::fs::read(file.path()).unwrap(), b"\0\0\0abcdef");
+    }
+
+    #[test]
+    fn an_offered_write_is_made_here_when_the_lending_ends() {
+        let wake = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mut ring = WriteRing::new(&wake).unwrap();
+        ring.set_lent(true);
+        let mut buffer = AlignedVec::new();
+        buffer.extend_from_slice(b"x");
+        ring.start(Arc::new(Segment::for_test(file.reopen().unwrap())), 0, buffer);
+        ring.set_lent(false);
+        ring.wait().unwrap();
+        ring.finished().unwrap().result.unwrap();
+        assert_eq!(std::fs::read(file.path()).unwrap(), b"x");
     }
 }

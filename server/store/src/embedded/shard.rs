@@ -16,6 +16,7 @@ use ringline_schema::record::{Query, Record};
 use super::indexer::{Job, Reply};
 use super::log::{Committed, Log};
 use super::{EmbeddedOptions, Node};
+use crate::write::FileWrite;
 use crate::{LoadToken, Lsn, Store, StoreError, StoreEvent};
 
 /// What a shard's store has done since it was opened.
@@ -210,7 +211,20 @@ impl Store for EmbeddedShard {
         Some(self.wake.as_fd())
     }
 
+    fn lend_writes(&mut self) {
+        self.log.set_lent(true);
+    }
+
+    fn take_write(&mut self) -> Option<FileWrite> {
+        self.log.take_write()
+    }
+
+    fn written(&mut self, write: FileWrite, result: i32) {
+        self.log.written(write, result);
+    }
+
     fn close(&mut self) -> Result<(), StoreError> {
+        self.log.set_lent(false);
         self.drain();
         let failed = self.log.is_poisoned();
         self.log.poison();
