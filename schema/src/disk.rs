@@ -9,9 +9,9 @@ use rkyv::util::AlignedVec;
 use rkyv::with::InlineAsBox;
 use rkyv::{Archive, Serialize};
 
-use crate::ids::{ConversationId, DeviceId, Seq, UserName};
+use crate::ids::{ConversationId, DeviceId, Seq, UserName, body_hash};
 use crate::message::BodyKind;
-use crate::record::{Record, StoredMessage, User};
+use crate::record::{Accepted, Record, StoredMessage, User};
 
 /// What the payload of a log record is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -167,6 +167,41 @@ pub fn decode(record_type: RecordType, payload: &[u8]) -> Result<Record, DiskErr
     Ok(record)
 }
 
+/// A record without what an index leaves in the log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Indexed {
+    Message(IndexedMessage),
+    Other(Record),
+}
+
+/// A message without its body and receiver.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IndexedMessage {
+    pub conversation: ConversationId,
+    pub from: UserName,
+    pub device: DeviceId,
+    pub accepted: Accepted,
+}
+
+/// Like [`decode`], but copies no body.
+pub fn decode_for_index(record_type: RecordType, payload: &[u8]) -> Result<Indexed, DiskError> {
+    if record_type != RecordType::Message {
+        return decode(record_type, payload).map(Indexed::Other);
+    }
+    let disk = rkyv::access::<ArchivedDiskMessage<'_>, Error>(payload).map_err(refused)?;
+    Ok(Indexed::Message(IndexedMessage {
+        conversation: ConversationId(disk.conversation.to_native()),
+        from: name(&disk.from)?,
+        device: DeviceId(disk.device.to_native()),
+        accepted: Accepted {
+            client_seq: disk.client_seq.to_native(),
+            seq: Seq(disk.seq.to_native()),
+            time_ms: disk.time_ms.to_native(),
+            body_hash: body_hash(&disk.body),
+        },
+    }))
+}
+
 fn name(text: &str) -> Result<UserName, DiskError> {
     UserName::new(text).map_err(|_| DiskError("user name".into()))
 }
@@ -214,6 +249,25 @@ mod tests {
         }
     }
 
+    #[test]
+    fn an_index_sees_the_same_record() {
+        for record in samples() {
+            let mut payload = AlignedVec::new();
+            let record_type = encode(&record, &mut payload).unwrap();
+            let indexed = decode_for_index(record_type, &payload).unwrap();
+            match record {
+                Record::Message(message) => {
+                    let (accepted, conversation) = (message.accepted(), message.conversation);
+                    let StoredMessage { from, device, .. } = message;
+                    assert_eq!(indexed, Indexed::Message(IndexedMessage { conversation, from, device, accepted }));
+                }
+                Record::User(_) | Record::Conversation { .. } | Record::Cursor { .. } => {
+                    assert_eq!(indexed, Indexed::Other(record));
+                }
+            }
+        }
+    }
+
     proptest! {
         #[test]
         fn garbage_is_an_error_and_never_a_panic(
@@ -224,14 +278,14 @@ mod tests {
             cut in 0usize..64,
         ) {
             let record_type = RecordType::from_number(number).unwrap();
-            let _ = decode(record_type, &garbage);
+            let _ = (decode(record_type, &garbage), decode_for_index(record_type, &garbage));
             for record in samples() {
                 let mut payload = AlignedVec::new();
                 let own = encode(&record, &mut payload).unwrap();
                 let mut bytes = payload.to_vec();
                 let place = at.index(bytes.len());
                 bytes[place] = value;
-                let _ = decode(own, &bytes);
+                let _ = (decode(own, &bytes), decode_for_index(own, &bytes));
                 let _ = decode(own, &payload[cut.min(payload.len())..]);
             }
         }

@@ -3,6 +3,8 @@
 //! It remembers the `DUPLICATE_WINDOW` highest client_seqs and never forgets by time. A number above the lowest
 //! remembered one that is not remembered was never accepted, so a refused send may be retried under its old number.
 
+use std::collections::VecDeque;
+
 use ringline_schema::limits::DUPLICATE_WINDOW;
 use ringline_schema::record::Accepted;
 
@@ -21,7 +23,7 @@ pub enum Seen {
 /// Invariant: strictly rising by client_seq, at most `DUPLICATE_WINDOW` long.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Filter {
-    accepted: Vec<Accepted>,
+    accepted: VecDeque<Accepted>,
 }
 
 impl Filter {
@@ -31,11 +33,11 @@ impl Filter {
         accepted.dedup_by_key(|entry| entry.client_seq);
         let excess = accepted.len().saturating_sub(DUPLICATE_WINDOW);
         accepted.drain(..excess);
-        Self { accepted }
+        Self { accepted: accepted.into() }
     }
 
     pub fn check(&self, client_seq: u64, body_hash: u64) -> Seen {
-        if self.accepted.last().is_none_or(|newest| client_seq > newest.client_seq) {
+        if self.accepted.back().is_none_or(|newest| client_seq > newest.client_seq) {
             return Seen::New;
         }
         match self.accepted.binary_search_by_key(&client_seq, |entry| entry.client_seq) {
@@ -50,22 +52,25 @@ impl Filter {
 
     /// Remembers a send that [`Filter::check`] called new.
     pub fn insert(&mut self, entry: Accepted) {
-        match self.accepted.binary_search_by_key(&entry.client_seq, |known| known.client_seq) {
-            Ok(_) => debug_assert!(false, "client_seq {} accepted twice", entry.client_seq),
-            Err(at) => {
-                if self.accepted.len() >= DUPLICATE_WINDOW {
-                    self.accepted.remove(0);
-                    self.accepted.insert(at.saturating_sub(1), entry);
-                } else {
-                    self.accepted.insert(at, entry);
-                }
+        // Nearly always the newest; then nothing has to move.
+        let at = if self.accepted.back().is_none_or(|newest| entry.client_seq > newest.client_seq) {
+            self.accepted.len()
+        } else {
+            match self.accepted.binary_search_by_key(&entry.client_seq, |known| known.client_seq) {
+                Ok(_) => return debug_assert!(false, "client_seq {} accepted twice", entry.client_seq),
+                Err(at) => at,
             }
+        };
+        if self.accepted.len() < DUPLICATE_WINDOW {
+            self.accepted.insert(at, entry);
+        } else if at > 0 {
+            self.accepted.pop_front();
+            self.accepted.insert(at - 1, entry);
         }
     }
 
     pub fn is_well_formed(&self) -> bool {
-        self.accepted.len() <= DUPLICATE_WINDOW
-            && self.accepted.windows(2).all(|pair| matches!(pair, [a, b] if a.client_seq < b.client_seq))
+        self.accepted.len() <= DUPLICATE_WINDOW && self.accepted.iter().is_sorted_by(|a, b| a.client_seq < b.client_seq)
     }
 }
 

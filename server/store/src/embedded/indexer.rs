@@ -11,8 +11,8 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
-use ringline_schema::disk;
-use ringline_schema::record::{Answer, Query, Record};
+use ringline_schema::disk::{self, Indexed};
+use ringline_schema::record::{Answer, Query};
 
 use super::format::{Kind, Place, Position};
 use super::index::IndexError;
@@ -65,7 +65,7 @@ pub(super) struct Indexer {
     /// How far the overlay knows the log.
     pub at: Position,
     /// Records read and not yet in the overlay.
-    pub batch: Vec<(Record, Place)>,
+    pub batch: Vec<(Indexed, Place)>,
     pub flush_due: Option<Instant>,
     pub failed: bool,
 }
@@ -135,12 +135,12 @@ impl Indexer {
                 Scanner::to_end(Arc::clone(&segment), self.at.offset).map_err(io_error)?
             };
             while self.at < to && self.at.segment == segment.header.number {
-                let (kind, record, place) = next_record(&mut scanner, &segment)?;
+                let (kind, indexed, place) = next_record(&mut scanner, &segment)?;
                 self.at.offset = scanner.offset();
                 match kind {
                     Kind::Run => {}
                     Kind::Seal => self.at = Position::start_of(segment.header.number.saturating_add(1)),
-                    Kind::Record(_) => self.batch.extend(record.map(|record| (record, place))),
+                    Kind::Record(_) => self.batch.extend(indexed.map(|indexed| (indexed, place))),
                 }
                 if self.batch.len() >= APPLY_RECORDS_MAX {
                     self.apply();
@@ -157,8 +157,8 @@ impl Indexer {
     fn apply(&mut self) {
         let Some(overlay) = self.node.overlays.get(usize::from(self.log)) else { return };
         let mut overlay = overlay.write().unwrap_or_else(PoisonError::into_inner);
-        for (record, place) in self.batch.drain(..) {
-            overlay.apply(record, place);
+        for (indexed, place) in self.batch.drain(..) {
+            overlay.apply(indexed, place);
         }
         let records = overlay.records;
         drop(overlay);
@@ -202,11 +202,11 @@ impl Indexer {
     }
 }
 
-/// The next record of a log that is known to go on, decoded.
+/// The next record of a log that is known to go on, as the index wants it.
 pub(super) fn next_record(
     scanner: &mut Scanner,
     segment: &Segment,
-) -> Result<(Kind, Option<Record>, Place), IndexError> {
+) -> Result<(Kind, Option<Indexed>, Place), IndexError> {
     let bad = |offset, what: String| ReadError::Bad { path: segment.path.clone(), offset, what };
     match scanner.next().map_err(|source| ReadError::Io { path: segment.path.clone(), source })? {
         Found::Record { offset, framed } => {
@@ -214,7 +214,7 @@ pub(super) fn next_record(
             let place = Place { log: header.log, segment: header.number, offset, bytes: framed.bytes as u32 };
             match framed.kind {
                 Kind::Seal | Kind::Run => Ok((framed.kind, None, place)),
-                Kind::Record(record_type) => match disk::decode(record_type, framed.payload) {
+                Kind::Record(record_type) => match disk::decode_for_index(record_type, framed.payload) {
                     Ok(record) => Ok((framed.kind, Some(record), place)),
                     Err(error) => Err(bad(offset, error.to_string()).into()),
                 },

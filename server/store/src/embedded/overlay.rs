@@ -9,8 +9,9 @@
 use std::collections::BTreeSet;
 
 use foldhash::HashMap;
+use ringline_schema::disk::{Indexed, IndexedMessage};
 use ringline_schema::ids::{ConversationId, DeviceId, DeviceKey, Seq, UserName};
-use ringline_schema::record::{Accepted, Record, StoredMessage, User};
+use ringline_schema::record::{Accepted, Record, User};
 
 use super::format::Place;
 use super::rows::{Created, HeadRow};
@@ -48,12 +49,19 @@ pub(super) struct Sender {
 }
 
 impl Overlay {
-    pub fn apply(&mut self, record: Record, place: Place) {
+    pub fn apply(&mut self, indexed: Indexed, place: Place) {
         self.records += 1;
-        match record {
-            Record::Message(message) => {
-                self.conversations.entry(message.conversation).or_default().add(&message, place)
+        match indexed {
+            Indexed::Message(message) => {
+                self.conversations.entry(message.conversation).or_default().add(message, place);
             }
+            Indexed::Other(record) => self.apply_other(record),
+        }
+    }
+
+    fn apply_other(&mut self, record: Record) {
+        match record {
+            Record::Message(_) => debug_assert!(false, "a message is indexed without its body"),
             Record::User(user) => {
                 self.users.insert(user.name.clone(), (self.run, user));
             }
@@ -86,22 +94,21 @@ impl Overlay {
 }
 
 impl Recent {
-    fn add(&mut self, message: &StoredMessage, place: Place) {
-        self.head.add(message.seq, message.time_ms);
+    fn add(&mut self, IndexedMessage { from, device, accepted, .. }: IndexedMessage, place: Place) {
+        let seq = accepted.seq;
+        self.head.add(seq, accepted.time_ms);
         match self.places.last() {
-            Some(&(last, _)) if message.seq <= last => {
-                match self.places.binary_search_by_key(&message.seq, |&(seq, _)| seq) {
-                    Ok(_) => {}
-                    Err(at) => self.places.insert(at, (message.seq, place)),
-                }
-            }
-            Some(_) | None => self.places.push((message.seq, place)),
+            Some(&(last, _)) if seq <= last => match self.places.binary_search_by_key(&seq, |&(seq, _)| seq) {
+                Ok(_) => {}
+                Err(at) => self.places.insert(at, (seq, place)),
+            },
+            Some(_) | None => self.places.push((seq, place)),
         }
-        let sender = self
-            .senders
-            .entry((message.from.clone(), message.device))
-            .or_insert_with(|| Sender { key: DeviceKey::new(&message.from, message.device), filter: Vec::new() });
-        remember(&mut sender.filter, message.accepted());
+        let sender = self.senders.entry((from, device)).or_insert_with_key(|(from, device)| {
+            let key = DeviceKey::new(from, *device);
+            Sender { key, filter: Vec::new() }
+        });
+        remember(&mut sender.filter, accepted);
     }
 
     /// The places of `after` < seq < `before`.

@@ -141,9 +141,9 @@ impl Recovery<'_> {
                     Kind::Seal => break,
                 };
                 let place = Place { log: replay.log, segment: replay.at.segment, offset, bytes: framed.bytes as u32 };
-                let record = disk::decode(record_type, framed.payload)
+                let indexed = disk::decode_for_index(record_type, framed.payload)
                     .map_err(|error| self.damaged(segment.path.clone(), offset, &error.to_string()))?;
-                replay.overlay.apply(record, place);
+                replay.overlay.apply(indexed, place);
                 replay.at.offset = scanner.offset();
                 self.replayed_records += 1;
                 if replay.overlay.records >= self.options.flush_records_max {
