@@ -69,6 +69,7 @@ pub enum Bounds {
     },
     Choice(&'static [&'static str]),
     Address,
+    AddressOrNone,
     Cores,
     List,
 }
@@ -82,6 +83,7 @@ impl fmt::Display for Bounds {
             Self::Text { may_be_empty: false } => f.write_str("a text that is not empty"),
             Self::Choice(names) => write!(f, "one of {}", names.join(", ")),
             Self::Address => f.write_str("an IP address and port, like 127.0.0.1:9700 or [::]:9700"),
+            Self::AddressOrNone => f.write_str("an IP address and port, like 127.0.0.1:9701, or empty"),
             Self::Cores => f.write_str("all, a count like 2, or a list of cores like 0-3,8"),
             Self::List => f.write_str("a list of texts, [\"a\", \"b\"] in TOML and a,b elsewhere"),
         }
@@ -179,6 +181,17 @@ impl Setting for SocketAddr {
 
     fn to_toml(&self) -> String {
         quoted(&self.to_string())
+    }
+}
+
+/// Empty is `None`.
+impl Setting for Option<SocketAddr> {
+    fn parse(text: &str, _: Bounds) -> Option<Self> {
+        if text.is_empty() { Some(None) } else { text.parse().ok().map(Some) }
+    }
+
+    fn to_toml(&self) -> String {
+        quoted(&self.map_or(String::new(), |address| address.to_string()))
     }
 }
 
@@ -416,6 +429,8 @@ settings! {
         "Threads that check passwords and tokens; 0: one for each core without a shard, at least two.";
     workers_queue: usize = "workers.queue" ["jobs"] 4_096, Bounds::Number(16, 65_536),
         "Checks that may wait, of passwords and of tokens each; more are answered BUSY.";
+    admin_listen: Option<SocketAddr> = "admin.listen" [""] None, Bounds::AddressOrNone,
+        "Where metrics, health and version are served over HTTP; empty: nowhere. Without a password: keep it on loopback.";
     log_level: LogLevel = "log.level" [""] LogLevel::Info, Bounds::Choice(LOG_LEVELS),
         "Least important messages that are logged, to the standard error.";
     log_format: LogFormat = "log.format" [""] LogFormat::Text, Bounds::Choice(LOG_FORMATS),
@@ -625,6 +640,7 @@ mod tests {
         assert!(complaint("[net]\nlisten = 9700\n").contains("net.listen = 9700: must be an IP address"));
         assert!(complaint("[net]\nlisten = \"localhost\"\n").contains("must be an IP address"));
         assert!(complaint("[log]\nlevel = \"loud\"\n").contains("one of error, warn, info"));
+        assert!(complaint("[admin]\nlisten = \"here\"\n").contains("like 127.0.0.1:9701, or empty"));
         assert!(complaint("[auth]\ntoken_creates_user = \"yes\"\n").contains("true or false"));
         assert!(complaint("[auth]\npublic_keys = [1]\n").contains("a list of texts"));
         assert!(complaint("[net]\nlisen = 1\n").contains("unknown key \"net.lisen\""));

@@ -2,10 +2,11 @@
 //!
 //! The way of a byte: [`net`] → [`edge`] → the shard, and back as effects that [`reactor`] performs. Cores speak over
 //! [`lanes`], rung by [`wake`]. [`boot`] checks the machine, [`node`] starts and stops everything, [`config`] is the one
-//! table of keys, [`doctor`] explains the machine.
+//! table of keys, [`doctor`] explains the machine, [`admin`] tells what it does.
 
 #![deny(unsafe_code)]
 
+pub mod admin;
 pub mod auth;
 pub mod boot;
 pub mod cli;

@@ -24,6 +24,8 @@ use ringline_store::{Store, memory};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use crate::admin::snapshot::SnapshotPort;
+use crate::admin::{self, Facts};
 use crate::auth::{Issuer, Verifier};
 use crate::boot::{self, BootError};
 use crate::config::{Config, StoreKind};
@@ -69,6 +71,7 @@ struct SeedRest {
     worked: Receiver<workers::Done>,
     control: Arc<Control>,
     reports: Sender<CoreReport>,
+    port: SnapshotPort,
     epoch: Instant,
 }
 
@@ -91,6 +94,7 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
         );
     }
     doctor::at_start(&config, &cores, features).iter().for_each(|line| tracing::warn!("{line}"));
+    let admin_listener = config.admin_listen.map(admin::bind).transpose()?;
     let net_kind = pick_net(config.net_kind);
     let stores = open_store(&config, cores.len())?;
     let verifier = open_auth(&config)?;
@@ -104,12 +108,13 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
     let control = Arc::new(Control::new(wakers.clone(), Duration::from_millis(config.server_stop_timeout_ms)));
     let (reports, reports_in) = unbounded();
     let admission = Arc::new(Admission::new(config.connections_max));
-    let parts = ends.into_iter().zip(wakers).zip(handles).zip(stores).zip(listeners);
+    let (desk, ports) = admin::snapshot::desk(&wakers);
+    let parts = ends.into_iter().zip(wakers).zip(handles).zip(stores).zip(listeners.into_iter().zip(ports));
     let mut seeds = Vec::new();
-    for (at, ((((lanes, waker), (workers, worked)), store), listener)) in parts.enumerate() {
+    for (at, ((((lanes, waker), (workers, worked)), store), (listener, port))) in parts.enumerate() {
         let control = control.clone();
         let reports = reports.clone();
-        let rest = SeedRest { store, lanes, waker, workers, worked, control, reports, epoch: started };
+        let rest = SeedRest { store, lanes, waker, workers, worked, control, reports, port, epoch: started };
         let core_config = core_config(&config, (at, cores.len()), address);
         let core = cores.get(at).copied().unwrap_or(at);
         let (admission, refusal) = (admission.clone(), refusal());
@@ -118,9 +123,15 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
     }
     drop(reports);
     watch_signals(control.clone())?;
+    let facts = Facts { kernel: kernel(), net: net_name(net_kind), cores: cores.clone() };
+    let admin = admin_listener.map(|listener| admin::start(listener, desk, facts)).transpose()?;
     let ends = start_cores(seeds)?;
     tracing::info!("ready on {address} in {} ms", started.elapsed().as_millis());
-    Ok(wait(&reports_in, &ends, cores.len()))
+    let code = wait(&reports_in, &ends, cores.len());
+    if let Some(admin) = admin {
+        admin.stop();
+    }
+    Ok(code)
 }
 
 fn system(what: &'static str) -> impl FnOnce(std::io::Error) -> BootError {
@@ -188,8 +199,15 @@ fn pick_net(wanted: NetKind) -> NetKind {
         (NetKind::Auto, Ok(())) => NetKind::Ring,
         (NetKind::Ring | NetKind::Epoll, _) => wanted,
     };
-    tracing::info!("sockets are served by {}", if picked == NetKind::Ring { "io_uring" } else { "epoll" });
+    tracing::info!("sockets are served by {}", net_name(picked));
     picked
+}
+
+fn net_name(picked: NetKind) -> &'static str {
+    match picked {
+        NetKind::Ring => "io_uring",
+        NetKind::Auto | NetKind::Epoll => "epoll",
+    }
 }
 
 /// Cores without a shard on which the process may run.
@@ -362,6 +380,7 @@ fn prepare(seed: Seed) -> std::io::Result<(Reactor, Parker)> {
         worked: rest.worked,
         control: rest.control,
         reports: rest.reports,
+        port: rest.port,
         epoch: rest.epoch,
     };
     Ok((Reactor::new(parts), parker))
@@ -416,7 +435,7 @@ impl Summary {
     fn take(&mut self, report: CoreReport) {
         // The last words are printed together, by the caller.
         self.fresh += usize::from(!report.is_last);
-        self.latest.insert(report.shard, report);
+        self.latest.insert(report.snapshot.shard, report);
         if self.fresh >= self.cores {
             self.fresh = 0;
             let line = self.line();
@@ -428,13 +447,13 @@ impl Summary {
 
     fn line(&self) -> String {
         let mut sums: Vec<(&'static str, u64)> = Vec::new();
-        for (name, value) in self.latest.values().flat_map(|report| &report.counters) {
-            match sums.iter_mut().find(|(known, _)| known == name) {
+        for (name, value) in self.latest.values().flat_map(|report| report.snapshot.list()) {
+            match sums.iter_mut().find(|(known, _)| *known == name) {
                 Some((_, sum)) => *sum += value,
-                None => sums.push((name, *value)),
+                None => sums.push((name, value)),
             }
         }
-        let connections: usize = self.latest.values().map(|report| report.connections).sum();
+        let connections: usize = self.latest.values().map(|report| report.snapshot.levels.connections).sum();
         let texts: Vec<String> =
             sums.iter().filter(|(_, value)| *value > 0).map(|(name, value)| format!("{name}={value}")).collect();
         format!("connections={connections} {}", texts.join(" "))

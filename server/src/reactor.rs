@@ -14,6 +14,7 @@ use ringline_core::event::{CloseReason, ConnId, Effect, Effects, Event, Now, Tok
 use ringline_schema::record::{Answer, Record};
 use ringline_store::{LoadToken, Store, StoreError, StoreEvent};
 
+use crate::admin::snapshot::{ShellCounters, Snapshot, SnapshotPort};
 use crate::edge::{Departure, Edge, Turn};
 use crate::lanes::{HandOver, LaneEnd, LaneItem};
 use crate::net::{Flow, Net, NetEvent};
@@ -36,10 +37,8 @@ const REPORT_INTERVAL_US: u64 = 60_000_000;
 /// What a core tells the main thread now and then, and once at its end.
 #[derive(Debug)]
 pub struct CoreReport {
-    pub shard: ShardIndex,
     pub is_last: bool,
-    pub connections: usize,
-    pub counters: Vec<(&'static str, u64)>,
+    pub snapshot: Snapshot,
 }
 
 /// What a core is made of; see [`Reactor`].
@@ -54,6 +53,7 @@ pub struct Parts {
     pub worked: Receiver<Done>,
     pub control: Arc<Control>,
     pub reports: Sender<CoreReport>,
+    pub port: SnapshotPort,
     /// The same on all cores: monotonic times are compared between them in logs.
     pub epoch: Instant,
 }
@@ -73,6 +73,8 @@ pub struct Reactor {
     draining: bool,
     reported_us: u64,
     handed_in: u64,
+    turns: u64,
+    sleeps: u64,
 }
 
 /// How a core's loop ended.
@@ -98,6 +100,8 @@ impl Reactor {
             draining: false,
             reported_us: 0,
             handed_in: 0,
+            turns: 0,
+            sleeps: 0,
         }
     }
 
@@ -115,6 +119,7 @@ impl Reactor {
             self.parts.waker.about_to_sleep();
             if self.nothing_came() {
                 let sleep_us = self.sleep_us();
+                self.sleeps += 1;
                 parker.park(self.parts.net.as_mut(), sleep_us).await;
             }
             self.parts.waker.awake();
@@ -126,7 +131,12 @@ impl Reactor {
 
     /// One turn. True if it found anything to do.
     fn turn(&mut self) -> bool {
+        self.turns += 1;
         self.read_clock();
+        if self.parts.port.is_wanted() {
+            let snapshot = self.snapshot();
+            self.parts.port.answer(snapshot);
+        }
         let mut busy = self.gather_net();
         busy |= self.gather_lanes();
         busy |= self.gather_store();
@@ -398,7 +408,8 @@ impl Reactor {
 
     /// The last look before sleep.
     fn nothing_came(&self) -> bool {
-        self.parts.lanes.is_empty() && self.parts.worked.is_empty() && !self.control_changed()
+        let Parts { lanes, worked, port, .. } = &self.parts;
+        lanes.is_empty() && worked.is_empty() && !port.is_wanted() && !self.control_changed()
     }
 
     fn control_changed(&self) -> bool {
@@ -442,19 +453,29 @@ impl Reactor {
     }
 
     fn report(&self, is_last: bool) {
-        let Parts { index, shard, net, reports, .. } = &self.parts;
-        let mut counters = shard.counters();
-        let sockets = net.counters();
-        counters.extend([
-            ("accepted_sockets", sockets.accepted),
-            ("refused_sockets", sockets.refused),
-            ("accept_pauses", sockets.accept_pauses),
-            ("handed_in", self.handed_in),
-            ("bytes_in", sockets.bytes_received),
-            ("bytes_out", sockets.bytes_sent),
-        ]);
         // The main thread is gone only when the process ends.
-        let _ = reports.send(CoreReport { shard: *index, is_last, connections: shard.connections(), counters });
+        let _ = self.parts.reports.send(CoreReport { is_last, snapshot: self.snapshot() });
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let Parts { index, shard, net, store, lanes, .. } = &self.parts;
+        let (lane_batches_sent, lane_batches_received) = lanes.traffic();
+        Snapshot {
+            shard: *index,
+            levels: shard.levels(),
+            counters: shard.counters().clone(),
+            net: net.counters(),
+            store: store.stats(),
+            shell: ShellCounters {
+                handed_in: self.handed_in,
+                lane_batches_sent,
+                lane_batches_received,
+                turns: self.turns,
+                sleeps: self.sleeps,
+            },
+            store_failed: self.store_failed,
+            draining: self.draining,
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! The one table of counters of a shard. All only rise; the shell adds them up and shows them.
+//! The one table of counters of a shard, which only rise, and its levels. The shell adds them up and shows them.
 
 use ringline_schema::errors::ErrorCode;
 
@@ -13,16 +13,13 @@ macro_rules! counters {
         }
 
         impl Counters {
-            /// Name and value of every counter, and of every failure that happened.
-            pub fn list(&self) -> Vec<(&'static str, u64)> {
-                let mut list = vec![$((stringify!($field), self.$field),)*];
-                let failures = ErrorCode::ALL.iter().zip(&self.failures);
-                list.extend(failures.filter(|(_, count)| **count > 0).map(|(code, count)| (code.name(), *count)));
-                list
-            }
-
-            /// Name and meaning of every counter.
+            /// Name and meaning of every counter, in the order of [`Counters::values`].
             pub const TEXTS: &'static [(&'static str, &'static str)] = &[$((stringify!($field), $text),)*];
+
+            /// The value of every counter but the failures.
+            pub fn values(&self) -> Vec<u64> {
+                vec![$(self.$field,)*]
+            }
         }
     };
 }
@@ -51,7 +48,29 @@ counters! {
     orphaned_answers     "answers whose connection was gone";
 }
 
+/// What comes and goes in one shard, as it is now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Levels {
+    pub connections: usize,
+    /// Connections that are logged in.
+    pub sessions: usize,
+    /// Users with at least one of them.
+    pub users_online: usize,
+    pub conversations_cached: usize,
+    pub users_cached: usize,
+    /// Records given to the store that are not durable yet; stays as it was when the store failed.
+    pub appends_in_flight: u64,
+    /// Delivery acknowledgements that are waited for.
+    pub delivery_waits: usize,
+}
+
 impl Counters {
+    /// Failures that happened, by the name of their code.
+    pub fn failures(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        let all = ErrorCode::ALL.iter().zip(&self.failures);
+        all.filter(|(_, count)| **count > 0).map(|(code, count)| (code.name(), *count))
+    }
+
     pub fn failure(&mut self, code: ErrorCode) {
         if self.failures.is_empty() {
             self.failures = vec![0; ErrorCode::ALL.len()];

@@ -31,7 +31,7 @@ impl Shard {
             }
         }
         let listed: usize = self.online.values().map(Vec::len).sum();
-        assert_eq!(listed, logged_in, "the online list is the logged-in sessions");
+        assert_eq!((listed, self.logged_in), (logged_in, logged_in), "the online list is the logged-in sessions");
         assert!(self.online.keys().all(|name| self.online_names.contains(name)));
         assert_eq!(self.online.len(), self.online_names.len());
     }

@@ -305,6 +305,7 @@ impl Shard {
         // Until now the connection was looked at for its login alone.
         self.look_at(conn, self.now.mono_us + self.config.write_stall_ms * 1_000);
         self.online.entry(user.clone()).or_default().push(conn);
+        self.logged_in += 1;
         self.online_names.insert(user.clone());
         self.sessions.counters.logins += 1;
         let ok = LoginOk {
@@ -362,7 +363,9 @@ impl Shard {
     /// A device is gone: off the online list, its cursors written.
     pub(crate) fn forget_login(&mut self, conn: ConnId, login: &Login, fx: &mut Effects) {
         if let Some(conns) = self.online.get_mut(&login.user) {
+            let before = conns.len();
             conns.retain(|&other| other != conn);
+            self.logged_in -= before - conns.len();
             if conns.is_empty() {
                 self.online.remove(&login.user);
                 self.online_names.remove(&login.user);

@@ -16,6 +16,7 @@ use crate::config::{
     WORK_IN_FLIGHT_MAX,
 };
 use crate::conversation::{Conversation, Pending};
+use crate::counters::{Counters, Levels};
 use crate::deliver::DeliveryWait;
 use crate::event::{CloseReason, ConnId, Effect, Effects, Event, Now, ShardMessage, Token, Verdict, Work};
 use crate::peer::Origin;
@@ -55,6 +56,8 @@ pub struct Shard {
     pub(crate) online: HashMap<UserName, Vec<ConnId>, FixedState>,
     pub(crate) online_names: BTreeSet<UserName>,
     pub(crate) logins: u64,
+    /// Devices on the lists of `online`.
+    pub(crate) logged_in: usize,
     /// Known users of this shard, bounded.
     pub(crate) users: LruCache<UserName, User, FixedState>,
     /// Users whose record is on its way to the disk.
@@ -94,6 +97,7 @@ impl Shard {
             online: HashMap::with_hasher(hasher.clone()),
             online_names: BTreeSet::new(),
             logins: 0,
+            logged_in: 0,
             users: LruCache::unbounded_with_hasher(hasher.clone()),
             creating: BTreeSet::new(),
             conversations: LruCache::unbounded_with_hasher(hasher),
@@ -440,13 +444,21 @@ impl Shard {
         self.questions.is_empty() && (self.poisoned || self.appended == self.stored)
     }
 
-    /// Name and value of every counter.
-    pub fn counters(&self) -> Vec<(&'static str, u64)> {
-        self.sessions.counters.list()
+    pub fn counters(&self) -> &Counters {
+        &self.sessions.counters
     }
 
-    pub fn connections(&self) -> usize {
-        self.sessions.len()
+    /// How much there is of what comes and goes. Cheap: nothing is walked.
+    pub fn levels(&self) -> Levels {
+        Levels {
+            connections: self.sessions.len(),
+            sessions: self.logged_in,
+            users_online: self.online.len(),
+            conversations_cached: self.conversations.len(),
+            users_cached: self.users.len(),
+            appends_in_flight: self.appended.saturating_sub(self.stored),
+            delivery_waits: self.delivery_waits.len(),
+        }
     }
 }
 

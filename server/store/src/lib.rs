@@ -14,6 +14,7 @@ mod write;
 
 use std::os::fd::BorrowedFd;
 
+use hdrhistogram::Histogram;
 use ringline_schema::limits;
 use ringline_schema::record::{Accepted, Answer, Query, Record};
 
@@ -21,6 +22,9 @@ pub use write::FileWrite;
 
 /// The largest record that a store takes, as bytes of its body or password hash: twice the largest frame.
 pub const RECORD_BYTES_MAX: usize = 2 * limits::FRAME_BYTES_CEILING as usize;
+
+/// Longest latency of a commit that statistics tell apart, in microseconds.
+pub const COMMIT_US_MAX: u64 = 60_000_000;
 
 /// Numbers the records a shard has appended since it was opened: 1, 2, 3 …
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -38,6 +42,51 @@ pub enum StoreEvent {
     /// A write or a sync failed. Nothing after the last `Committed` is promised, and nothing more will be accepted.
     Failed,
     Loaded(LoadToken, Answer),
+}
+
+/// What a shard's store has done since it was opened.
+#[derive(Clone, Debug)]
+pub struct StoreStats {
+    /// Batches made durable.
+    pub commits: u64,
+    pub records: u64,
+    /// Bytes of the log.
+    pub bytes: u64,
+    /// From `submit` to the poll that saw it durable, in microseconds; two significant digits, at most
+    /// [`COMMIT_US_MAX`].
+    pub commit_us: Histogram<u64>,
+    /// The sum of all of them.
+    pub commit_sum_us: u64,
+    /// The last of them.
+    pub commit_last_us: u64,
+    /// Durable bytes of the log that the index thread has not taken in yet.
+    pub index_lag_bytes: u64,
+}
+
+impl StoreStats {
+    /// Of a store that has done nothing.
+    pub fn new() -> Self {
+        // What the library refuses is more than five digits, and bounds that are 0 or out of order.
+        let commit_us =
+            Histogram::new_with_bounds(1, COMMIT_US_MAX, 2).unwrap_or_else(|_| unreachable!("fixed bounds"));
+        Self { commits: 0, records: 0, bytes: 0, commit_us, commit_sum_us: 0, commit_last_us: 0, index_lag_bytes: 0 }
+    }
+
+    /// Counts a commit of so many records and bytes.
+    fn committed(&mut self, records: u64, bytes: u64, took_us: u64) {
+        self.commits += 1;
+        self.records += records;
+        self.bytes += bytes;
+        self.commit_us.saturating_record(took_us);
+        self.commit_sum_us = self.commit_sum_us.saturating_add(took_us);
+        self.commit_last_us = took_us;
+    }
+}
+
+impl Default for StoreStats {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 /// One shard's handle.
@@ -81,6 +130,9 @@ pub trait Store {
     /// Commits what is queued, brings the index up to date and marks the stop as clean. Blocks. What it commits, and
     /// answers to earlier questions, are given by the next `poll`. A write that was taken must be back before.
     fn close(&mut self) -> Result<(), StoreError>;
+
+    /// What it has done so far; all zero for a backend that has no commits.
+    fn stats(&self) -> StoreStats;
 }
 
 /// Why a store refused. Nothing was changed.

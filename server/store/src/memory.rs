@@ -10,7 +10,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use ringline_schema::ids::{ConversationId, DeviceKey, Seq, UserName};
 use ringline_schema::record::{Accepted, Answer, ConversationRow, Head, Query, Range, Record, StoredMessage, User};
 
-use crate::{LoadToken, Lsn, RECORD_BYTES_MAX, Store, StoreError, StoreEvent, large_bytes, newest, remember};
+use crate::{
+    LoadToken, Lsn, RECORD_BYTES_MAX, Store, StoreError, StoreEvent, StoreStats, large_bytes, newest, remember,
+};
 
 /// Bytes (by `Record::weight`) that wait for a submit; more is `Full`. Always room for one largest record.
 pub const QUEUE_BYTES_MAX: usize = 4 * 1024 * 1024;
@@ -141,6 +143,10 @@ impl Store for MemoryStore {
         self.submit();
         let was = std::mem::replace(&mut self.state, State::Stopped);
         if was == State::Stopped { Err(StoreError::Poisoned) } else { Ok(()) }
+    }
+
+    fn stats(&self) -> StoreStats {
+        StoreStats::new()
     }
 }
 

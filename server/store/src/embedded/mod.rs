@@ -35,7 +35,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, RwLock};
 use std::time::Instant;
 
-use hdrhistogram::Histogram;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{FlockOperation, flock};
 
@@ -48,8 +47,9 @@ use self::recovery::{Recovery, RecoveryError};
 use self::rows::Watermark;
 use self::scan::SCAN_BYTES;
 use self::segments::{Preparation, ReadError, Segments, sync_folder};
+pub use self::shard::EmbeddedShard;
 use self::shard::Failure;
-pub use self::shard::{EmbeddedShard, Stats};
+use crate::StoreStats;
 
 /// Jobs that an index thread may have waiting beside the open questions.
 const JOBS_SPARE: usize = 64;
@@ -59,8 +59,6 @@ const REPLIES_SPARE: usize = 8;
 const SEGMENT_BYTES_CEILING: u64 = 1 << 30;
 /// Smallest segment, for tests.
 const SEGMENT_BYTES_MIN: u64 = 4096;
-/// Longest latency that statistics tell apart.
-const COMMIT_US_MAX: u64 = 60_000_000;
 
 const FORMAT_FILE: &str = "ringline-data";
 const FORMAT_LINE: &str = "ringline data folder, format 1, identity ";
@@ -326,8 +324,6 @@ fn start_shard(
     let log = Log::new(end, run, options, &wake).map_err(system("io_uring is needed and not available"))?;
     let name = format!("index-{}", indexer.log);
     let thread = std::thread::Builder::new().name(name).spawn(move || indexer.run());
-    let commit_us = Histogram::new_with_bounds(1, COMMIT_US_MAX, 2)
-        .map_err(|error| system("no histogram")(io::Error::other(error.to_string())))?;
     Ok(EmbeddedShard {
         log,
         jobs: Some(job_sender),
@@ -337,7 +333,7 @@ fn start_shard(
         applied_bytes,
         stop,
         options: options.clone(),
-        stats: Stats { commits: 0, records: 0, bytes: 0, commit_us, commit_last_us: 0, index_lag_bytes: 0 },
+        stats: StoreStats::new(),
         untold: None,
         asked: None,
         loads_open: 0,

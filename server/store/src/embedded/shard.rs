@@ -10,30 +10,13 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, TrySendError};
-use hdrhistogram::Histogram;
 use ringline_schema::record::{Query, Record};
 
 use super::indexer::{Job, Reply};
 use super::log::{Committed, Log};
 use super::{EmbeddedOptions, Node};
 use crate::write::FileWrite;
-use crate::{LoadToken, Lsn, Store, StoreError, StoreEvent};
-
-/// What a shard's store has done since it was opened.
-#[derive(Clone, Debug)]
-pub struct Stats {
-    /// Batches made durable.
-    pub commits: u64,
-    pub records: u64,
-    /// Bytes of the log.
-    pub bytes: u64,
-    /// From `submit` to the poll that saw it durable, in microseconds; two significant digits, at most 60 s.
-    pub commit_us: Histogram<u64>,
-    /// The last of them.
-    pub commit_last_us: u64,
-    /// Durable bytes of the log that the index thread has not taken in yet.
-    pub index_lag_bytes: u64,
-}
+use crate::{LoadToken, Lsn, Store, StoreError, StoreEvent, StoreStats};
 
 /// The embedded store's handle of one shard; see [`Store`].
 pub struct EmbeddedShard {
@@ -45,7 +28,7 @@ pub struct EmbeddedShard {
     pub(super) applied_bytes: Arc<AtomicU64>,
     pub(super) stop: Arc<AtomicBool>,
     pub(super) options: EmbeddedOptions,
-    pub(super) stats: Stats,
+    pub(super) stats: StoreStats,
     /// A commit that the index thread has not been told of, because its queue was full.
     pub(super) untold: Option<Job>,
     /// The segment that the index thread was asked for.
@@ -67,11 +50,6 @@ pub(super) enum Failure {
 }
 
 impl EmbeddedShard {
-    pub fn stats(&self) -> Stats {
-        let applied = self.applied_bytes.load(Ordering::Relaxed);
-        Stats { index_lag_bytes: self.stats.bytes.saturating_sub(applied), ..self.stats.clone() }
-    }
-
     /// The data folder that this handle shares with the others of its node.
     pub fn folder(&self) -> &std::path::Path {
         &self.node.folder
@@ -90,11 +68,7 @@ impl EmbeddedShard {
 
     fn committed(&mut self, committed: Committed) {
         let took_us = u64::try_from(committed.started.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.stats.commits += 1;
-        self.stats.records += committed.records;
-        self.stats.bytes += committed.bytes;
-        self.stats.commit_last_us = took_us;
-        self.stats.commit_us.saturating_record(took_us);
+        self.stats.committed(committed.records, committed.bytes, took_us);
         // The index thread hears of it before the caller does: a question asked after the event finds the records.
         self.untold = Some(Job::Committed { to: committed.to, bytes: self.stats.bytes });
         self.tell();
@@ -242,6 +216,11 @@ impl Store for EmbeddedShard {
             return Err(StoreError::Poisoned);
         }
         Ok(())
+    }
+
+    fn stats(&self) -> StoreStats {
+        let applied = self.applied_bytes.load(Ordering::Relaxed);
+        StoreStats { index_lag_bytes: self.stats.bytes.saturating_sub(applied), ..self.stats.clone() }
     }
 }
 

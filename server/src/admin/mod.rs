@@ -1,0 +1,226 @@
+//! The admin endpoint: metrics, health and version over HTTP, for people and for Prometheus. Owned by a thread of its
+//! own, which has a small async runtime and no timer while nobody asks.
+//!
+//! Nothing on the way of a message is shared with it: it asks each core for a [`snapshot`] when it is itself asked, and
+//! [`metrics`] makes the text. Bounded: at most [`CONNECTIONS_MAX`] clients at once, the next waits to be accepted; one
+//! question to the cores at a time. There is no password: it belongs on loopback.
+
+pub mod metrics;
+pub mod snapshot;
+
+use std::net::{SocketAddr, TcpListener};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::thread::JoinHandle;
+use std::{io, thread};
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, oneshot};
+
+use self::metrics::Scrape;
+use self::snapshot::{Answer, Desk};
+use crate::boot::BootError;
+
+/// Clients served at once.
+pub const CONNECTIONS_MAX: usize = 32;
+/// The content type of OpenMetrics text.
+const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// What `GET /version` tells beside the version.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    pub kernel: String,
+    /// How sockets are served.
+    pub net: &'static str,
+    /// Numbers of the cores that run a shard, in order of shard.
+    pub cores: Vec<usize>,
+}
+
+/// The running endpoint.
+#[derive(Debug)]
+pub struct Admin {
+    stop: oneshot::Sender<()>,
+    thread: JoinHandle<()>,
+}
+
+impl Admin {
+    /// Closes it, with whatever is being answered.
+    pub fn stop(self) {
+        // Gone already only if its thread panicked, which the join ignores too: the node is ending anyway.
+        let _ = self.stop.send(());
+        let _ = self.thread.join();
+    }
+}
+
+/// Takes the address. Errors: [`BootError::AdminListen`].
+pub fn bind(address: SocketAddr) -> Result<TcpListener, BootError> {
+    let refused = |error| BootError::AdminListen(address, error);
+    let listener = TcpListener::bind(address).map_err(refused)?;
+    listener.set_nonblocking(true).map_err(refused)?;
+    Ok(listener)
+}
+
+/// Starts the thread. Errors: [`BootError::System`].
+pub fn start(listener: TcpListener, desk: Desk, facts: Facts) -> Result<Admin, BootError> {
+    let failed = |error| BootError::System { what: "the admin endpoint", error };
+    let address = listener.local_addr().map_err(failed)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().map_err(failed)?;
+    let listener = {
+        let _inside = runtime.enter();
+        tokio::net::TcpListener::from_std(listener).map_err(failed)?
+    };
+    if !address.ip().is_loopback() {
+        tracing::warn!("admin.listen {address} can be reached from outside this machine, and asks for no password");
+    }
+    tracing::info!("metrics on http://{address}/metrics");
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let site = Arc::new(Site { desk: Mutex::new(desk), facts });
+    let (stop, stopped) = oneshot::channel();
+    let run = move || {
+        runtime.block_on(async move {
+            // It never ends by itself; what is left of it goes with the runtime.
+            tokio::spawn(axum::serve(Bounded { listener, places }, router(site)).into_future());
+            let _ = stopped.await;
+        });
+    };
+    let thread = thread::Builder::new().name("admin".into()).spawn(run).map_err(failed)?;
+    Ok(Admin { stop, thread })
+}
+
+/// What the routes share.
+struct Site {
+    desk: Mutex<Desk>,
+    facts: Facts,
+}
+
+impl Site {
+    async fn ask(&self) -> Vec<Answer> {
+        self.desk.lock().await.ask().await
+    }
+}
+
+fn router(site: Arc<Site>) -> Router {
+    Router::new()
+        .route("/metrics", get(metrics_page))
+        .route("/healthz", get(health_page))
+        .route("/version", get(version_page))
+        .fallback(|| async { (StatusCode::NOT_FOUND, "there is /metrics, /healthz and /version\n") })
+        .with_state(site)
+}
+
+async fn metrics_page(State(site): State<Arc<Site>>) -> Response {
+    match Scrape::new(site.ask().await).encode() {
+        Ok(text) => ([(header::CONTENT_TYPE, OPEN_METRICS)], text).into_response(),
+        Err(_) => (StatusCode::INTERNAL_SERVER_ERROR, "the metrics could not be written\n").into_response(),
+    }
+}
+
+async fn health_page(State(site): State<Arc<Site>>) -> (StatusCode, String) {
+    health(&site.ask().await)
+}
+
+/// 200 when every core serves and may store; otherwise 503 with a line for each that does not.
+fn health(answers: &[Answer]) -> (StatusCode, String) {
+    let mut reasons = String::new();
+    for (shard, snapshot) in answers {
+        let reason = match snapshot {
+            None => "does not answer",
+            Some(snapshot) if snapshot.store_failed => "its store failed: nothing durable is accepted",
+            Some(snapshot) if snapshot.draining => "is stopping",
+            Some(_) => continue,
+        };
+        reasons.push_str(&format!("core {}: {reason}\n", shard.0));
+    }
+    if reasons.is_empty() { (StatusCode::OK, "ok\n".into()) } else { (StatusCode::SERVICE_UNAVAILABLE, reasons) }
+}
+
+async fn version_page(State(site): State<Arc<Site>>) -> Response {
+    let Facts { kernel, net, cores } = &site.facts;
+    let version = env!("CARGO_PKG_VERSION");
+    let json = serde_json::json!({ "version": version, "kernel": kernel, "net": net, "cores": cores });
+    ([(header::CONTENT_TYPE, "application/json")], format!("{json}\n")).into_response()
+}
+
+/// A listener that accepts only as many as may be served at once.
+struct Bounded {
+    listener: tokio::net::TcpListener,
+    places: Arc<Semaphore>,
+}
+
+impl axum::serve::Listener for Bounded {
+    type Io = Placed;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Placed, SocketAddr) {
+        // The semaphore is never closed; were it, the bound would be the backlog's.
+        let place = self.places.clone().acquire_owned().await.ok();
+        // Tells of errors and waits where it must (no descriptors).
+        let (stream, address) = axum::serve::Listener::accept(&mut self.listener).await;
+        (Placed { stream, _place: place }, address)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+}
+
+/// A client and its place, given back when it goes.
+struct Placed {
+    stream: TcpStream,
+    _place: Option<OwnedSemaphorePermit>,
+}
+
+impl AsyncRead for Placed {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Placed {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ringline_cluster::placement::ShardIndex;
+
+    #[test]
+    fn health_names_every_core_that_does_not_serve() {
+        let core = |number, change: fn(&mut snapshot::Snapshot)| -> Answer {
+            let mut own = snapshot::tests::snapshot(number);
+            change(&mut own);
+            (ShardIndex(number), Some(Box::new(own)))
+        };
+        let (code, text) = health(&[core(0, |_| ()), core(1, |_| ())]);
+        assert_eq!((code, text.as_str()), (StatusCode::OK, "ok\n"));
+        let ill = [
+            core(0, |_| ()),
+            core(1, |own| own.store_failed = true),
+            (ShardIndex(2), None),
+            core(3, |o| o.draining = true),
+        ];
+        let (code, text) = health(&ill);
+        assert_eq!(code, StatusCode::SERVICE_UNAVAILABLE);
+        let lines: Vec<_> = text.lines().collect();
+        assert!(lines.len() == 3 && lines[0].starts_with("core 1: its store failed"), "{text}");
+        assert_eq!(lines[1..], ["core 2: does not answer", "core 3: is stopping"]);
+    }
+}
