@@ -7,6 +7,7 @@
 #![deny(unsafe_code)]
 
 pub mod admin;
+pub mod allocations;
 pub mod auth;
 pub mod boot;
 pub mod cli;

@@ -15,6 +15,7 @@ use ringline_schema::record::{Answer, Record};
 use ringline_store::{LoadToken, Store, StoreError, StoreEvent};
 
 use crate::admin::snapshot::{ShellCounters, Snapshot, SnapshotPort};
+use crate::allocations;
 use crate::edge::{Departure, Edge, Turn};
 use crate::lanes::{HandOver, LaneEnd, LaneItem};
 use crate::net::{Flow, Net, NetEvent};
@@ -473,6 +474,7 @@ impl Reactor {
                 turns: self.turns,
                 sleeps: self.sleeps,
             },
+            allocations: allocations::of_this_thread(),
             store_failed: self.store_failed,
             draining: self.draining,
         }

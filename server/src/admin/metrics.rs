@@ -13,6 +13,7 @@ use ringline_core::counters::Counters;
 use ringline_store::StoreStats;
 
 use super::snapshot::{Answer, Snapshot};
+use crate::allocations::Allocations;
 
 /// Upper ends of the buckets of commit latency, in microseconds; above the last is `+Inf`.
 const COMMIT_BUCKETS_US: [u64; 17] = [
@@ -177,6 +178,25 @@ impl Scrape {
         Ok(())
     }
 
+    /// Only in a build that counts them.
+    fn allocations(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
+        type Read = fn(&Allocations) -> u64;
+        let all: [(_, _, _, Read); 3] = [
+            ("allocations", None, "allocations by the core's thread", |counts| counts.allocations),
+            ("reallocations", None, "blocks grown or shrunk by the core's thread", |counts| counts.reallocations),
+            ("allocated", Some(&Unit::Bytes), "bytes asked for by the core's thread", |counts| counts.bytes),
+        ];
+        let counted: Vec<_> = self.answers().filter_map(|(label, core)| Some((label, core.allocations?))).collect();
+        for (name, unit, help, read) in all.into_iter().filter(|_| !counted.is_empty()) {
+            let name = prefixed(name);
+            let mut family = encoder.encode_descriptor(&name, help, unit, MetricType::Counter)?;
+            for (label, counts) in &counted {
+                count(&mut family.encode_family(label)?, read(counts))?;
+            }
+        }
+        Ok(())
+    }
+
     fn process(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
         let all = [
             ("process_resident_memory", Some(&Unit::Bytes), "resident memory", self.process.resident_bytes),
@@ -200,6 +220,7 @@ impl Collector for Scrape {
         self.table(&mut encoder)?;
         self.shard_counters(&mut encoder)?;
         self.commit_latency(&mut encoder)?;
+        self.allocations(&mut encoder)?;
         self.process(&mut encoder)
     }
 }

@@ -15,6 +15,7 @@ use ringline_store::StoreStats;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 use tokio::time::{Instant, timeout_at};
 
+use crate::allocations::Allocations;
 use crate::net::NetCounters;
 use crate::wake::Waker;
 
@@ -43,6 +44,8 @@ pub struct Snapshot {
     pub net: NetCounters,
     pub shell: ShellCounters,
     pub store: StoreStats,
+    /// What the core's thread has taken from the allocator, in a build that counts.
+    pub allocations: Option<Allocations>,
     pub store_failed: bool,
     /// The node is stopping.
     pub draining: bool,
@@ -166,6 +169,7 @@ pub(super) mod tests {
             net: NetCounters::default(),
             shell: ShellCounters::default(),
             store: StoreStats::new(),
+            allocations: None,
             store_failed: false,
             draining: false,
         }
