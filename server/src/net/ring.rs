@@ -342,7 +342,8 @@ impl RingNet {
     fn received(&mut self, conn: ConnId, id: u16, (length, sink): (usize, &mut dyn FnMut(NetEvent<'_>) -> Flow)) {
         let wanted = self.live(conn).is_some();
         let Some(buffers) = &mut self.buffers else { return };
-        buffers.taken();
+        let told_once = buffers.taken(id);
+        debug_assert!(told_once, "the kernel gave buffer {id} twice");
         let mut flow = Flow::Continue;
         if wanted && let Some(bytes) = buffers.received(id, length).filter(|bytes| !bytes.is_empty()) {
             self.counters.bytes_received += bytes.len() as u64;
