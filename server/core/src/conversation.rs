@@ -274,7 +274,7 @@ impl Shard {
         user: UserName,
         fx: &mut Effects,
     ) {
-        if self.users.get(&user).is_some() {
+        if self.online.contains_key(&user) || self.users.get(&user).is_some() {
             self.tell_user_known(asker, conversation, Some(true), fx);
         } else if self.may_load() {
             self.load(Question::KnowUser { asker, conversation }, Query::User { name: user }, fx);

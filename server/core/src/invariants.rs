@@ -30,7 +30,7 @@ impl Shard {
                 assert!(known.acked <= known.shown, "acknowledged more than was shown");
             }
         }
-        let listed: usize = self.online.values().map(Vec::len).sum();
+        let listed: usize = self.online.values().map(|devices| devices.len()).sum();
         assert_eq!((listed, self.logged_in), (logged_in, logged_in), "the online list is the logged-in sessions");
         assert!(self.online.keys().all(|name| self.online_names.contains(name)));
         assert_eq!(self.online.len(), self.online_names.len());

@@ -301,6 +301,7 @@ impl Shard {
             lagged: Default::default(),
         };
         let Some(session) = self.sessions.get_mut(conn) else { return };
+        self.users.pop(&user);
         session.state = State::LoggedIn(Box::new(login));
         // Until now the connection was looked at for its login alone.
         self.look_at(conn, self.now.mono_us + self.config.write_stall_ms * 1_000);
@@ -364,7 +365,7 @@ impl Shard {
     pub(crate) fn forget_login(&mut self, conn: ConnId, login: &Login, fx: &mut Effects) {
         if let Some(conns) = self.online.get_mut(&login.user) {
             let before = conns.len();
-            conns.retain(|&other| other != conn);
+            conns.retain(|other| *other != conn);
             self.logged_in -= before - conns.len();
             if conns.is_empty() {
                 self.online.remove(&login.user);

@@ -10,6 +10,7 @@ use ringline_schema::frame::Flags;
 use ringline_schema::ids::{ConversationId, DeviceKey, Seq, UserName};
 use ringline_schema::message::{Class, GoawayReason, Reply, Request, Send};
 use ringline_schema::record::{Answer, Query, Record, User};
+use smallvec::SmallVec;
 
 use crate::config::{
     APPEND_BYTES_IN_FLIGHT_MAX, APPENDS_IN_FLIGHT_MAX, CURSOR_FLUSH_MS, CoreConfig, LOADS_IN_FLIGHT_MAX,
@@ -53,12 +54,12 @@ pub struct Shard {
     pub(crate) next_token: u64,
 
     /// Users of this shard with devices logged in here, each list in order of login.
-    pub(crate) online: HashMap<UserName, Vec<ConnId>, FixedState>,
+    pub(crate) online: HashMap<UserName, Devices, FixedState>,
     pub(crate) online_names: BTreeSet<UserName>,
     pub(crate) logins: u64,
     /// Devices on the lists of `online`.
     pub(crate) logged_in: usize,
-    /// Known users of this shard, bounded.
+    /// Users asked for lately, bounded. Whoever logs in leaves it: that they exist is known as long as they stay.
     pub(crate) users: LruCache<UserName, User, FixedState>,
     /// Users whose record is on its way to the disk.
     pub(crate) creating: BTreeSet<UserName>,
@@ -79,6 +80,9 @@ pub struct Shard {
     pub(crate) dirty_cursors: Vec<(ConnId, ConversationId)>,
     pub(crate) cursors_armed: bool,
 }
+
+/// The connections of one user: nearly always one, which then lies in the table itself.
+pub(crate) type Devices = SmallVec<[ConnId; 2]>;
 
 impl Shard {
     /// `hash_seed` should be random in production: names are chosen by clients.
