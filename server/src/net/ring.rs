@@ -10,6 +10,7 @@
 #![allow(unsafe_code, reason = "the one place for it: each block has its proof")]
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,7 +19,8 @@ use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use ringline_core::event::ConnId;
 use ringline_store::FileWrite;
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::event::{EventfdFlags, Timespec as KernelTimespec, eventfd};
 use rustix::io::Errno;
 use rustix::net::{SendFlags, Shutdown};
 
@@ -39,6 +41,8 @@ const ACCEPT_PAUSE_US: u64 = 100_000;
 /// A condition that repeats is logged at most this often.
 const LOG_INTERVAL_US: u64 = 1_000_000;
 const IORING_ENTER_GETEVENTS: u32 = 1;
+/// Edges taken before a sleep that is not in the ring; one that is left ends that sleep at once.
+const EDGES_MAX: usize = 8;
 /// How long the end waits for the kernel to let go of buffers; after it they are leaked rather than freed.
 const DROP_WAIT: Duration = Duration::from_secs(1);
 
@@ -97,7 +101,11 @@ pub struct RingNet {
     watched: Vec<OwnedFd>,
     /// The log write that is with the kernel.
     file_write: Option<FileWrite>,
+    /// Rung by the kernel when there is something to enter for. Never read: every ring is a new edge.
     bell: OwnedFd,
+    /// The bell and everything watched, edge-triggered; for a sleep that is not in this ring. The bell alone is not
+    /// enough: the kernel does not ring it reliably from within the write to another eventfd, as a watched one is.
+    sleep_set: OwnedFd,
     /// Connections whose client has ended its stream. Told one poll later: what the bytes before the end caused to be
     /// sent goes out first.
     ended: Vec<ConnId>,
@@ -127,6 +135,8 @@ impl RingNet {
         let ring = make_ring(SUBMISSIONS_MAX, COMPLETIONS_MAX)?;
         let buffers = Buffers::register(&ring.submitter())?;
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let sleep_set = epoll::create(CreateFlags::CLOEXEC)?;
+        epoll::add(&sleep_set, &bell, EventData::new_u64(0), EventFlags::IN | EventFlags::ET)?;
         let mut net = Self {
             ring: Some(ring),
             buffers: Some(buffers),
@@ -141,6 +151,7 @@ impl RingNet {
             watched: Vec::new(),
             file_write: None,
             bell,
+            sleep_set,
             ended: Vec::new(),
             rearm: Vec::new(),
             reaped: Vec::with_capacity(COMPLETIONS_PER_TURN_MAX),
@@ -547,7 +558,9 @@ impl Net for RingNet {
     }
 
     fn watch(&mut self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        self.watched.push(fd.try_clone_to_owned()?);
+        let fd = fd.try_clone_to_owned()?;
+        epoll::add(&self.sleep_set, &fd, EventData::new_u64(0), EventFlags::IN | EventFlags::ET)?;
+        self.watched.push(fd);
         self.arm_watch(self.watched.len() - 1);
         Ok(())
     }
@@ -568,15 +581,21 @@ impl Net for RingNet {
         if let Some(ring) = &self.ring {
             ring.submitter().register_eventfd(self.bell.as_raw_fd())?;
         }
-        self.bell.try_clone()
+        self.sleep_set.try_clone()
     }
 
     fn prepare_sleep(&mut self) -> bool {
-        // The bell is level-triggered for the executor: empty it, then look once more.
-        let mut count = [0; 8];
-        let _ = rustix::io::read(&self.bell, &mut count);
+        // The set is level-triggered for the executor: take the edges that were seen, then look once more. What they
+        // were about is in the ring as well.
+        let mut edges = [MaybeUninit::uninit(); EDGES_MAX];
+        let _ = epoll::wait(&self.sleep_set, &mut edges[..], Some(&KernelTimespec::default()));
         self.enter(true);
-        self.ended.is_empty() && self.ring.as_mut().is_none_or(|ring| ring.completion().is_empty())
+        let Some(ring) = &mut self.ring else { return true };
+        let queue = ring.submission();
+        // One call runs only some of what is due, or may be refused; nothing would ring again for the rest.
+        let left = !queue.is_empty() || queue.taskrun() || queue.cq_overflow();
+        drop(queue);
+        !left && self.ended.is_empty() && ring.completion().is_empty()
     }
 
     fn wait(&mut self, timeout: Duration) {
