@@ -90,7 +90,9 @@ impl Server {
                         return line;
                     }
                 }
-                Err(RecvTimeoutError::Timeout) => panic!("no line with {text:?}:\n{}", self.log.join("\n")),
+                Err(RecvTimeoutError::Timeout) => {
+                    panic!("no line with {text:?}:\n{}\n{}", self.log.join("\n"), threads_of(self.pid()))
+                }
                 Err(RecvTimeoutError::Disconnected) => {
                     panic!("the server ended without a line with {text:?}:\n{}", self.log.join("\n"))
                 }
@@ -112,7 +114,9 @@ impl Server {
                 self.log.extend(self.lines.iter());
                 return status.code();
             }
-            assert!(Instant::now() < deadline, "the server does not end:\n{}", self.log.join("\n"));
+            if Instant::now() >= deadline {
+                panic!("the server does not end:\n{}\n{}", self.log.join("\n"), threads_of(self.pid()));
+            }
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -164,6 +168,25 @@ impl Drop for Server {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// What each thread of a process is doing, for the message of a failure. The kernel's stack needs privileges.
+pub fn threads_of(pid: u32) -> String {
+    let mut text = String::new();
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    for task in tasks.map(|entry| entry.path()) {
+        let read = |name: &str| {
+            let content = std::fs::read_to_string(task.join(name));
+            content.unwrap_or_else(|error| format!("({error})")).trim_end().to_owned()
+        };
+        let status = read("status");
+        let wanted = ["State", "Cpus_allowed_list", "voluntary_ctxt_switches", "nonvoluntary_ctxt_switches"];
+        let status: Vec<_> =
+            status.lines().filter(|line| wanted.iter().any(|key| line.split(':').next() == Some(key))).collect();
+        let (comm, wchan, stack) = (read("comm"), read("wchan"), read("stack"));
+        text += &format!("thread {comm}: {}; waits in {wchan}\n{stack}\n", status.join(", "));
+    }
+    text
 }
 
 fn spawn(data_dir: &Path, arguments: &[String]) -> (Child, Receiver<String>) {
