@@ -117,14 +117,14 @@ fn data_layout(count: u16) -> Layout {
 }
 
 impl Buffers {
-    /// Registers a ring of [`BUFFERS`] and fills it.
+    /// Registers a ring of `count` buffers, a power of two up to 32,768, and fills it.
     ///
     /// Errors: the kernel's; `EINVAL` where it does not know provided-buffer rings (before 5.19).
-    pub fn register(submitter: &Submitter<'_>) -> io::Result<Self> {
-        let mut buffers = Self::allocate(BUFFERS, 0);
-        // SAFETY: the entries are page-aligned, zeroed, hold `BUFFERS` places, and live until `Drop`, which the owner
+    pub fn register(submitter: &Submitter<'_>, count: u16) -> io::Result<Self> {
+        let mut buffers = Self::allocate(count, 0);
+        // SAFETY: the entries are page-aligned, zeroed, hold `count` places, and live until `Drop`, which the owner
         // of the ring lets happen only after the ring is gone.
-        unsafe { submitter.register_buf_ring_with_flags(buffers.entries.as_ptr() as u64, BUFFERS, GROUP, 0)? };
+        unsafe { submitter.register_buf_ring_with_flags(buffers.entries.as_ptr() as u64, count, GROUP, 0)? };
         buffers.fill();
         Ok(buffers)
     }

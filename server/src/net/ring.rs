@@ -116,12 +116,20 @@ pub struct RingNet {
     logged_us: u64,
 }
 
+/// How much a ring holds. Tests make tiny ones, to see its limits.
+#[derive(Clone, Copy, Debug)]
+struct Sizes {
+    submissions: u32,
+    completions: u32,
+    buffers: u16,
+}
+
 /// Whether this kernel can make such a ring.
 ///
 /// Errors: the kernel's, as from [`RingNet::new`].
 pub fn is_supported() -> io::Result<()> {
     let ring = make_ring(8, 16)?;
-    let buffers = Buffers::register(&ring.submitter())?;
+    let buffers = Buffers::register(&ring.submitter(), 8)?;
     drop(ring);
     drop(buffers);
     Ok(())
@@ -132,8 +140,13 @@ impl RingNet {
     ///
     /// Errors: the kernel's; `EINVAL` where it lacks the set-up flags (before 6.1) or buffer rings.
     pub fn new(options: NetOptions) -> io::Result<Self> {
-        let ring = make_ring(SUBMISSIONS_MAX, COMPLETIONS_MAX)?;
-        let buffers = Buffers::register(&ring.submitter())?;
+        let sizes = Sizes { submissions: SUBMISSIONS_MAX, completions: COMPLETIONS_MAX, buffers: buffers::BUFFERS };
+        Self::with_sizes(options, sizes)
+    }
+
+    fn with_sizes(options: NetOptions, sizes: Sizes) -> io::Result<Self> {
+        let ring = make_ring(sizes.submissions, sizes.completions)?;
+        let buffers = Buffers::register(&ring.submitter(), sizes.buffers)?;
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let sleep_set = epoll::create(CreateFlags::CLOEXEC)?;
         epoll::add(&sleep_set, &bell, EventData::new_u64(0), EventFlags::IN | EventFlags::ET)?;

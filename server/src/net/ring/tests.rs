@@ -1,5 +1,9 @@
-//! The ring passes what every net has to pass, and makes a store's writes.
+//! The ring passes what every net has to pass, makes a store's writes, and meets every kind of completion: the tests at
+//! the end look at what the kernel said, to be sure that the case occurred.
 
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::time::Instant;
 
 use ringline_schema::ids::UserName;
@@ -95,4 +99,245 @@ fn a_ring_that_goes_waits_for_its_file_write() {
     let mut events = Vec::new();
     store.poll(&mut events);
     assert_eq!(events, [StoreEvent::Failed]);
+}
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What was said of a connection.
+#[derive(Debug, Default)]
+struct Said {
+    bytes: Vec<u8>,
+    sent: Vec<(usize, bool)>,
+    closed: Option<CloseCause>,
+}
+
+/// A small ring, its address, and what it and the kernel said.
+struct Scene {
+    net: RingNet,
+    address: SocketAddr,
+    flow: Flow,
+    accepted: Vec<ConnId>,
+    said: BTreeMap<(u32, u32), Said>,
+    detached: Vec<OwnedFd>,
+    /// Operation, result, and whether more was to follow.
+    completions: Vec<(Op, i32, bool)>,
+    overflowed: bool,
+}
+
+impl Scene {
+    fn new(sizes: Sizes) -> Self {
+        let (listener, address) = listener();
+        let options = NetOptions { listener, admission: Arc::new(Admission::new(1_000)), refusal: Vec::new() };
+        Self {
+            net: RingNet::with_sizes(options, sizes).unwrap(),
+            address,
+            flow: Flow::Continue,
+            accepted: Vec::new(),
+            said: BTreeMap::new(),
+            detached: Vec::new(),
+            completions: Vec::new(),
+            overflowed: false,
+        }
+    }
+
+    fn usual() -> Self {
+        Self::new(Sizes { submissions: 64, completions: 256, buffers: 64 })
+    }
+
+    /// Sleeps for at most `sleep`, then polls once.
+    fn turn(&mut self, sleep: Duration) {
+        self.net.wait(sleep);
+        if let Some(ring) = &mut self.net.ring {
+            self.overflowed |= ring.submission().cq_overflow();
+        }
+        let Self { net, flow, accepted, said, detached, .. } = self;
+        net.poll(0, &mut |event| {
+            match event {
+                NetEvent::Accepted { conn } => accepted.push(conn),
+                NetEvent::Received { conn, bytes } => {
+                    said.entry((conn.slot, conn.generation)).or_default().bytes.extend_from_slice(bytes);
+                    return *flow;
+                }
+                NetEvent::Sent { conn, bytes, buffer } => {
+                    let said = said.entry((conn.slot, conn.generation)).or_default();
+                    said.sent.push((bytes, buffer.is_some()));
+                }
+                NetEvent::Detached { socket, .. } => detached.push(socket),
+                NetEvent::Closed { conn, cause } => {
+                    said.entry((conn.slot, conn.generation)).or_default().closed = Some(cause);
+                }
+                NetEvent::FileWritten { .. } => panic!("nothing was written"),
+            }
+            Flow::Continue
+        });
+        let told = self.net.reaped.iter();
+        self.completions
+            .extend(told.map(|&(data, result, flags)| (Op::of(data).unwrap(), result, cqueue::more(flags))));
+    }
+
+    /// Turns until it is so. A sleep that nothing ends is as long as the patience, so a lost wake fails.
+    fn until(&mut self, mut so: impl FnMut(&mut Self) -> bool) {
+        let started = Instant::now();
+        while !so(self) {
+            self.turn(PATIENCE);
+            assert!(started.elapsed() < PATIENCE, "it does not come to it: {:?}", self.completions.last());
+        }
+    }
+
+    fn accept(&mut self) -> (TcpStream, ConnId) {
+        let stream = TcpStream::connect(self.address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let before = self.accepted.len();
+        self.until(|scene| scene.accepted.len() > before);
+        (stream, *self.accepted.last().unwrap())
+    }
+
+    fn said(&mut self, conn: ConnId) -> &mut Said {
+        self.said.entry((conn.slot, conn.generation)).or_default()
+    }
+
+    fn saw(&self, op: Op, errno: i32) -> bool {
+        self.completions.iter().any(|&(seen, result, _)| seen == op && result == -errno)
+    }
+}
+
+/// Ends a client's connection by a reset.
+fn reset(stream: TcpStream) {
+    socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+}
+
+fn pattern(length: usize, seed: usize) -> Vec<u8> {
+    (0..length).map(|at| (at * 7 + at / 251 + seed) as u8).collect()
+}
+
+/// Every client writes, all at once; all of it arrives, in order.
+fn all_arrives(scene: &mut Scene, clients: usize, length: usize) {
+    let mut streams: Vec<_> = (0..clients).map(|_| scene.accept()).collect();
+    for (at, (stream, _)) in streams.iter_mut().enumerate() {
+        stream.write_all(&pattern(length, at)).unwrap();
+    }
+    for (at, (_, conn)) in streams.iter().enumerate() {
+        scene.until(|scene| scene.said(*conn).bytes.len() >= length);
+        assert!(scene.said(*conn).bytes == pattern(length, at), "in order and whole");
+    }
+}
+
+#[test]
+fn more_bytes_than_buffers_arrive_in_order() {
+    let mut scene = Scene::new(Sizes { submissions: 64, completions: 256, buffers: 4 });
+    all_arrives(&mut scene, 3, 100_000);
+    assert!(scene.saw(Op::Receive, libc::ENOBUFS), "the buffers ran out");
+}
+
+#[test]
+fn completions_that_find_no_place_are_not_lost_and_ended_receives_are_armed_again() {
+    let mut scene = Scene::new(Sizes { submissions: 4, completions: 8, buffers: 256 });
+    all_arrives(&mut scene, 64, 20_000);
+    assert!(scene.overflowed, "the queue ran over");
+    let ended = |&(op, result, more): &(Op, i32, bool)| op == Op::Receive && result > 0 && !more;
+    assert!(scene.completions.iter().any(ended), "a receive with bytes was its last");
+}
+
+#[test]
+fn the_rest_of_a_short_send_follows() {
+    let mut scene = Scene::usual();
+    let (mut client, conn) = scene.accept();
+    // The kernel has said that it took five bytes.
+    let buffer = pattern(5_000, 0);
+    scene.net.tenant(conn).unwrap().outgoing = Some(Outgoing { buffer: buffer.clone(), done: 0 });
+    let mut told = Vec::new();
+    scene.net.on_sent(conn, 5, &mut |event| {
+        if let NetEvent::Sent { bytes, buffer, .. } = event {
+            told.push((bytes, buffer.is_some()));
+        }
+        Flow::Continue
+    });
+    assert_eq!(told, [(5, false)]);
+    scene.until(|scene| scene.said(conn).sent.last().is_some_and(|last| last.1));
+    assert_eq!(scene.said(conn).sent.iter().map(|sent| sent.0).sum::<usize>(), 4_995);
+    let mut got = vec![0; 4_995];
+    client.read_exact(&mut got).unwrap();
+    assert!(got == buffer[5..], "what was taken is not sent again");
+}
+
+#[test]
+fn a_slow_reader_with_a_small_buffer_gets_all_of_it() {
+    let mut scene = Scene::usual();
+    let (mut client, conn) = scene.accept();
+    let buffer = pattern(2_000_000, 3);
+    let tenant = scene.net.tenant(conn).unwrap();
+    rustix::net::sockopt::set_socket_send_buffer_size(&tenant.socket, 4_096).unwrap();
+    let _ = scene.net.send(conn, buffer.clone());
+    let reader = std::thread::spawn(move || {
+        let (mut got, mut part) = (Vec::new(), [0; 10_000]);
+        while got.len() < 2_000_000 {
+            let count = client.read(&mut part).unwrap();
+            assert!(count > 0, "the stream ended early");
+            got.extend_from_slice(&part[..count]);
+        }
+        (got, client)
+    });
+    scene.until(|scene| scene.said(conn).sent.last().is_some_and(|last| last.1));
+    assert_eq!(scene.said(conn).sent.iter().map(|sent| sent.0).sum::<usize>(), 2_000_000);
+    assert!(reader.join().unwrap().0 == buffer, "in order and whole");
+}
+
+#[test]
+fn a_reset_ends_a_connection_that_is_read() {
+    let mut scene = Scene::usual();
+    let (client, conn) = scene.accept();
+    reset(client);
+    scene.until(|scene| scene.said(conn).closed.is_some());
+    assert_eq!(scene.said(conn).closed, Some(CloseCause::Error(io::ErrorKind::ConnectionReset)));
+    assert_eq!((scene.net.connections(), scene.net.admission.count()), (0, 0));
+    assert!(scene.net.slots[conn.slot as usize].tenant.is_none(), "its place is free");
+}
+
+#[test]
+fn a_send_to_a_reset_socket_ends_a_connection_that_is_not_read() {
+    let mut scene = Scene::usual();
+    let (mut client, conn) = scene.accept();
+    client.write_all(b"x").unwrap();
+    scene.flow = Flow::Stop;
+    scene.until(|scene| scene.net.tenant(conn).is_some_and(|tenant| !tenant.receiving));
+    assert!(scene.saw(Op::Receive, libc::ECANCELED), "reading was called off");
+    reset(client);
+    assert!(scene.said(conn).closed.is_none(), "nobody reads, so nobody knows");
+    let _ = scene.net.send(conn, pattern(10, 0));
+    scene.until(|scene| scene.said(conn).closed.is_some());
+    let closed = scene.said(conn).closed;
+    let expected =
+        [io::ErrorKind::ConnectionReset, io::ErrorKind::BrokenPipe].map(|kind| Some(CloseCause::Error(kind)));
+    assert!(expected.contains(&closed), "{closed:?}");
+    assert!(scene.saw(Op::Send, libc::EPIPE) || scene.saw(Op::Send, libc::ECONNRESET));
+}
+
+#[test]
+fn a_receive_called_off_by_a_detach_gives_the_socket() {
+    let mut scene = Scene::usual();
+    let (mut client, conn) = scene.accept();
+    scene.turn(Duration::ZERO);
+    assert!(scene.net.detach(conn).is_none(), "its receive is armed");
+    scene.until(|scene| !scene.detached.is_empty());
+    assert!(scene.saw(Op::Receive, libc::ECANCELED));
+    assert!(scene.said(conn).closed.is_none());
+    client.write_all(b"still there").unwrap();
+    let mut got = [0; 11];
+    let mut socket = TcpStream::from(scene.detached.pop().unwrap());
+    socket.set_nonblocking(false).unwrap();
+    socket.read_exact(&mut got).unwrap();
+    assert_eq!(&got, b"still there");
+}
+
+#[test]
+fn an_accept_that_is_shut_down_is_not_armed_again() {
+    let mut scene = Scene::usual();
+    let (_client, _) = scene.accept();
+    scene.net.stop_accepting();
+    for _ in 0..20 {
+        scene.turn(Duration::from_millis(5));
+    }
+    let ended = scene.completions.iter().filter(|told| told.0 == Op::Accept && told.1 < 0).count();
+    assert_eq!(ended, 1, "{:?}", scene.completions);
+    assert!(TcpStream::connect(scene.address).is_err());
 }
