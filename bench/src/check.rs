@@ -10,6 +10,8 @@ use std::collections::HashMap;
 use foldhash::fast::RandomState;
 use ringline_schema::ids::{ConversationId, Seq};
 
+use crate::tally::add_fields;
+
 /// Messages one client may send in one run; more are not sent. Bounds the bit sets against any number on the wire.
 pub const NUMBERS_MAX: u32 = 1 << 26;
 /// Late messages kept for the excuse of a retry; those above it count as reordered at once.
@@ -165,12 +167,7 @@ impl Ledger {
         self.late.extend_from_slice(&other.late);
         self.excused.extend_from_slice(&other.excused);
         let (mine, theirs) = (&mut self.verdict, &other.verdict);
-        mine.duplicated += theirs.duplicated;
-        mine.reordered += theirs.reordered;
-        mine.misdelivered += theirs.misdelivered;
-        mine.corrupt += theirs.corrupt;
-        mine.other_runs += theirs.other_runs;
-        mine.echoed += theirs.echoed;
+        add_fields!(mine, theirs; duplicated, reordered, misdelivered, corrupt, other_runs, echoed);
     }
 
     /// The judgement over all that was merged. Call it once all threads have ended.

@@ -2,7 +2,7 @@
 //!
 //! Main thread only. Every default is written here, once.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -13,6 +13,7 @@ use ringline_schema::message::Class;
 
 use crate::Failure;
 use crate::compare::cli::Contest;
+use crate::idle::IdleArgs;
 use crate::intervals;
 use crate::plan::{Pace, Plan, Scenario, Slow, names};
 use crate::search::SearchArgs;
@@ -26,6 +27,8 @@ const CLIENTS_MAX: u32 = 1_000_000;
 /// Sends in flight a client; the server usually allows fewer and says so at login.
 const WINDOW_MAX: u32 = 1024;
 const DEFAULT_CORE: usize = 1;
+const DEFAULT_TARGET: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9_700);
+const DEFAULT_ISSUER_KEY: &str = "./ringline-data/issuer.pem";
 const NS_PER_S: u64 = 1_000_000_000;
 const NS_PER_MS: u64 = 1_000_000;
 /// Phases longer than a day are a slip of the keyboard.
@@ -70,21 +73,19 @@ pub enum Command {
 /// What both commands need.
 #[derive(Clone, Debug, Args)]
 pub struct FleetArgs {
-    /// Simulated clients, one connection each
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=i64::from(CLIENTS_MAX)))]
-    pub clients: u32,
     /// Cores of the generator's threads, such as 1 or 0-3,8 [default: 1, or 0 on a machine with one core]
     #[arg(long, value_parser = parse_cores)]
     pub cores: Option<Cores>,
     /// Generator threads, dealt round the cores [default: one a core]
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
-    /// Address and port of the server
-    #[arg(long, default_value = "127.0.0.1:9700", value_name = "ADDRESS:PORT")]
-    pub target: SocketAddr,
-    /// The server's issuer key (Ed25519, PKCS#8 PEM), which it writes into its data folder
-    #[arg(long, default_value = "./ringline-data/issuer.pem", value_name = "FILE")]
-    pub issuer_key: PathBuf,
+    /// Address and port of the server [default: 127.0.0.1:9700; idle starts a server of its own]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub target: Option<SocketAddr>,
+    /// The server's issuer key (Ed25519, PKCS#8 PEM), which it writes into its data folder [default:
+    /// ./ringline-data/issuer.pem]
+    #[arg(long, value_name = "FILE")]
+    pub issuer_key: Option<PathBuf>,
     /// The users are called PREFIX-000001 and so on; the server makes them at their first login
     #[arg(long, default_value = "bench", value_name = "PREFIX")]
     pub user_prefix: String,
@@ -115,6 +116,9 @@ pub struct PaceArgs {
 pub struct RunArgs {
     #[command(flatten)]
     pub fleet: FleetArgs,
+    /// Simulated clients, one connection each
+    #[arg(long, value_parser = parse_clients())]
+    pub clients: u32,
     /// Who sends to whom
     #[arg(long, value_enum)]
     pub scenario: Scenario,
@@ -146,6 +150,9 @@ pub struct RunArgs {
     #[arg(long, default_value_t = 1_000, value_name = "BYTES",
         value_parser = clap::value_parser!(u32).range(1..=100_000_000))]
     pub slow_bytes_per_s: u32,
+    /// The server's metrics page (its admin.listen): what it counted inside the measured window is added to the result
+    #[arg(long, value_name = "URL")]
+    pub metrics: Option<String>,
     #[command(flatten)]
     pub search: SearchArgs,
     /// Write the result as one JSON object
@@ -157,18 +164,6 @@ pub struct RunArgs {
     /// Write an HdrHistogram interval log: latencies in µs a second, tags ack and deliver
     #[arg(long, value_name = "FILE")]
     pub hdr: Option<PathBuf>,
-}
-
-#[derive(Clone, Debug, Args)]
-pub struct IdleArgs {
-    #[command(flatten)]
-    pub fleet: FleetArgs,
-    /// Write the result as one JSON object
-    #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
-    /// Seconds to stay logged in, pinging as the server asks
-    #[arg(long, default_value = "10", value_name = "SECONDS", value_parser = parse_seconds)]
-    pub hold: f64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -223,6 +218,11 @@ pub(crate) fn parse_cores(text: &str) -> Result<Cores, String> {
     Ok(Cores(cores))
 }
 
+/// A number of clients that one process can be asked for.
+pub(crate) fn parse_clients() -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..=i64::from(CLIENTS_MAX))
+}
+
 pub(crate) fn parse_seconds(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(seconds) if (0.0..=PHASE_S_MAX).contains(&seconds) => Ok(seconds),
@@ -231,6 +231,16 @@ pub(crate) fn parse_seconds(text: &str) -> Result<f64, String> {
 }
 
 impl FleetArgs {
+    /// The server that was named, or the one at its default address.
+    pub fn target(&self) -> SocketAddr {
+        self.target.unwrap_or(DEFAULT_TARGET)
+    }
+
+    /// The file of the server's key.
+    pub fn issuer_key(&self) -> PathBuf {
+        self.issuer_key.clone().unwrap_or_else(|| DEFAULT_ISSUER_KEY.into())
+    }
+
     /// One core for each thread. Refuses cores that are not there.
     pub fn thread_cores(&self) -> Result<Vec<usize>, Failure> {
         let there: Vec<usize> = core_affinity::get_core_ids().unwrap_or_default().iter().map(|core| core.id).collect();
@@ -247,35 +257,19 @@ impl FleetArgs {
     }
 
     /// User names, checked as the server will check them.
-    pub(crate) fn names(&self) -> Result<Vec<String>, Failure> {
-        let names = names(&self.user_prefix, self.clients);
+    pub(crate) fn names(&self, clients: u32) -> Result<Vec<String>, Failure> {
+        let names = names(&self.user_prefix, clients);
         match names.last().map(|name| UserName::new(name)) {
             Some(Err(error)) => Err(Failure::Usage(format!("--user-prefix: {error}"))),
             Some(Ok(_)) | None => Ok(names),
         }
-    }
-
-    /// The plan of an idle run: nothing is ever sent.
-    pub fn idle_plan(&self) -> Result<Plan, Failure> {
-        Ok(Plan {
-            scenario: Scenario::SelfChat,
-            slow: Slow { percent: 0, bytes_per_s: 0 },
-            interval_ns: None,
-            class: Class::Transient,
-            pace: Pace::Closed { window: 1 },
-            payload_bytes: STAMP_BYTES,
-            run: 0,
-            client_seq_base: 1,
-            ack_cursors: false,
-            names: self.names()?,
-        })
     }
 }
 
 impl RunArgs {
     /// Checks what clap cannot, and gives the run its number.
     pub fn plan(&self) -> Result<Plan, Failure> {
-        let clients = self.fleet.clients;
+        let clients = self.clients;
         match self.scenario {
             Scenario::Pair | Scenario::Slow if clients % 2 == 1 => {
                 let name = self.scenario.name();
@@ -310,7 +304,7 @@ impl RunArgs {
                 Some(Switch::Off) => false,
                 None => class == Class::Durable,
             },
-            names: self.fleet.names()?,
+            names: self.fleet.names(clients)?,
         };
         plan.pace = self.pace(plan.senders())?;
         Ok(plan)

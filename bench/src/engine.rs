@@ -7,9 +7,9 @@
 
 use std::cmp::Reverse;
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::net::TcpStream;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -20,16 +20,14 @@ use ringline_schema::message::Class;
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll::{self, Event, EventData, EventFlags};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::peer::{Alarm, Desk, Job, Outcome, Peer, Turn};
 use crate::plan::{Pace, Plan, Timeline};
+use crate::sources::Sources;
 use crate::tally::{Disconnect, Incident, record};
 
 /// Connects and logins under way in the whole process, so that a listen backlog is never overrun.
 const LOGINS_IN_FLIGHT_MAX: usize = 128;
-/// Clients from one loopback address; each connection needs a port of its own, and the usual range has 28,232.
-const CLIENTS_PER_SOURCE: u32 = 28_000;
 const READ_BYTES: usize = 64 * 1024;
 /// Receive buffer that a slow reader asks the kernel for.
 const SLOW_BUFFER_BYTES: usize = 4 * 1024;
@@ -67,6 +65,8 @@ pub struct Shared {
     /// The first thing that makes the run impossible, for people.
     pub fatal: OnceLock<String>,
     pub stop: AtomicBool,
+    /// Clients from this index on do not connect yet.
+    admitted: AtomicU32,
     /// One a thread.
     pub gauges: Vec<Gauge>,
 }
@@ -79,6 +79,7 @@ impl Shared {
             timeline: OnceLock::new(),
             fatal: OnceLock::new(),
             stop: AtomicBool::new(false),
+            admitted: AtomicU32::new(u32::MAX),
             gauges,
         }
     }
@@ -95,6 +96,11 @@ impl Shared {
     /// When the oldest figures were written: what is summed after this call is at least as new.
     pub fn written_ns(&self) -> u64 {
         self.gauges.iter().map(|gauge| gauge.written_ns.load(Ordering::Acquire)).min().unwrap_or(0)
+    }
+
+    /// Lets the clients below this index connect, and no others. At the beginning all may.
+    pub fn admit(&self, clients: u32) {
+        self.admitted.store(clients, Ordering::Relaxed);
     }
 
     pub fn stop(&self) {
@@ -116,7 +122,7 @@ pub struct Share {
     pub plan: Arc<Plan>,
     /// The tokens of all clients.
     pub tokens: Arc<Vec<String>>,
-    pub target: SocketAddr,
+    pub sources: Sources,
     pub shared: Arc<Shared>,
 }
 
@@ -251,9 +257,12 @@ impl Engine {
             let slot = self.next_connect;
             let Some(link) = self.links.get_mut(slot) else { return };
             let index = link.peer.index();
+            if index >= self.share.shared.admitted.load(Ordering::Relaxed) {
+                return;
+            }
             // Before the connection: the kernel must not read on behalf of who is to read slowly.
             let buffer_bytes = self.share.plan.reads_slowly(index).then_some(SLOW_BUFFER_BYTES);
-            match connect(self.share.target, index, buffer_bytes) {
+            match self.share.sources.connect(index, buffer_bytes) {
                 Ok(stream) => {
                     let added = epoll::add(&self.epoll, &stream, EventData::new_u64(slot as u64), EventFlags::OUT);
                     link.stage = Stage::Connecting(stream);
@@ -269,7 +278,7 @@ impl Engine {
     }
 
     fn connect_failed(&self, error: &io::Error) {
-        let target = self.share.target;
+        let target = self.share.sources.target();
         self.share.shared.fail(match error.kind() {
             ErrorKind::ConnectionRefused => format!("no server at {target}: connection refused"),
             ErrorKind::AddrNotAvailable => format!(
@@ -631,30 +640,6 @@ impl Engine {
         gauge.unanswered.store(tally.unanswered, Ordering::Relaxed);
         gauge.disconnected.store(tally.disconnected, Ordering::Relaxed);
         gauge.written_ns.store(self.now_ns(), Ordering::Release);
-    }
-}
-
-/// Begins a connection of this client. On loopback each group of clients has a local address of its own
-/// (127.0.0.1 and up), each with its own ports. `buffer_bytes` bounds what the kernel receives unread.
-pub(crate) fn connect(target: SocketAddr, client: u32, buffer_bytes: Option<usize>) -> io::Result<TcpStream> {
-    let source = client / CLIENTS_PER_SOURCE;
-    let socket = Socket::new(Domain::for_address(target), Type::STREAM, Some(Protocol::TCP))?;
-    socket.set_nonblocking(true)?;
-    socket.set_tcp_nodelay(true)?;
-    if let Some(bytes) = buffer_bytes {
-        socket.set_recv_buffer_size(bytes)?;
-    }
-    if let IpAddr::V4(address) = target.ip()
-        && address.is_loopback()
-        && source > 0
-    {
-        let local = Ipv4Addr::from(u32::from(Ipv4Addr::LOCALHOST).saturating_add(source));
-        socket.bind(&SockAddr::from(SocketAddr::from((local, 0))))?;
-    }
-    match socket.connect(&SockAddr::from(target)) {
-        Ok(()) => Ok(socket.into()),
-        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::INPROGRESS.raw_os_error()) => Ok(socket.into()),
-        Err(error) => Err(error),
     }
 }
 

@@ -9,8 +9,10 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use crate::server_process::bytes_of;
+
 const UNKNOWN: &str = "unknown";
-const KIB_PER_GIB: f64 = 1_048_576.0;
+const BYTES_PER_GIB: f64 = 1_073_741_824.0;
 /// Of a command line that is shown.
 const COMMAND_CHARS_MAX: usize = 2_000;
 
@@ -87,9 +89,7 @@ fn cpu_model(cpuinfo: &str) -> Option<String> {
 }
 
 fn memory_gib(meminfo: &str) -> Option<f64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    let kib: f64 = line.split_whitespace().next()?.parse().ok()?;
-    Some(kib / KIB_PER_GIB)
+    bytes_of(meminfo, "MemTotal:").map(|bytes| bytes as f64 / BYTES_PER_GIB)
 }
 
 /// Names of the files in this folder whose text begins with "Mitigation" or "Vulnerable".

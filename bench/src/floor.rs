@@ -13,14 +13,10 @@ use hdrhistogram::Histogram;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::compare::cli::{FloorArgs, FloorServerArgs};
-use crate::{Failure, compare, floor_ring};
+use crate::{Failure, compare, floor_ring, tally};
 
 /// A listen backlog that a burst of connects does not overrun.
 const BACKLOG: i32 = 4_096;
-const NS_PER_US: u64 = 1_000;
-/// The longest sync that is told apart: one minute.
-const SYNC_US_MAX: u64 = 60_000_000;
-const DIGITS: u8 = 3;
 /// Statfs type of a file system in memory.
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 
@@ -68,14 +64,13 @@ fn append(folder: &Path, (record, records): (usize, usize), time: Duration) -> i
     let file = tempfile::Builder::new().prefix("ringline-bench-").tempfile_in(folder)?;
     let mut log = OpenOptions::new().append(true).open(file.path())?;
     let batch = vec![0x5a; record.saturating_mul(records)];
-    let mut sync_us = Histogram::new_with_bounds(1, SYNC_US_MAX, DIGITS).map_err(io::Error::other)?;
+    let mut sync_us = tally::histogram();
     let (begun, mut batches) = (Instant::now(), 0_u64);
     while begun.elapsed() < time {
         let started = Instant::now();
         log.write_all(&batch)?;
         log.sync_data()?;
-        let took_us = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX) / NS_PER_US;
-        sync_us.saturating_record(took_us.clamp(1, SYNC_US_MAX));
+        tally::record(&mut sync_us, 0, u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX));
         batches += 1;
     }
     let records_per_s = batches as f64 * records as f64 / begun.elapsed().as_secs_f64().max(f64::MIN_POSITIVE);

@@ -3,8 +3,9 @@
 //! - Pure: [`plan`] (who sends what to whom, when), [`stamp`] (the body of a message), [`check`] (loss, duplicates,
 //!   order), [`tally`] (counts and latencies), [`peer`] (one simulated client), [`intervals`] (latency by interval),
 //!   [`report`], [`html`] (the page of a run), [`search`] (the highest rate; with its thin shell).
-//! - Shell: [`engine`] (the epoll loop of one thread), [`run`] (threads and phases), [`storm`] (logins and drops),
-//!   [`facts`], [`server_process`], [`token`], [`cli`].
+//! - Shell: [`engine`] (the epoll loop of one thread), [`run`] (threads and phases), [`idle`] (what idle clients cost),
+//!   [`storm`] (logins and drops), [`launch`] (servers started here), [`metrics`] (what the server counts),
+//!   [`sources`] (local addresses), [`facts`], [`server_process`], [`token`], [`cli`].
 //! - Against others: [`wire`] (protocols, pure), [`compare`], [`floor`], [`floor_ring`] (the bare echo).
 //!
 //! Nothing of the server or of the client SDK is used: what is measured is what the wire shows.
@@ -17,13 +18,17 @@ pub mod facts;
 pub mod floor;
 pub mod floor_ring;
 pub mod html;
+pub mod idle;
 pub mod intervals;
+pub mod launch;
+pub mod metrics;
 pub mod peer;
 pub mod plan;
 pub mod report;
 pub mod run;
 pub mod search;
 pub mod server_process;
+pub mod sources;
 pub mod stamp;
 pub mod storm;
 pub mod tally;

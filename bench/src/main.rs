@@ -9,7 +9,7 @@ use clap::Parser;
 use ringline_bench::Failure;
 use ringline_bench::cli::{Cli, Command, RunArgs};
 use ringline_bench::compare::{self, cli::Contest};
-use ringline_bench::{floor, html, run, search, storm};
+use ringline_bench::{floor, html, idle, run, search, storm};
 use serde::Serialize;
 
 const EXIT_BROKEN: u8 = 1;
@@ -19,7 +19,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) if args.search.search => search_and_report(&args),
         Command::Run(args) => run_and_report(&args),
-        Command::Idle(args) => run::idle(&args).and_then(|report| {
+        Command::Idle(args) => idle::idle(&args).and_then(|report| {
             print!("{}", report.table());
             write_json(args.json.as_deref(), &report)?;
             Ok(report.clean())
@@ -69,7 +69,7 @@ fn search_and_report(args: &RunArgs) -> Result<bool, Failure> {
     let report = search::search(args, |line| println!("{line}"))?;
     println!("{}", report.summary());
     if !report.valid {
-        println!("INVALID: the generator lagged, so this is its limit and not the server's");
+        println!("INVALID: {}", report.why_invalid());
     }
     write_json(args.json.as_deref(), &report)?;
     if let Some(path) = &args.html {

@@ -14,6 +14,7 @@ use serde::Serialize;
 use crate::check::Verdict;
 use crate::facts::Machine;
 use crate::intervals::Intervals;
+use crate::metrics::Told;
 use crate::plan::{Pace, Plan};
 use crate::run::{Point, Samples};
 use crate::tally::Tally;
@@ -37,6 +38,8 @@ pub struct Measured {
     pub since: SystemTime,
     /// From the start of the warm-up to the end of the window.
     pub points: Vec<Point>,
+    /// By the server's metrics page.
+    pub told: Told,
 }
 
 /// What the pages and logs are drawn from and the JSON object has no room for.
@@ -113,6 +116,10 @@ pub struct Report {
     /// Used by the server inside the measured window; at its end.
     pub server_cpu_s: Option<f64>,
     pub server_rss_bytes: Option<u64>,
+    /// Used by the generator's process inside the measured window.
+    pub generator_cpu_s: Option<f64>,
+    /// What the server's metrics page counted in the window.
+    pub server_metrics: Told,
     pub commit: &'static str,
     /// Why the run is not valid.
     #[serde(skip)]
@@ -127,7 +134,7 @@ pub struct Report {
 impl Report {
     /// `samples` are those of the start and the end of the measured window.
     pub fn new(plan: &Plan, measured: Measured, samples: [Samples; 2], machine: Machine) -> Self {
-        let Measured { tally, verdict, connect_s, seconds, since, points } = measured;
+        let Measured { tally, verdict, connect_s, seconds, since, points, told } = measured;
         let [before, after] = samples;
         let per_s = |count: u64| count as f64 / seconds.max(f64::MIN_POSITIVE);
         let server_cpu_s = before.server.zip(after.server).map(|(before, after)| after.cpu_s - before.cpu_s);
@@ -167,6 +174,8 @@ impl Report {
             generator_lag_us: lag,
             server_cpu_s,
             server_rss_bytes: after.server.map(|sample| sample.rss_bytes),
+            generator_cpu_s: before.generator.zip(after.generator).map(|(before, after)| after.cpu_s - before.cpu_s),
+            server_metrics: told,
             commit: env!("RINGLINE_COMMIT"),
             invalid_because,
             notes: notes(&tally, &verdict, samples, seconds),
@@ -205,9 +214,9 @@ impl Report {
     }
 
     /// Every figure with its name, in the order of the table.
-    pub fn rows(&self) -> Vec<(&str, String)> {
+    pub fn rows(&self) -> Vec<(String, String)> {
         let mut rows = Vec::new();
-        let mut row = |name, value: String| rows.push((name, value));
+        let mut row = |name: &str, value: String| rows.push((name.to_owned(), value));
         row("connected in", format!("{:.2} s", self.connect_s));
         row("sent", format!("{:.0}/s", self.sent_per_s));
         row("accepted", format!("{:.0}/s", self.accepted_per_s));
@@ -230,6 +239,7 @@ impl Report {
         for (name, value) in &self.notes {
             row(name, value.clone());
         }
+        rows.extend(self.server_metrics.rows(self.seconds));
         rows
     }
 
@@ -338,6 +348,7 @@ pub fn latency_row(latency: Latency) -> String {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::metrics::tests::told;
     use crate::plan::Scenario;
     use crate::plan::tests::plan;
     use crate::server_process::Sample;
@@ -362,7 +373,7 @@ pub(crate) mod tests {
     pub(crate) fn report(pace: Pace, tally: Tally, verdict: Verdict) -> Report {
         let machine = machine();
         let samples = [1.0, 3.5].map(|cpu_s| {
-            let sample = Some(Sample { cpu_s, rss_bytes: 1 << 20 });
+            let sample = Some(Sample { cpu_s, rss_bytes: 1 << 20, ..Sample::default() });
             Samples { server: sample, generator: sample }
         });
         let point = |step: u32| Point {
@@ -375,7 +386,7 @@ pub(crate) mod tests {
         };
         let points = (0..9).map(point).collect();
         let since = SystemTime::UNIX_EPOCH;
-        let measured = Measured { tally, verdict, connect_s: 0.5, seconds: 2.0, since, points };
+        let measured = Measured { tally, verdict, connect_s: 0.5, seconds: 2.0, since, points, told: told() };
         Report::new(&plan(Scenario::Pair, pace, 4), measured, samples, machine)
     }
 
@@ -392,7 +403,7 @@ pub(crate) mod tests {
         let mut agreed = "scenario class clients window rate payload_bytes loop seconds sent_per_s accepted_per_s \
             delivered_per_s ack_us deliver_us connect_s lost duplicated reordered errors generator_lag_us server_cpu_s \
             server_rss_bytes commit kernel cpus valid version command_line cpu_model memory_gib mitigations governor nic \
-            server_command_line durability slow_deliver_us"
+            server_command_line durability slow_deliver_us server_metrics generator_cpu_s"
             .split_whitespace()
             .collect::<Vec<_>>();
         agreed.sort_unstable();
@@ -448,9 +459,17 @@ pub(crate) mod tests {
         tally.count(Incident::Lagged);
         let text =
             report(Pace::Closed { window: 3 }, tally, Verdict { late_by_retry: 2, ..Verdict::default() }).table();
-        for part in
-            ["closed loop, 3 in flight", "p50 1.250", "LAGGED", "late after a retry", "server CPU", "125 % of a core"]
-        {
+        for part in [
+            "store commits",
+            "50/s, 20.0 records each",
+            "server refused",
+            "closed loop, 3 in flight",
+            "p50 1.250",
+            "LAGGED",
+            "late after a retry",
+            "server CPU",
+            "125 % of a core",
+        ] {
             assert!(text.contains(part), "{part} is missing in\n{text}");
         }
     }

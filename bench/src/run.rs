@@ -3,28 +3,27 @@
 //! Owned by the main thread, which sleeps between its looks at the gauges and shares the generator's first core, so
 //! that the server's cores stay the server's.
 
-use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use serde::Serialize;
 
 use crate::Failure;
-use crate::cli::{FleetArgs, IdleArgs, RunArgs};
+use crate::cli::{FleetArgs, RunArgs};
 use crate::engine::{Engine, Share, Shared};
 use crate::facts::Machine;
+use crate::metrics::{Source, Told};
 use crate::peer::Desk;
 use crate::plan::{Plan, Timeline};
 use crate::report::{Measured, Report};
 use crate::server_process::{self, Sample};
+use crate::sources::Sources;
 use crate::token::Issuer;
 
-/// Files the process needs beside one a client.
-const FILES_EXTRA: u64 = 64;
+/// Files that a process needs beside one a client: the generator, or the server that it starts.
+pub(crate) const FILES_EXTRA: u64 = 256;
 /// A login phase in which nothing moves for this long has failed.
 const LOGIN_STALL: Duration = Duration::from_secs(30);
 /// How often the main thread looks.
@@ -40,7 +39,7 @@ const NS_PER_S: f64 = 1e9;
 
 /// A whole run. The report says whether it was clean; an error means that there is none.
 pub fn run(args: &RunArgs) -> Result<Report, Failure> {
-    let machine = Machine::here(args.fleet.target, args.fleet.server());
+    let machine = Machine::here(args.fleet.target(), args.fleet.server());
     let plan = Arc::new(args.plan()?);
     let mut fleet = Fleet::launch(&args.fleet, &plan)?;
     let start_ns = fleet.shared.now_ns() + START_DELAY_NS;
@@ -50,113 +49,19 @@ pub fn run(args: &RunArgs) -> Result<Report, Failure> {
     let _ = fleet.shared.timeline.set(timeline);
     fleet.series = Series::new(timeline);
 
+    let page = || args.metrics.as_deref().map(|url| Source::new(url).read());
     fleet.watch("warm-up", timeline.measure_from_ns)?;
-    let (before, since) = (fleet.samples(), SystemTime::now());
+    let (before, page_before, since) = (fleet.samples(), page(), SystemTime::now());
     fleet.watch("measuring", timeline.measure_to_ns)?;
-    let after = fleet.samples();
+    let (after, page_after) = (fleet.samples(), page());
     fleet.drain(Duration::from_secs_f64(args.drain))?;
 
     let (connect_s, points) = (fleet.connect_s, std::mem::take(&mut fleet.series.points));
     let desk = fleet.finish()?;
     let (verdict, seconds) = (desk.ledger.verdict(), args.duration);
-    let measured = Measured { verdict, tally: desk.tally, connect_s, seconds, since, points };
+    let told = Told::between(page_before, page_after);
+    let measured = Measured { verdict, tally: desk.tally, connect_s, seconds, since, points, told };
     Ok(Report::new(&plan, measured, [before, after], machine))
-}
-
-/// What idle clients cost. The fields' names are the keys of the JSON object; `null`: no server process was found.
-#[derive(Clone, Debug, Serialize)]
-pub struct IdleReport {
-    pub version: &'static str,
-    pub commit: &'static str,
-    #[serde(flatten)]
-    pub machine: Machine,
-    pub clients: u32,
-    pub connect_s: f64,
-    pub logins_per_s: f64,
-    pub hold_s: f64,
-    pub server_rss_before_bytes: Option<u64>,
-    pub server_rss_logged_in_bytes: Option<u64>,
-    pub server_rss_held_bytes: Option<u64>,
-    /// Resident memory gained by the logins, a client.
-    pub bytes_per_client: Option<f64>,
-    pub server_cpu_login_s: Option<f64>,
-    pub server_cpu_idle_s: Option<f64>,
-    pub pings: u64,
-    pub disconnected: u64,
-    pub errors: BTreeMap<&'static str, u64>,
-}
-
-/// Logs all clients in and holds them.
-pub fn idle(args: &IdleArgs) -> Result<IdleReport, Failure> {
-    let server = args.fleet.server();
-    let machine = Machine::here(args.fleet.target, server);
-    let plan = Arc::new(args.fleet.idle_plan()?);
-    let before = server.and_then(server_process::sample);
-    let mut fleet = Fleet::launch(&args.fleet, &plan)?;
-    let logged_in = fleet.samples().server;
-    let hold_ns = nanoseconds(args.hold);
-    fleet.watch("holding", fleet.shared.now_ns() + hold_ns)?;
-    let held = fleet.samples().server;
-    let connect_s = fleet.connect_s;
-    let desk = fleet.finish()?;
-    let clients = plan.clients();
-    let rss = |sample: Option<Sample>| sample.map(|sample| sample.rss_bytes);
-    let cpu_between = |from: Option<Sample>, to: Option<Sample>| from.zip(to).map(|(from, to)| to.cpu_s - from.cpu_s);
-    let grown = rss(before).zip(rss(logged_in)).map(|(before, after)| after.saturating_sub(before));
-    Ok(IdleReport {
-        version: env!("CARGO_PKG_VERSION"),
-        commit: env!("RINGLINE_COMMIT"),
-        machine,
-        clients,
-        connect_s,
-        logins_per_s: f64::from(clients) / connect_s.max(1e-9),
-        hold_s: args.hold,
-        server_rss_before_bytes: rss(before),
-        server_rss_logged_in_bytes: rss(logged_in),
-        server_rss_held_bytes: rss(held),
-        bytes_per_client: grown.map(|grown| grown as f64 / f64::from(clients)),
-        server_cpu_login_s: cpu_between(before, logged_in),
-        server_cpu_idle_s: cpu_between(logged_in, held),
-        pings: desk.tally.pings,
-        disconnected: desk.tally.disconnected,
-        errors: desk.tally.incidents,
-    })
-}
-
-impl IdleReport {
-    /// Whether nobody was disconnected.
-    pub fn clean(&self) -> bool {
-        self.disconnected == 0
-    }
-
-    /// The table for people.
-    pub fn table(&self) -> String {
-        let mut text = String::new();
-        let mut row = |name: &str, value: String| {
-            let _ = writeln!(text, "{name:<20} {value}");
-        };
-        row("clients logged in", format!("{} in {:.2} s ({:.0}/s)", self.clients, self.connect_s, self.logins_per_s));
-        let rss = (self.server_rss_before_bytes, self.server_rss_logged_in_bytes, self.server_rss_held_bytes);
-        if let (Some(before), Some(after), Some(held)) = rss {
-            let [before, after, held] = [before, after, held].map(mib);
-            let hold_s = self.hold_s;
-            let value = format!("{before:.1} MiB before, {after:.1} MiB logged in, {held:.1} MiB after {hold_s} s");
-            row("server memory", value);
-        } else {
-            row("server memory", "unknown: no process found; pass --server-pid".to_owned());
-        }
-        if let Some(bytes) = self.bytes_per_client {
-            row("memory per client", format!("{bytes:.0} bytes"));
-        }
-        if let (Some(login), Some(idle)) = (self.server_cpu_login_s, self.server_cpu_idle_s) {
-            row("server CPU", format!("{login:.2} s for the logins, {idle:.2} s while idle"));
-        }
-        row("pings", self.pings.to_string());
-        for (name, count) in &self.errors {
-            row(name, count.to_string());
-        }
-        text
-    }
 }
 
 /// How the run stood at one moment. Counts since the start of the warm-up.
@@ -200,10 +105,6 @@ impl Series {
     }
 }
 
-fn mib(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 20)
-}
-
 fn nanoseconds(seconds: f64) -> u64 {
     (seconds * NS_PER_S) as u64
 }
@@ -218,12 +119,12 @@ pub struct Samples {
 impl FleetArgs {
     /// The server's process, if it can be found.
     pub(crate) fn server(&self) -> Option<u32> {
-        self.server_pid.or_else(|| server_process::listening_on(self.target.port()))
+        self.server_pid.or_else(|| server_process::listening_on(self.target().port()))
     }
 }
 
-/// The threads of a run, all clients logged in. Threads end when it is dropped.
-struct Fleet {
+/// The threads of a run. They end when it is dropped.
+pub(crate) struct Fleet {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<Desk>>,
     server: Option<u32>,
@@ -234,11 +135,21 @@ struct Fleet {
 }
 
 impl Fleet {
+    /// Every client logged in.
     fn launch(args: &FleetArgs, plan: &Arc<Plan>) -> Result<Self, Failure> {
+        let began = Instant::now();
+        let mut fleet = Self::start(args, plan, plan.clients())?;
+        fleet.wait_for_logins(u64::from(plan.clients()))?;
+        fleet.connect_s = began.elapsed().as_secs_f64();
+        Ok(fleet)
+    }
+
+    /// Threads that connect the first clients of the plan: so many, or more when [`Self::admit`] says so.
+    pub(crate) fn start(args: &FleetArgs, plan: &Arc<Plan>, admitted: u32) -> Result<Self, Failure> {
         let cores = args.thread_cores()?;
         // Threads without a client would only get in the way.
         let threads = cores.len().clamp(1, plan.names.len().max(1));
-        let tokens = Arc::new(Issuer::load(&args.issuer_key)?.tokens(&plan.names)?);
+        let tokens = Arc::new(Issuer::load(&args.issuer_key())?.tokens(&plan.names)?);
         raise_file_limit(u64::from(plan.clients()) + FILES_EXTRA)?;
         let bar = if args.no_progress { ProgressBar::hidden() } else { ProgressBar::new(u64::from(plan.clients())) };
         let server = args.server();
@@ -246,17 +157,26 @@ impl Fleet {
             core_affinity::set_for_current(core_affinity::CoreId { id: first });
         }
         let shared = Arc::new(Shared::new(threads));
+        shared.admit(admitted);
         let mut fleet =
             Self { shared, threads: Vec::new(), server, bar, connect_s: 0.0, series: Series::new(Timeline::NEVER) };
-        let began = Instant::now();
+        let sources = Sources::to(args.target());
         for (thread, core) in cores.into_iter().take(threads).enumerate() {
             let (plan, tokens, shared) = (Arc::clone(plan), Arc::clone(&tokens), Arc::clone(&fleet.shared));
-            let share = Share { thread, threads, plan, tokens, target: args.target, shared };
+            let share = Share { thread, threads, plan, tokens, sources, shared };
             fleet.threads.push(spawn(share, core)?);
         }
-        fleet.wait_for_logins(u64::from(plan.clients()))?;
-        fleet.connect_s = began.elapsed().as_secs_f64();
         Ok(fleet)
+    }
+
+    /// Lets clients up to this number connect.
+    pub(crate) fn admit(&self, clients: u32) {
+        self.shared.admit(clients);
+    }
+
+    /// Waits for so many seconds while the clients do what they do.
+    pub(crate) fn hold(&mut self, seconds: f64) -> Result<(), Failure> {
+        self.watch("holding", self.shared.now_ns() + nanoseconds(seconds))
     }
 
     fn failed(&self) -> Result<(), Failure> {
@@ -266,7 +186,7 @@ impl Fleet {
         }
     }
 
-    fn wait_for_logins(&self, clients: u64) -> Result<(), Failure> {
+    pub(crate) fn wait_for_logins(&self, clients: u64) -> Result<(), Failure> {
         self.style("{msg:<10} {wide_bar} {pos}/{len}", "connecting");
         let (mut last, mut moved) = (0, Instant::now());
         loop {
@@ -364,7 +284,7 @@ impl Fleet {
     }
 
     /// Stops the threads and adds up what they counted.
-    fn finish(mut self) -> Result<Desk, Failure> {
+    pub(crate) fn finish(mut self) -> Result<Desk, Failure> {
         self.shared.stop();
         let mut sum: Option<Desk> = None;
         for thread in self.threads.drain(..) {

@@ -2,7 +2,15 @@
 //!
 //! [`Search`] is pure: rates out, observations in. [`search`] drives it, one whole run a step, on threads of its own, so
 //! that the main thread is never pinned. Invariants: a rate counts as too high only if it failed twice, because one
-//! hiccup of the machine is no limit of the server; a rate at which the generator lagged says nothing about the server.
+//! hiccup of the machine is no limit of the server; a run in which the generator itself was late says nothing about the
+//! server and is made again.
+//!
+//! How a run is judged, in this order. Latency counts from the intended send time, so what the generator is late by is in
+//! it: once that alone takes [`LAG_SHARE_MAX`] of the bound at p99, the run is void (`generator_late`). Then: a broken
+//! promise, less than [`ACHIEVED_SHARE_MIN`] of the load, p99 of ack or delivery over the bound, or good.
+
+use std::collections::HashSet;
+use std::fmt::Write as _;
 
 use clap::Args;
 use serde::Serialize;
@@ -10,7 +18,7 @@ use serde::Serialize;
 use crate::Failure;
 use crate::cli::RunArgs;
 use crate::facts::Machine;
-use crate::report::{LAG_US_MAX, Report, ms};
+use crate::report::{Report, ms};
 use crate::run;
 
 /// Less than this part of the offered load accepted or delivered: the rate is too high.
@@ -19,6 +27,12 @@ const ACHIEVED_SHARE_MIN: f64 = 0.99;
 const COARSE_STEP: f64 = 2.0;
 /// A rate fails for good after so many failed runs.
 const TRIES_MAX: u32 = 2;
+/// A rate whose runs were all void, this many, is the end: the generator's limit, or a machine that is busy.
+const VOID_TRIES_MAX: u32 = 5;
+/// Of the bound on p99, that the generator itself may be late by at p99.
+const LAG_SHARE_MAX: f64 = 0.5;
+/// A generator that used more of each of its cores is taken for full.
+const FULL_CORE_SHARE: f64 = 0.8;
 /// Runs after the climb, in percent of what it found.
 const HOLD_PERCENT: [u64; 3] = [50, 70, 90];
 const FIRST_RATE_PER_S: u64 = 1_000;
@@ -60,8 +74,8 @@ pub struct Observed {
     pub achieved_per_s: f64,
     /// The higher of ack and delivery.
     pub p99_us: u64,
-    /// The generator was late itself.
-    pub generator_late: bool,
+    /// How late the generator was itself.
+    pub lag_p99_us: u64,
     /// Nothing lost, doubled, reordered, unanswered; nobody cut off.
     pub clean: bool,
 }
@@ -71,7 +85,7 @@ impl Observed {
         Self {
             achieved_per_s: report.accepted_per_s.min(report.delivered_per_s),
             p99_us: report.ack_us.p99.max(report.deliver_us.p99),
-            generator_late: report.generator_lag_us.is_some_and(|lag| lag.p99 > LAG_US_MAX),
+            lag_p99_us: report.generator_lag_us.map_or(0, |lag| lag.p99),
             clean: report.clean(),
         }
     }
@@ -88,7 +102,7 @@ pub enum Judgement {
     TooLittle,
     /// Something was lost, doubled, reordered, unanswered or cut off.
     Broken,
-    /// The generator is the limit, not the server.
+    /// The generator was too late itself: the run says nothing about the server.
     GeneratorLate,
 }
 
@@ -99,7 +113,7 @@ impl Judgement {
             Self::TooSlow => "p99 over the bound",
             Self::TooLittle => "less than 99 % achieved",
             Self::Broken => "a promise broken or a client cut off",
-            Self::GeneratorLate => "the generator is too late: INVALID",
+            Self::GeneratorLate => "void: the generator was late itself",
         }
     }
 }
@@ -124,7 +138,9 @@ pub struct Search {
     step: f64,
     phase: Phase,
     rate: u64,
+    /// Runs at this rate that failed, and that were void.
     tries: u32,
+    voids: u32,
     best: Option<u64>,
     limit: Option<Judgement>,
 }
@@ -133,7 +149,7 @@ impl Search {
     /// Begins at `rate` messages a second.
     pub fn new(rate: u64, p99_us_max: u64, step: f64) -> Self {
         let rate = rate.clamp(1, RATE_PER_S_MAX);
-        Self { p99_us_max, step, phase: Phase::Coarse, rate, tries: 0, best: None, limit: None }
+        Self { p99_us_max, step, phase: Phase::Coarse, rate, tries: 0, voids: 0, best: None, limit: None }
     }
 
     /// The rate to run next, and whether it is one to hold; `None` at the end.
@@ -153,7 +169,7 @@ impl Search {
 
     /// How this observation is judged at this rate.
     fn judge(&self, rate: u64, observed: Observed) -> Judgement {
-        if observed.generator_late {
+        if observed.lag_p99_us as f64 > LAG_SHARE_MAX * self.p99_us_max as f64 {
             Judgement::GeneratorLate
         } else if !observed.clean {
             Judgement::Broken
@@ -169,7 +185,16 @@ impl Search {
     /// Takes what the run at [`Self::next`]'s rate has shown.
     pub fn observe(&mut self, observed: Observed) -> Judgement {
         let judgement = self.judge(self.rate, observed);
-        self.tries += 1;
+        if judgement == Judgement::GeneratorLate {
+            self.voids += 1;
+            if self.voids < VOID_TRIES_MAX {
+                return judgement;
+            }
+            // Enough: take it as it is.
+            self.tries = TRIES_MAX;
+        } else {
+            self.tries += 1;
+        }
         match self.phase {
             Phase::Hold(at) => self.hold(at + 1),
             Phase::Done => {}
@@ -191,7 +216,7 @@ impl Search {
         if next >= failed || next == self.rate {
             return self.hold(0);
         }
-        (self.rate, self.tries) = (next, 0);
+        (self.rate, self.tries, self.voids) = (next, 0, 0);
     }
 
     fn failed(&mut self, judgement: Judgement) {
@@ -208,7 +233,7 @@ impl Search {
     }
 
     fn hold(&mut self, at: usize) {
-        self.tries = 0;
+        (self.tries, self.voids) = (0, 0);
         match (self.best, HOLD_PERCENT.get(at)) {
             (Some(best), Some(percent)) => {
                 self.phase = Phase::Hold(at);
@@ -233,11 +258,13 @@ pub struct Row {
     pub generator_lag_p99_us: u64,
     /// In cores.
     pub server_cpu: Option<f64>,
+    pub generator_cpu: Option<f64>,
     pub judgement: Judgement,
 }
 
 impl Row {
-    const HEAD: &str = "      rate/s  accepted/s delivered/s   ack p50    ack p99   dlv p50    dlv p99   lag p99   CPU";
+    const HEAD: &str =
+        "      rate/s  accepted/s delivered/s   ack p50    ack p99   dlv p50    dlv p99   lag p99   CPU  own CPU";
 
     fn of(report: &Report, (rate, held): (u64, bool), judgement: Judgement) -> Self {
         Self {
@@ -251,16 +278,18 @@ impl Row {
             deliver_p99_us: report.deliver_us.p99,
             generator_lag_p99_us: report.generator_lag_us.map_or(0, |lag| lag.p99),
             server_cpu: report.server_cpu_s.map(|cpu_s| cpu_s / report.seconds.max(f64::MIN_POSITIVE)),
+            generator_cpu: report.generator_cpu_s.map(|cpu_s| cpu_s / report.seconds.max(f64::MIN_POSITIVE)),
             judgement,
         }
     }
 
-    /// For people; latencies in ms, CPU in cores.
+    /// For people; latencies in ms, CPU of the server and of the generator in cores.
     pub fn line(&self) -> String {
         let kind = if self.held { "hold" } else { "step" };
-        let cpu = self.server_cpu.map_or_else(|| "?".to_owned(), |cpu| format!("{cpu:.2}"));
+        let cores = |cpu: Option<f64>| cpu.map_or_else(|| "?".to_owned(), |cpu| format!("{cpu:.2}"));
+        let (cpu, own) = (cores(self.server_cpu), cores(self.generator_cpu));
         format!(
-            "{kind} {:>7} {:>11.0} {:>11.0} {:>9} {:>10} {:>9} {:>10} {:>9} {cpu:>5}  {}",
+            "{kind} {:>7} {:>11.0} {:>11.0} {:>9} {:>10} {:>9} {:>10} {:>9} {cpu:>5} {own:>8}  {}",
             self.rate,
             self.accepted_per_s,
             self.delivered_per_s,
@@ -281,8 +310,11 @@ pub struct SearchReport {
     pub commit: &'static str,
     #[serde(flatten)]
     pub machine: Machine,
-    /// The climb was ended by the server, not by the generator, and every held run kept up.
+    /// The climb was ended by the server, not by the generator, and no held run was void. If not, the rate that was
+    /// found is a lower bound.
     pub valid: bool,
+    /// Cores that the generator's threads are pinned on.
+    pub generator_cores: f64,
     pub scenario: &'static str,
     pub class: &'static str,
     pub clients: u32,
@@ -306,9 +338,23 @@ impl SearchReport {
             text.push_str(&(row.line() + "\n"));
         }
         if !self.valid {
-            text.push_str("INVALID: the generator lagged, so this is its limit and not the server's\n");
+            let _ = writeln!(text, "INVALID: {}", self.why_invalid());
         }
         text
+    }
+
+    /// What has made the generator late, and what to do about it. Of use only if the result is not valid.
+    pub fn why_invalid(&self) -> String {
+        let void = || self.steps.iter().filter(|row| row.judgement == Judgement::GeneratorLate);
+        let lag_us = void().map(|row| row.generator_lag_p99_us).min().unwrap_or_default();
+        let full = void().any(|row| row.generator_cpu.is_some_and(|cpu| cpu >= FULL_CORE_SHARE * self.generator_cores));
+        let cause = if full {
+            "its cores are full, so this is its limit and not the server's: give it more --cores"
+        } else {
+            "its cores were not full, so something else on this machine held it up: run it on a quiet machine, or raise \
+             --p99-ms"
+        };
+        format!("the generator was {} ms late or more at p99; {cause}", ms(lag_us))
     }
 
     /// What was found, in one line.
@@ -316,7 +362,11 @@ impl SearchReport {
         let what = format!("{} {}, {} clients, {} bytes", self.scenario, self.class, self.clients, self.payload_bytes);
         let limit = self.limited_by.map_or("nothing failed", Judgement::text);
         match self.sustained_per_s {
-            Some(rate) => format!("{what}: {rate} msg/s sustained with p99 <= {} ms ({limit})", self.p99_ms_max),
+            Some(rate) => {
+                let at_least = if self.valid { "" } else { "at least " };
+                format!("{what}: {at_least}{rate} msg/s sustained with p99 <= {} ms ({limit})", self.p99_ms_max)
+            }
+            None if self.limited_by == Some(Judgement::GeneratorLate) => format!("{what}: no run counts ({limit})"),
             None => format!("{what}: the first rate failed ({limit}); begin lower with --rate"),
         }
     }
@@ -327,8 +377,8 @@ pub fn search(args: &RunArgs, mut show: impl FnMut(&str)) -> Result<SearchReport
     let first = args.pace.rate.unwrap_or(FIRST_RATE_PER_S);
     let bounds = &args.search;
     let mut search = Search::new(first, (bounds.p99_ms * US_PER_MS) as u64, bounds.step);
-    let (mut steps, mut held, mut broken) = (Vec::new(), Vec::new(), false);
-    let machine = Machine::here(args.fleet.target, args.fleet.server());
+    let (mut steps, mut held, mut broken) = (Vec::new(), Vec::<(u64, Judgement, Report)>::new(), false);
+    let machine = Machine::here(args.fleet.target(), args.fleet.server());
     let plan = args.plan()?;
     show(Row::HEAD);
     while let Some((rate, holds)) = search.next() {
@@ -340,25 +390,29 @@ pub fn search(args: &RunArgs, mut show: impl FnMut(&str)) -> Result<SearchReport
         broken |= report.lost + report.duplicated + report.reordered > 0 || (holds && !report.clean());
         steps.push(row);
         if holds {
-            held.push(report);
+            // A void run has been made again: the last one counts.
+            held.retain(|(earlier, ..)| *earlier != rate);
+            held.push((rate, judgement, report));
         }
     }
     let (sustained_per_s, limited_by) = search.found();
-    let valid = limited_by != Some(Judgement::GeneratorLate) && held.iter().all(|report| report.valid);
+    let held_void = held.iter().any(|(_, judgement, _)| *judgement == Judgement::GeneratorLate);
+    let valid = limited_by != Some(Judgement::GeneratorLate) && !held_void;
     Ok(SearchReport {
         version: env!("CARGO_PKG_VERSION"),
         commit: env!("RINGLINE_COMMIT"),
         machine,
         valid,
+        generator_cores: args.fleet.thread_cores()?.into_iter().collect::<HashSet<_>>().len() as f64,
         scenario: plan.scenario.name(),
         class: args.class.name(),
-        clients: args.fleet.clients,
+        clients: args.clients,
         payload_bytes: plan.payload_bytes,
         p99_ms_max: bounds.p99_ms,
         sustained_per_s,
         limited_by,
         steps,
-        held,
+        held: held.into_iter().map(|(.., report)| report).collect(),
         broken,
     })
 }
@@ -381,7 +435,7 @@ mod tests {
     fn server(rate: u64, capacity: f64) -> Observed {
         let load = rate as f64 / capacity;
         let p99_us = if load < 1.0 { (200.0 / (1.0 - load)) as u64 } else { 1_000_000 };
-        Observed { achieved_per_s: (rate as f64).min(capacity), p99_us, generator_late: false, clean: true }
+        Observed { achieved_per_s: (rate as f64).min(capacity), p99_us, lag_p99_us: 100, clean: true }
     }
 
     /// Drives a search; gives it and every (rate, held, judgement).
@@ -442,12 +496,28 @@ mod tests {
 
     #[test]
     fn a_late_generator_and_a_broken_promise_have_names() {
-        let late = |rate| Observed { generator_late: rate > 8_000, ..server(rate, 1e12) };
-        let (search, _) = drive(Search::new(1_000, 5_000, 1.25), late);
+        let late = |rate| Observed { lag_p99_us: if rate > 8_000 { 2_501 } else { 2_500 }, ..server(rate, 1e12) };
+        let (search, steps) = drive(Search::new(1_000, 5_000, 1.25), late);
         assert_eq!(search.found(), (Some(8_000), Some(Judgement::GeneratorLate)));
+        assert_eq!(steps.iter().filter(|step| step.0 == 16_000).count(), VOID_TRIES_MAX as usize);
         let broken = |rate| Observed { clean: rate < 2_000, ..server(rate, 1e12) };
         let (search, _) = drive(Search::new(1_000, 5_000, 1.25), broken);
         assert_eq!(search.found().1, Some(Judgement::Broken));
+    }
+
+    #[test]
+    fn void_runs_are_made_again_and_count_for_nothing() {
+        // Every other run is void, whatever the rate, and would have failed.
+        let mut runs = 0;
+        let (search, steps) = drive(Search::new(1_000, 5_000, 1.25), |rate| {
+            runs += 1;
+            let void = Observed { lag_p99_us: 9_000, p99_us: 90_000, ..server(rate, 50_000.0) };
+            if runs % 2 == 1 { void } else { server(rate, 50_000.0) }
+        });
+        assert!(search.found().0.is_some_and(|best| best > 38_000), "{:?}", search.found());
+        assert_ne!(search.found().1, Some(Judgement::GeneratorLate));
+        let held: Vec<Judgement> = steps.iter().filter(|step| step.1).map(|step| step.2).collect();
+        assert_eq!(held.iter().filter(|judgement| **judgement == Judgement::Good).count(), HOLD_PERCENT.len());
     }
 
     #[test]

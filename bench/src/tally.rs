@@ -16,6 +16,14 @@ const LATENCY_US_MAX: u64 = 600_000_000;
 const DIGITS: u8 = 3;
 const NS_PER_US: u64 = 1_000;
 
+/// Adds the named counts of another thread to these.
+macro_rules! add_fields {
+    ($mine:expr, $theirs:expr; $($field:ident),+ $(,)?) => {
+        $($mine.$field += $theirs.$field;)+
+    };
+}
+pub(crate) use add_fields;
+
 /// How a connection ended that the generator had not closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Disconnect {
@@ -137,27 +145,14 @@ impl Tally {
 
     /// Adds the figures of another thread.
     pub fn merge(&mut self, other: &Self) {
-        self.sent += other.sent;
-        self.accepted += other.accepted;
-        self.delivered += other.delivered;
+        add_fields!(self, other; sent, accepted, delivered, ever_sent, ever_accepted, ever_delivered, unanswered,
+            abandoned, given_up, unsent, disconnected, pings, fetched);
         add(&mut self.ack_us, &other.ack_us);
         add(&mut self.deliver_us, &other.deliver_us);
         add(&mut self.slow_deliver_us, &other.slow_deliver_us);
         self.intervals.merge(&other.intervals);
         add(&mut self.lag_us, &other.lag_us);
-        self.ever_sent += other.ever_sent;
-        self.ever_accepted += other.ever_accepted;
-        self.ever_delivered += other.ever_delivered;
-        self.unanswered += other.unanswered;
-        self.abandoned += other.abandoned;
-        self.given_up += other.given_up;
-        self.unsent += other.unsent;
-        self.disconnected += other.disconnected;
-        self.pings += other.pings;
-        self.fetched += other.fetched;
-        for (name, count) in &other.incidents {
-            *self.incidents.entry(name).or_default() += count;
-        }
+        add_names(&mut self.incidents, &other.incidents);
     }
 }
 
@@ -176,6 +171,13 @@ pub fn histogram() -> Histogram<u64> {
 pub fn add(mine: &mut Histogram<u64>, theirs: &Histogram<u64>) {
     if let Err(error) = mine.add(theirs) {
         unreachable!("same bounds: {error}");
+    }
+}
+
+/// Adds counts by name.
+pub fn add_names(mine: &mut BTreeMap<&'static str, u64>, theirs: &BTreeMap<&'static str, u64>) {
+    for (name, count) in theirs {
+        *mine.entry(name).or_default() += count;
     }
 }
 

@@ -6,7 +6,7 @@
 //! receiver has one sender, so a lost, doubled or reordered message is seen.
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::TcpStream;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -16,8 +16,9 @@ use hdrhistogram::Histogram;
 use rustix::buffer::spare_capacity;
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, Event, EventData, EventFlags};
-use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
+use crate::sources::Sources;
+use crate::tally::{self, add_fields};
 use crate::wire::{Session, Sink, Wire, WireEvent};
 
 /// Connections of one thread that are not ready yet, so that no listen backlog is overrun.
@@ -26,10 +27,6 @@ const READ_BYTES: usize = 64 * 1024;
 const EVENTS_MAX: usize = 256;
 /// How long one wait for events lasts at most: a stop is seen after it.
 const WAIT_NS: i64 = 20_000_000;
-/// The longest latency a histogram tells apart: one minute.
-const LATENCY_US_MAX: u64 = 60_000_000;
-const DIGITS: u8 = 3;
-const NS_PER_US: u64 = 1_000;
 /// What one run keeps of the reasons for failures.
 const REASONS_MAX: usize = 4;
 
@@ -92,7 +89,7 @@ pub enum Pairing {
 
 /// What one thread is to do.
 pub struct Share {
-    pub target: SocketAddr,
+    pub sources: Sources,
     /// Clients `first` up to but not `end`; both even in pair chat.
     pub first: u32,
     pub end: u32,
@@ -122,10 +119,9 @@ pub struct Count {
 
 impl Default for Count {
     fn default() -> Self {
-        let latency_us = Histogram::new_with_bounds(1, LATENCY_US_MAX, DIGITS).expect("constant bounds");
         Self {
             delivered: 0,
-            latency_us,
+            latency_us: tally::histogram(),
             ever_sent: 0,
             ever_delivered: 0,
             ever_accepted: 0,
@@ -140,15 +136,8 @@ impl Default for Count {
 
 impl Count {
     pub fn add(&mut self, other: &Self) {
-        self.delivered += other.delivered;
-        self.latency_us += &other.latency_us;
-        self.ever_sent += other.ever_sent;
-        self.ever_delivered += other.ever_delivered;
-        self.ever_accepted += other.ever_accepted;
-        self.lost += other.lost;
-        self.doubled += other.doubled;
-        self.corrupt += other.corrupt;
-        self.failed += other.failed;
+        add_fields!(self, other; delivered, ever_sent, ever_delivered, ever_accepted, lost, doubled, corrupt, failed);
+        tally::add(&mut self.latency_us, &other.latency_us);
         other.reasons.iter().for_each(|reason| self.reason(reason.clone()));
     }
 
@@ -284,7 +273,7 @@ impl Drive {
     fn connect_more(&mut self, make: &dyn Fn(u32) -> Box<dyn Wire>) -> Result<(), String> {
         while self.links.len() < self.clients() && self.links.len() - self.ready < LOGINS_IN_FLIGHT_MAX {
             let (slot, index) = (self.links.len(), self.share.first + self.links.len() as u32);
-            let stream = connect(self.share.target).map_err(|error| format!("cannot connect: {error}"))?;
+            let stream = self.share.sources.connect(index, None).map_err(|error| format!("cannot connect: {error}"))?;
             epoll::add(&self.epoll, &stream, EventData::new_u64(slot as u64), EventFlags::IN)
                 .map_err(|error| format!("epoll: {error}"))?;
             let (mut session, mut out) = (Session::new(make(index)), Vec::new());
@@ -441,19 +430,8 @@ impl Inbox<'_> {
         let measured = |times: Times| (times.measure_from_ns..times.measure_to_ns).contains(&self.now_ns);
         if self.times.is_some_and(measured) {
             self.count.delivered += 1;
-            let latency_us = self.now_ns.saturating_sub(stamp.sent_ns) / NS_PER_US;
-            self.count.latency_us.saturating_record(latency_us.clamp(1, LATENCY_US_MAX));
+            tally::record(&mut self.count.latency_us, stamp.sent_ns, self.now_ns);
         }
-    }
-}
-
-fn connect(target: SocketAddr) -> io::Result<TcpStream> {
-    let socket = Socket::new(Domain::for_address(target), Type::STREAM, Some(Protocol::TCP))?;
-    socket.set_nonblocking(true)?;
-    socket.set_tcp_nodelay(true)?;
-    match socket.connect(&SockAddr::from(target)) {
-        Err(error) if error.raw_os_error() != Some(rustix::io::Errno::INPROGRESS.raw_os_error()) => Err(error),
-        Ok(()) | Err(_) => Ok(socket.into()),
     }
 }
 

@@ -15,14 +15,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-
 use self::cli::{CompareArgs, LoadArgs, Point};
 use self::drive::{Count, Drive, Share, Stage, Times};
-use self::peers::{Make, Row, Running};
+use self::peers::{Make, Row};
 use self::table::{Figures, Line, Report};
 use crate::cli::Cores;
 use crate::facts::Machine;
+use crate::launch::Running;
+use crate::metrics::{Source, Told};
+use crate::run::{FILES_EXTRA, raise_file_limit};
+use crate::sources::Sources;
 use crate::{Failure, server_process};
 
 /// Between "all are ready" and the start.
@@ -75,7 +77,8 @@ type Field = (Machine, Vec<Entrant>, Vec<String>);
 
 fn contest(load: &LoadArgs, folder: &Path, (machine, entrants, missing): Field) -> Result<Report, Failure> {
     let clients_max = load.points.iter().map(|point| point.clients).max().unwrap_or(0);
-    raise_file_limit(u64::from(clients_max));
+    // Also of the servers, which inherit it. Too low a limit shows as a connection that cannot be made.
+    let _ = raise_file_limit(u64::from(clients_max) + FILES_EXTRA);
     let Cores(server_cores) = &load.server_cores;
     let setting = |entrant: &Entrant| (entrant.row, peers::settings(entrant.row, server_cores));
     let settings = entrants.iter().map(setting).collect();
@@ -103,7 +106,7 @@ fn contest(load: &LoadArgs, folder: &Path, (machine, entrants, missing): Field) 
 fn run_once(entrant: &Entrant, load: &LoadArgs, (point, folder): (Point, &Path)) -> Result<Figures, Failure> {
     let Cores(server_cores) = &load.server_cores;
     let server = peers::start(entrant.row, &entrant.program, (server_cores, folder))?;
-    let make = server.wires(entrant.row, point.clients)?;
+    let make = entrant.row.wires(&server, point.clients)?;
     let fleet = Fleet::launch(entrant.row, load, (point, &server, &make));
     let explained = |failure: Failure| Failure::Failed(format!("{failure} (server: {})", server.last_words()));
     fleet.and_then(|fleet| fleet.measure(load, &server)).map_err(explained)
@@ -125,7 +128,7 @@ impl Fleet {
         for (thread, core) in (0..threads).zip(cores.iter().copied()) {
             let from = |thread: u32| 2 * (u64::from(pairs) * u64::from(thread) / u64::from(threads)) as u32;
             let share = Share {
-                target: server.target,
+                sources: Sources::to(server.target),
                 first: from(thread),
                 end: from(thread + 1),
                 window: point.window,
@@ -155,9 +158,10 @@ impl Fleet {
         let own = std::process::id();
         let sample = || (server_process::sample(server.pid), server_process::sample(own));
         self.sleep_until(measure_from_ns);
-        let before = sample();
+        let page = || server.metrics.as_ref().map(Source::read);
+        let (page_before, before) = (page(), sample());
         self.sleep_until(measure_to_ns);
-        let after = sample();
+        let (after, page_after) = (sample(), page());
         let mut count = Count::default();
         for thread in self.threads.drain(..) {
             match thread.join() {
@@ -169,7 +173,8 @@ impl Fleet {
         if let Some(why) = self.stage.fatal.get() {
             return Err(Failure::Failed(why.clone()));
         }
-        Ok(Figures::new(&count, load.duration, (before, after)))
+        let told = Told::between(page_before, page_after);
+        Ok(Figures { told, ..Figures::new(&count, load.duration, (before, after)) })
     }
 
     fn await_ready(&self) -> Result<(), Failure> {
@@ -206,16 +211,6 @@ impl Drop for Fleet {
 
 fn count_of(count: &AtomicUsize) -> usize {
     count.load(Ordering::Relaxed)
-}
-
-/// Raises the limit of open files as far as it goes, for this process and the servers it starts. Too low a limit shows
-/// as a connection that cannot be made, with the kernel's own words.
-fn raise_file_limit(clients: u64) {
-    const FILES_EXTRA: u64 = 256;
-    let limit = getrlimit(Resource::Nofile);
-    if limit.current.is_some_and(|current| current < clients.saturating_add(FILES_EXTRA)) {
-        let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
-    }
 }
 
 #[cfg(test)]

@@ -1,33 +1,28 @@
-//! The servers that are compared: the rows of the table, how each server is found, set up, started and stopped.
+//! The servers that are compared: the rows of the table, how each server is found and set up.
 //!
-//! Main thread only. Invariants: every server listens on loopback only, keeps its data in a folder of its own that is
-//! removed with it, and is stopped by the id of the process that was started here.
+//! Main thread only. Invariant: every server listens on loopback only and keeps its data in the folder that it is given.
 
 use std::fmt::Write as _;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use ringline_schema::ids::DeviceId;
-use tempfile::TempDir;
 
 use super::drive::Pairing;
-use crate::token::Issuer;
+use crate::Failure;
+use crate::launch::{self, Order, Place, Recipe, Running};
+use crate::metrics::Source;
 use crate::wire::mqtt::{Mqtt, Qos};
 use crate::wire::nats::Nats;
 use crate::wire::resp::Resp;
 use crate::wire::ringline::{Mode, Ringline};
 use crate::wire::xmpp::{self, Xmpp};
 use crate::wire::{Names, Wire, echo::Echo, name};
-use crate::{Failure, server_process};
 
-/// How long a server may take until it listens, and until it has ended.
-const START_TIME: Duration = Duration::from_secs(30);
-const STOP_TIME: Duration = Duration::from_secs(10);
-const BETWEEN_TRIES: Duration = Duration::from_millis(20);
+/// Where our server serves its metrics.
+const ADMIN_KEY: &str = "admin.listen";
 /// Folders that programs are looked for in, beside those of PATH.
 const PROGRAM_FOLDERS: &[&str] = &["/usr/sbin", "/usr/local/sbin", "/usr/local/bin"];
 /// Folders that hold, or whose folders hold, Erlang applications.
@@ -189,29 +184,13 @@ fn erlang_folder() -> Option<PathBuf> {
     })
 }
 
-/// Everything that starts one server.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Recipe {
-    arguments: Vec<String>,
-    environment: Vec<(&'static str, String)>,
-    /// Name in the server's folder, and text.
-    file: Option<(&'static str, String)>,
-}
-
-/// Where one server runs.
-struct Place<'a> {
-    folder: &'a str,
-    port: &'a str,
-    cores: usize,
-}
-
 fn words(text: &str) -> Vec<String> {
     text.split_whitespace().map(|word| if word == "''" { String::new() } else { word.to_owned() }).collect()
 }
 
 impl Row {
     fn recipe(self, place: &Place<'_>) -> Recipe {
-        let Place { folder, port, cores } = place;
+        let Place { folder, port, cores, .. } = place;
         let only = |line: String| Recipe { arguments: words(&line), ..Recipe::default() };
         match self {
             Self::Floor => only(format!("floor-server --listen 127.0.0.1:{port}")),
@@ -238,7 +217,7 @@ impl Row {
 
 /// The Erlang machine without its own start script, which would keep its data in the system's folders.
 fn ejabberd(place: &Place<'_>) -> Recipe {
-    let Place { folder, port, cores } = place;
+    let Place { folder, port, cores, .. } = place;
     let host = xmpp::HOST;
     let text = format!(
         "hosts: [\"{host}\"]\nloglevel: error\nlisten:\n  - port: {port}\n    ip: \"127.0.0.1\"\n    \
@@ -261,7 +240,8 @@ fn ejabberd(place: &Place<'_>) -> Recipe {
 
 /// The settings of a row for people: arguments and configuration file.
 pub fn settings(row: Row, server_cores: &[usize]) -> String {
-    let recipe = row.recipe(&Place { folder: "DIR", port: "PORT", cores: server_cores.len() });
+    let place = Place { folder: "DIR", port: "PORT", admin_port: "ADMIN", cores: server_cores.len() };
+    let recipe = row.recipe(&place);
     let shown = |argument: &String| if argument.is_empty() { "''".to_owned() } else { argument.clone() };
     let mut text = recipe.arguments.iter().map(shown).collect::<Vec<_>>().join(" ");
     if let Some((name, lines)) = recipe.file {
@@ -271,98 +251,54 @@ pub fn settings(row: Row, server_cores: &[usize]) -> String {
     text
 }
 
-/// A server that was started here. Stopped, and its folder removed, when dropped.
-pub struct Running {
-    child: Child,
-    pub target: SocketAddr,
-    /// The process that listens; CPU time and memory are its.
-    pub pid: u32,
-    folder: TempDir,
-}
-
 /// Starts the server of a row on the given cores and waits until it listens.
-pub fn start(row: Row, program: &Path, (server_cores, parent): (&[usize], &Path)) -> Result<Running, Failure> {
-    let failed =
-        |what: &str, error: &dyn std::fmt::Display| Failure::Failed(format!("{}: {what}: {error}", row.name()));
-    let folder = tempfile::Builder::new().prefix("ringline-bench-").tempdir_in(parent);
-    let folder = folder.map_err(|error| failed("cannot make a data folder", &error))?;
-    let target = free_port().map_err(|error| failed("no free port", &error))?;
-    let path = folder.path().to_string_lossy().into_owned();
-    let recipe = row.recipe(&Place { folder: &path, port: &target.port().to_string(), cores: server_cores.len() });
-    if let Some((name, text)) = &recipe.file {
-        std::fs::write(folder.path().join(name), text).map_err(|error| failed("cannot write its settings", &error))?;
-    }
-    let log = std::fs::File::create(folder.path().join("output.log")).and_then(|log| Ok((log.try_clone()?, log)));
-    let (out, err) = log.map_err(|error| failed("cannot write its log", &error))?;
-    let cores = server_cores.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
-    let child = Command::new("taskset")
-        .args(["--cpu-list", &cores])
-        .arg(program)
-        .args(&recipe.arguments)
-        .envs(recipe.environment.iter().map(|(name, value)| (*name, value)))
-        .current_dir(folder.path())
-        .stdin(Stdio::null())
-        .stdout(out)
-        .stderr(err)
-        .spawn()
-        .map_err(|error| failed("cannot start taskset (util-linux)", &error))?;
-    let mut running = Running { child, target, pid: 0, folder };
-    if !running.listens() {
-        return Err(failed("did not start", &running.last_words()));
-    }
-    running.pid = server_process::listening_on(target.port()).unwrap_or(running.child.id());
-    Ok(running)
+pub fn start(row: Row, program: &Path, (cores, parent): (&[usize], &Path)) -> Result<Running, Failure> {
+    let has_metrics = matches!(row, Row::Ringline(_)) && knows_admin(program);
+    let mut server = launch::start(Order { name: row.name(), program, cores, parent }, |place| {
+        let mut recipe = row.recipe(place);
+        if has_metrics {
+            recipe.arguments.extend(["--set".to_owned(), format!("{ADMIN_KEY}=127.0.0.1:{}", place.admin_port)]);
+        }
+        recipe
+    })?;
+    server.metrics = has_metrics.then(|| Source::at(server.admin));
+    Ok(server)
 }
 
-fn free_port() -> std::io::Result<SocketAddr> {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()
+/// Whether our server has this setting: one of an earlier build would not start with it.
+fn knows_admin(program: &Path) -> bool {
+    let printed = Command::new(program).args(["config", "--defaults"]).stderr(Stdio::null()).output();
+    printed.is_ok_and(|printed| names_key(&String::from_utf8_lossy(&printed.stdout), ADMIN_KEY))
 }
 
-impl Running {
-    /// Waits until it listens; not longer than it lives.
-    fn listens(&mut self) -> bool {
-        let deadline = Instant::now() + START_TIME;
-        while Instant::now() < deadline && matches!(self.child.try_wait(), Ok(None)) {
-            if TcpStream::connect_timeout(&self.target, BETWEEN_TRIES).is_ok() {
-                return true;
-            }
-            std::thread::sleep(BETWEEN_TRIES);
+/// Whether a commented TOML file holds this "table.key", used or commented out.
+fn names_key(text: &str, key: &str) -> bool {
+    let (table, name) = key.rsplit_once('.').unwrap_or(("", key));
+    let mut within = "";
+    text.lines().map(|line| line.trim_start_matches(['#', ' '])).any(|line| {
+        if let Some(head) = line.strip_prefix('[') {
+            within = head.split(']').next().unwrap_or_default();
         }
-        false
-    }
+        let of_line = line.split('=').next().unwrap_or_default().trim();
+        line.contains('=') && (of_line == key || (within == table && of_line == name))
+    })
+}
 
-    /// The end of what the server has printed.
-    pub fn last_words(&self) -> String {
-        const LINES: usize = 3;
-        let text = std::fs::read(self.folder.path().join("output.log")).unwrap_or_default();
-        let text = String::from_utf8_lossy(&text).into_owned();
-        let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
-        lines.get(lines.len().saturating_sub(LINES)..).unwrap_or_default().join(" | ")
-    }
+/// Makes the wire of a client, by its index.
+pub type Make = Arc<dyn Fn(u32) -> Box<dyn Wire> + Send + Sync>;
 
-    /// Our server's key. It writes it at its first start, which may be a little after it listens.
-    fn issuer(&self) -> Result<Issuer, Failure> {
-        let path = self.folder.path().join("data/issuer.pem");
-        let deadline = Instant::now() + START_TIME;
-        loop {
-            match Issuer::load(&path) {
-                Err(_) if Instant::now() < deadline => std::thread::sleep(BETWEEN_TRIES),
-                result => return result,
-            }
-        }
-    }
-
-    /// Makes the wire of each client.
-    pub fn wires(&self, row: Row, clients: u32) -> Result<Make, Failure> {
+impl Row {
+    /// Makes the wire of each client of a server of this row.
+    pub fn wires(self, server: &Running, clients: u32) -> Result<Make, Failure> {
         let pair = Names::of_pair;
-        Ok(match row {
-            Row::Floor => Arc::new(|_| Box::new(Echo)),
-            Row::Redis => Arc::new(move |index| Box::new(Resp::new(pair(index)))),
-            Row::Nats => Arc::new(move |index| Box::new(Nats::new(pair(index)))),
-            Row::Mosquitto(qos) => Arc::new(move |index| Box::new(Mqtt::new(pair(index), qos))),
-            Row::Ejabberd => Arc::new(move |index| Box::new(Xmpp::new(pair(index)))),
-            Row::Ringline(mode) => {
-                let issuer = self.issuer()?;
+        Ok(match self {
+            Self::Floor => Arc::new(|_| Box::new(Echo)),
+            Self::Redis => Arc::new(move |index| Box::new(Resp::new(pair(index)))),
+            Self::Nats => Arc::new(move |index| Box::new(Nats::new(pair(index)))),
+            Self::Mosquitto(qos) => Arc::new(move |index| Box::new(Mqtt::new(pair(index), qos))),
+            Self::Ejabberd => Arc::new(move |index| Box::new(Xmpp::new(pair(index)))),
+            Self::Ringline(mode) => {
+                let issuer = server.issuer()?;
                 let tokens = issuer.tokens(&(0..clients).map(name).collect::<Vec<_>>())?;
                 Arc::new(move |index| {
                     let token = tokens.get(index as usize).cloned().unwrap_or_default();
@@ -370,23 +306,6 @@ impl Running {
                 })
             }
         })
-    }
-}
-
-/// Makes the wire of a client, by its index.
-pub type Make = Arc<dyn Fn(u32) -> Box<dyn Wire> + Send + Sync>;
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        use rustix::process::{Pid, Signal, kill_process};
-        // Fails only when it has ended already.
-        let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
-        let deadline = Instant::now() + STOP_TIME;
-        while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 
@@ -404,6 +323,13 @@ mod tests {
         }
         assert!(settings(Row::Redis, &[0]).contains("--save '' --appendonly no"));
         assert!(settings(Row::Mosquitto(Qos::AtMostOnce), &[0]).contains("persistence false"));
+    }
+
+    #[test]
+    fn a_key_is_found_in_its_table_only() {
+        let text = "# [store]\n# listen = 1\n[admin]\n# Where from.\n# listen = \"127.0.0.1:1\"\n";
+        assert!(names_key(text, "admin.listen") && !names_key(text, "net.listen"));
+        assert!(names_key("admin.listen = 1", "admin.listen"));
     }
 
     #[test]

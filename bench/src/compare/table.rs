@@ -16,6 +16,7 @@ use super::peers::Row;
 use crate::Failure;
 use crate::cli::Cores;
 use crate::facts::Machine;
+use crate::metrics::Told;
 use crate::server_process::Sample;
 
 const BYTES_PER_MIB: f64 = 1_048_576.0;
@@ -39,6 +40,11 @@ pub struct Figures {
     pub corrupt: u64,
     pub failed: u64,
     pub reasons: Vec<String>,
+    /// Length of the measured window.
+    pub seconds: f64,
+    /// What ours counted in it.
+    #[serde(rename = "server_metrics")]
+    pub told: Told,
 }
 
 /// The server's and the generator's, at one moment.
@@ -65,6 +71,8 @@ impl Figures {
             corrupt: count.corrupt,
             failed: count.failed,
             reasons: count.reasons.clone(),
+            seconds,
+            told: Told::NotAsked,
         }
     }
 }
@@ -118,6 +126,17 @@ impl Line {
             if !counts.is_empty() {
                 remarks.push(format!("of {} messages {} {}", run.sent, counts.join(", "), run.reasons.join("; ")));
             }
+        }
+        let commits = |run: &Figures| match &run.told {
+            Told::NotAsked => None,
+            Told::Missing(why) => Some(why.clone()),
+            Told::Counted(counted) => {
+                counted.commits.filter(|it| it.commits > 0).map(|commits| commits.text(run.seconds))
+            }
+        };
+        let commits: Vec<String> = self.runs.iter().filter_map(commits).collect();
+        if !commits.is_empty() {
+            remarks.push(format!("store commits by run: {}", commits.join(" | ")));
         }
         remarks
     }

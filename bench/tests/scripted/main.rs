@@ -14,7 +14,7 @@ use ed25519_dalek::pkcs8::spki::der::pem::LineEnding;
 use ringline_bench::Failure;
 use ringline_bench::cli::{Cli, Command};
 use ringline_bench::report::Report;
-use ringline_bench::{run, search, storm};
+use ringline_bench::{idle, run, search, storm};
 use tempfile::TempDir;
 
 use server::{Script, Server};
@@ -181,17 +181,14 @@ fn cursors_are_acknowledged_unless_switched_off() {
 fn idle_clients_ping_and_are_weighed() {
     let server = Server::start(Script { ping_interval_ms: 100, ..Script::GOOD });
     let key = Key::new();
-    let line = key.line("idle", &server.address.to_string(), "--clients 20 --hold 0.6");
+    let line = key.line("idle", &server.address.to_string(), "--steps 0,10,20 --hold 0.6");
     let Command::Idle(args) = Cli::try_parse_from(line).unwrap().command else { unreachable!() };
-    let report = run::idle(&args).unwrap();
+    let report = idle::idle(&args).unwrap();
     let text = report.table();
-    assert!(
-        report.clean()
-            && report.clients == 20
-            && text.contains("clients logged in    20")
-            && text.contains("memory per client"),
-        "{text}"
-    );
+    let clients: Vec<u32> = report.steps.iter().map(|step| step.clients).collect();
+    assert!(report.clean() && clients == [0, 10, 20] && text.contains("a logged-in idle connection costs"), "{text}");
+    assert!(report.bytes_per_client.server_rss_anon.is_some() && report.socket_ends == 2, "{text}");
+    assert!(report.steps.iter().all(|step| step.server_context_switches.is_some()), "{text}");
     assert!(server.seen().pings > 0 && server.seen().logins == 20);
 }
 
@@ -236,6 +233,51 @@ fn a_search_steps_upwards_and_holds() {
     assert_eq!(lines.len(), report.steps.len() + 1, "a head, then a line a step");
     assert_eq!(report.sustained_per_s, None, "{}", report.table());
     assert!(report.limited_by.is_some() && report.steps.len() == 2 && report.held.is_empty(), "{}", report.table());
+}
+
+/// Set for the half of the next test that runs inside the namespace.
+const INSIDE: &str = "RINGLINE_BENCH_TEST_INSIDE";
+/// A network of its own with 1,000 local ports, which changes nothing outside; runs the rest of its line there.
+const NAMESPACE: [&str; 5] = [
+    "unshare",
+    "-rn",
+    "sh",
+    "-c",
+    "ip link set lo up && echo 30000 30999 > /proc/sys/net/ipv4/ip_local_port_range && exec \"$@\"",
+];
+
+#[test]
+fn clients_beyond_the_local_ports_come_from_further_addresses() {
+    if std::env::var_os(INSIDE).is_some() {
+        let (report, server) =
+            run_with(Script::GOOD, "--clients 2500 --scenario self --rate 500 --duration 0.2 --warmup 0 --drain 20");
+        assert!(report.clean() && server.seen().logins == 2_500, "{}", report.table());
+        return;
+    }
+    let inside = |line: &[&str]| {
+        let [program, more @ ..] = NAMESPACE;
+        Process::new(program).args(more).arg("sh").args(line).env(INSIDE, "1").output()
+    };
+    match inside(&["true"]) {
+        Ok(output) if output.status.success() => {}
+        Ok(output) => return println!("skipped, no namespace: {}", String::from_utf8_lossy(&output.stderr)),
+        Err(error) => return println!("skipped, no unshare: {error}"),
+    }
+    let own = std::env::current_exe().unwrap();
+    let name = "clients_beyond_the_local_ports_come_from_further_addresses";
+    let output = inside(&[own.to_str().unwrap(), "--exact", name, "--nocapture"]).unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+}
+
+#[test]
+fn a_metrics_page_is_added_and_a_missing_one_is_said() {
+    let server = Server::start(Script::GOOD);
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let more = format!("--clients 4 --scenario self --metrics {nobody} --duration 0.1 --warmup 0");
+    let report = try_run(&server.address.to_string(), &more).unwrap();
+    assert!(report.clean() && report.table().contains("no metrics from http://127.0.0.1"), "{}", report.table());
 }
 
 #[test]
