@@ -136,6 +136,10 @@ fn run_section(body: &mut String, report: &Report) -> Result<(), String> {
     body.push_str("<h3>CPU, cores</h3>");
     body.push_str(&cpu(&detail.points)?);
     table(body, "Figures", report.rows());
+    let counters = report.server_metrics.counter_rows();
+    if !counters.is_empty() {
+        table(body, "What the server counted in the window", counters);
+    }
     Ok(())
 }
 
@@ -373,7 +377,8 @@ mod tests {
     fn the_page_holds_every_fact_and_figure() {
         let report = full();
         let page = page(&report).unwrap();
-        let facts = owned(report.machine.rows()).into_iter().chain(report.rows());
+        let told = report.rows().into_iter().chain(report.server_metrics.counter_rows());
+        let facts = owned(report.machine.rows()).into_iter().chain(told);
         for (name, value) in facts {
             assert!(page.contains(&escape(&name)) && page.contains(&escape(&value)), "{name} = {value} is missing");
         }

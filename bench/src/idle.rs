@@ -73,7 +73,7 @@ pub struct Step {
     pub server_context_switches: Option<u64>,
 }
 
-/// Bytes a connection, by least squares over the steps.
+/// Bytes a connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Slopes {
     pub server_rss: Option<f64>,
@@ -95,7 +95,10 @@ pub struct IdleReport {
     pub steps: Vec<Step>,
     /// Ends of each connection that this machine's kernel holds: 2 if the server runs here too.
     pub socket_ends: u32,
+    /// By least squares over the steps.
     pub bytes_per_client: Slopes,
+    /// From the first step to the last, whatever lies between: what is taken once for many counts in full.
+    pub bytes_per_client_end_to_end: Slopes,
     pub pings: u64,
     pub disconnected: u64,
     pub errors: BTreeMap<&'static str, u64>,
@@ -180,7 +183,11 @@ pub fn idle(args: &IdleArgs) -> Result<IdleReport, Failure> {
         commit: env!("RINGLINE_COMMIT"),
         machine,
         hold_s: args.hold,
-        bytes_per_client: Slopes::of(&steps, socket_ends),
+        bytes_per_client: Slopes::of(&steps.iter().collect::<Vec<_>>(), socket_ends),
+        bytes_per_client_end_to_end: Slopes::of(
+            &[steps.first(), steps.last()].into_iter().flatten().collect::<Vec<_>>(),
+            socket_ends,
+        ),
         steps,
         socket_ends,
         pings: desk.tally.pings,
@@ -213,7 +220,7 @@ fn step(fleet: &mut Fleet, clients: u32, (server, hold_s): (Option<u32>, f64)) -
 }
 
 impl Slopes {
-    fn of(steps: &[Step], socket_ends: u32) -> Self {
+    fn of(steps: &[&Step], socket_ends: u32) -> Self {
         let of = |figure: fn(&Step) -> Option<u64>| {
             let points: Option<Vec<(f64, f64)>> =
                 steps.iter().map(|step| Some((f64::from(step.clients), figure(step)? as f64))).collect();
@@ -263,7 +270,7 @@ impl IdleReport {
             before = step.clients;
         }
         text.push_str("  memory in MiB; TCP mem and slab are the whole machine's; CPU in % of a core\n\n");
-        text.push_str("a logged-in idle connection costs (slope over the steps, least squares):\n");
+        text.push_str("a logged-in idle connection costs, in bytes:\n");
         self.costs(&mut text);
         let _ = writeln!(text, "  {:<34} {}", "pings sent", self.pings);
         for (name, count) in &self.errors {
@@ -295,19 +302,23 @@ impl IdleReport {
     }
 
     fn costs(&self, text: &mut String) {
-        let Slopes { server_rss, server_rss_anon, kernel_tcp, kernel_slab_unreclaimable, kernel_slab_reclaimable } =
-            self.bytes_per_client;
-        let rows = [
-            ("server, RssAnon (its own memory)", server_rss_anon),
-            ("server, whole RSS", server_rss),
-            ("kernel, slab unreclaimable", kernel_slab_unreclaimable),
-            ("kernel, slab reclaimable", kernel_slab_reclaimable),
-            ("kernel, TCP buffers", kernel_tcp),
+        let figures: [(&str, fn(&Slopes) -> Option<f64>); 5] = [
+            ("server, RssAnon (its own memory)", |slopes| slopes.server_rss_anon),
+            ("server, whole RSS", |slopes| slopes.server_rss),
+            ("kernel, slab unreclaimable", |slopes| slopes.kernel_slab_unreclaimable),
+            ("kernel, slab reclaimable", |slopes| slopes.kernel_slab_reclaimable),
+            ("kernel, TCP buffers", |slopes| slopes.kernel_tcp),
         ];
-        for (name, bytes) in rows {
-            let value = bytes.map_or_else(|| "unknown".to_owned(), |bytes| format!("{bytes:.0} bytes"));
-            let _ = writeln!(text, "  {name:<34} {value}");
+        let shown = |bytes: Option<f64>| bytes.map_or_else(|| "unknown".to_owned(), |bytes| format!("{bytes:.0}"));
+        let _ = writeln!(text, "  {:<34} {:>14} {:>14}", "", "least squares", "first to last");
+        for (name, figure) in figures {
+            let (fitted, ends) = (figure(&self.bytes_per_client), figure(&self.bytes_per_client_end_to_end));
+            let _ = writeln!(text, "  {name:<34} {:>14} {:>14}", shown(fitted), shown(ends));
         }
+        text.push_str(
+            "  Server: the two differ where it took memory once for many connections. It gives back what logins needed \
+             for\n  a while only slowly, so hold the steps longer to leave that out.\n",
+        );
         text.push_str(match self.socket_ends {
             2 => {
                 "  The kernel's figures are the machine's, divided by the two ends of each connection, because the \
@@ -352,6 +363,7 @@ mod tests {
     #[test]
     fn the_kernels_share_is_that_of_one_end() {
         let steps = [0, 100, 200].map(step);
+        let steps: Vec<&Step> = steps.iter().collect();
         let slopes = Slopes::of(&steps, 2);
         assert_eq!((slopes.server_rss, slopes.server_rss_anon, slopes.kernel_tcp), (Some(300.0), Some(200.0), None));
         assert_eq!(slopes.kernel_slab_unreclaimable, Some(2_000.0));

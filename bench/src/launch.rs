@@ -90,7 +90,11 @@ pub fn start(order: Order<'_>, recipe: impl FnOnce(&Place<'_>) -> Recipe) -> Res
     let failed =
         |what: &str, error: &dyn std::fmt::Display| Failure::Failed(format!("{}: {what}: {error}", order.name));
     watch_signals().map_err(|error| failed("cannot watch for signals", &error))?;
-    let folder = tempfile::Builder::new().prefix("ringline-bench-").tempdir_in(order.parent);
+    // The server works in its own folder, where a relative path would mean something else.
+    let absolute = |path: &Path| std::path::absolute(path).map_err(|error| failed("its path", &error));
+    let (program, parent) = (absolute(order.program)?, absolute(order.parent)?);
+    let order = Order { program: &program, ..order };
+    let folder = tempfile::Builder::new().prefix("ringline-bench-").tempdir_in(parent);
     let folder = folder.map_err(|error| failed("cannot make a data folder", &error))?;
     let [target, admin] = free_addresses().map_err(|error| failed("no free port", &error))?;
     let (path, port, admin_port) = (folder.path().to_owned(), target.port().to_string(), admin.port().to_string());

@@ -19,9 +19,8 @@ const PAGE_BYTES_MAX: u64 = 4 << 20;
 const PREFIX: &str = "ringline_";
 /// The histogram of commits: write and sync of one batch, in seconds.
 const COMMIT: &str = "ringline_store_commit_seconds";
-/// Counters of records that were committed; the first that is there counts. `_total` may be left out.
-const RECORDS: [&str; 3] =
-    ["ringline_store_records", "ringline_store_commit_records", "ringline_store_appended_records"];
+/// The counter of the records in them, without `_total`.
+const RECORDS: &str = "ringline_store_records";
 const US_PER_S: f64 = 1e6;
 
 /// Where the page is.
@@ -126,9 +125,7 @@ impl Page {
         buckets.sort_unstable_by(|one, other| one.0.total_cmp(&other.0));
         let count = self.grown(before, &format!("{COMMIT}_count")).or(buckets.last().map(|bucket| bucket.1))?;
         let sum_s = self.grown(before, &format!("{COMMIT}_sum"));
-        let records = RECORDS
-            .iter()
-            .find_map(|name| self.grown(before, &format!("{name}_total")).or_else(|| self.grown(before, name)));
+        let records = self.grown(before, &format!("{RECORDS}_total")).or_else(|| self.grown(before, RECORDS));
         Some(Commits {
             commits: count as u64,
             mean_us: sum_s.filter(|_| count > 0.0).map(|sum_s| sum_s * US_PER_S / count),
@@ -269,19 +266,28 @@ impl Told {
         }
     }
 
-    /// Name and value for tables.
+    /// Name and value for tables: how the store did, or why that is not known. Empty if nobody was asked.
     pub fn rows(&self, seconds: f64) -> Vec<(String, String)> {
+        let row = |name: &str, value: String| vec![(name.to_owned(), value)];
         match self {
             Self::NotAsked => Vec::new(),
-            Self::Missing(why) => vec![("server metrics".to_owned(), why.clone())],
+            Self::Missing(why) => row("server metrics", why.clone()),
             Self::Counted(counted) => {
                 let commits = counted.commits.map_or_else(|| format!("{COMMIT} is not told"), |it| it.text(seconds));
-                let counter = |(name, count): (&String, &u64)| {
-                    let name = name.strip_prefix(PREFIX).unwrap_or(name);
-                    (format!("server {name}"), count.to_string())
+                row("store commits", commits)
+            }
+        }
+    }
+
+    /// Every counter that has grown.
+    pub fn counter_rows(&self) -> Vec<(String, String)> {
+        match self {
+            Self::NotAsked | Self::Missing(_) => Vec::new(),
+            Self::Counted(counted) => {
+                let row = |(name, count): (&String, &u64)| {
+                    (name.strip_prefix(PREFIX).unwrap_or(name).to_owned(), count.to_string())
                 };
-                let counters = counted.counters.iter().map(counter);
-                [("store commits".to_owned(), commits)].into_iter().chain(counters).collect()
+                counted.counters.iter().map(row).collect()
             }
         }
     }
@@ -341,7 +347,7 @@ pub(crate) mod tests {
     #[test]
     fn nothing_told_is_said_and_not_fatal() {
         let none = Told::between(Some(Ok(Page::parse(""))), Some(Ok(Page::parse("x 1\n"))));
-        assert!(none.rows(1.0)[0].1.contains("not told"));
+        assert!(none.rows(1.0)[0].1.contains("not told") && none.counter_rows().is_empty());
         assert_eq!(Told::between(None, None).rows(1.0), []);
         let missing = Told::between(Some(Err("no metrics from here".to_owned())), Some(Ok(Page::default())));
         assert_eq!(missing.rows(1.0), [("server metrics".to_owned(), "no metrics from here".to_owned())]);
