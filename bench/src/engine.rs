@@ -24,7 +24,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::peer::{Alarm, Desk, Job, Outcome, Peer, Turn};
 use crate::plan::{Pace, Plan, Timeline};
 use crate::sources::Sources;
-use crate::tally::{Disconnect, Incident, record};
+use crate::tally::{Disconnect, Incident};
 
 /// Connects and logins under way in the whole process, so that a listen backlog is never overrun.
 const LOGINS_IN_FLIGHT_MAX: usize = 128;
@@ -584,10 +584,8 @@ impl Engine {
             if intended_ns > now_ns {
                 return;
             }
-            if self.timeline.measured(intended_ns) {
-                record(&mut self.desk.tally.lag_us, intended_ns, now_ns);
-            }
-            self.with_peer(slot, Peer::pump);
+            let (number, _) = self.due;
+            self.with_peer(slot, |peer, turn| peer.due(number, intended_ns, turn));
             self.due =
                 if slot + 1 < self.links.len() { (self.due.0, slot + 1) } else { (self.due.0.saturating_add(1), 0) };
         }

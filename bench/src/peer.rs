@@ -100,6 +100,15 @@ pub struct Turn<'a> {
     pub desk: &'a mut Desk,
 }
 
+impl Turn<'_> {
+    /// How late the generator is with a message of an open loop; of a closed one nothing is due.
+    fn note_lag(&mut self, intended_ns: u64) {
+        if matches!(self.plan.pace, Pace::Open { .. }) && self.timeline.measured(intended_ns) {
+            tally::record(&mut self.desk.tally.lag_us, intended_ns, self.now_ns);
+        }
+    }
+}
+
 /// What became of a frame, as far as the connection is concerned.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -163,6 +172,8 @@ pub struct Peer {
     pending: VecDeque<Pending>,
     oldest: u32,
     unanswered: u32,
+    /// Messages below this have had their turn: [`Peer::due`].
+    turns: u32,
     inbox: Inbox,
     gaps: VecDeque<Gap>,
     last_sent_ns: u64,
@@ -181,6 +192,7 @@ impl Peer {
             pending: VecDeque::new(),
             oldest: 0,
             unanswered: 0,
+            turns: 0,
             inbox: Inbox::default(),
             gaps: VecDeque::new(),
             last_sent_ns: 0,
@@ -452,8 +464,24 @@ impl Peer {
             tally.unanswered += 1;
             tally.ever_sent += 1;
             tally.sent += u64::from(turn.timeline.measured(turn.now_ns));
+            if number >= self.turns {
+                turn.note_lag(intended_ns);
+            }
             self.send(number, intended_ns, turn);
         }
+    }
+
+    /// Open loop: the turn of message `number` has come. It goes now, unless it went as soon as it was due, while the
+    /// client read answers, or has to wait for answers.
+    ///
+    /// The generator's own lag counts up to the earlier of its turn and its sending: what a message waits for answers is
+    /// the server's.
+    pub fn due(&mut self, number: u32, intended_ns: u64, turn: &mut Turn<'_>) {
+        self.pump(turn);
+        if self.next_number() <= number {
+            turn.note_lag(intended_ns);
+        }
+        self.turns = number.saturating_add(1);
     }
 
     /// The intended time of the next message, if it may go now.

@@ -375,3 +375,29 @@ fn a_body_that_does_not_decode_ends_the_connection() {
         assert_eq!(rig.act(|peer, turn| peer.on_frame(&frame, turn)), expected);
     }
 }
+
+#[test]
+fn lag_is_what_the_generator_is_late_by_and_not_what_the_server_is() {
+    let mut rig = Rig::ready(Scenario::Pair, Pace::Open { period_ns: 100 * MS });
+    rig.timeline.measure_from_ns = 0;
+    let due = |rig: &mut Rig, number: u32, at_ms: u64| {
+        rig.now_ns = at_ms * MS;
+        rig.act(|peer, turn| peer.due(number, u64::from(number) * 100 * MS, turn));
+    };
+    let lags = |rig: &Rig| (rig.desk.tally.lag_us.len(), rig.desk.tally.lag_us.max() / 1_000);
+    due(&mut rig, 0, 5);
+    assert_eq!(lags(&rig), (1, 5));
+    // It reads an answer before its turn, and sends what is due by then; the late turn finds it gone.
+    rig.now_ns = 107 * MS;
+    let first = rig.ids();
+    due(&mut rig, 1, 190);
+    assert_eq!(lags(&rig), (2, 7));
+    // Four are on their way, as many as the server allows: the fifth waits for answers, which is no lag.
+    (2..4).for_each(|number| due(&mut rig, number, u64::from(number) * 100));
+    due(&mut rig, 4, 402);
+    assert_eq!(lags(&rig), (5, 7));
+    rig.now_ns = 490 * MS;
+    rig.ack(first[0], false);
+    assert_eq!(rig.ids().len(), 3, "the third, the fourth, and now the fifth");
+    assert_eq!(lags(&rig), (5, 7));
+}
