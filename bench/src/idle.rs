@@ -250,6 +250,9 @@ fn slope(points: &[(f64, f64)]) -> Option<f64> {
     (spread > 0.0).then(|| both / spread)
 }
 
+/// Picks one of the slopes.
+type Figure = fn(&Slopes) -> Option<f64>;
+
 impl IdleReport {
     /// Whether nobody was disconnected.
     pub fn clean(&self) -> bool {
@@ -302,7 +305,7 @@ impl IdleReport {
     }
 
     fn costs(&self, text: &mut String) {
-        let figures: [(&str, fn(&Slopes) -> Option<f64>); 5] = [
+        let figures: [(&str, Figure); 5] = [
             ("server, RssAnon (its own memory)", |slopes| slopes.server_rss_anon),
             ("server, whole RSS", |slopes| slopes.server_rss),
             ("kernel, slab unreclaimable", |slopes| slopes.kernel_slab_unreclaimable),
@@ -321,9 +324,10 @@ impl IdleReport {
         );
         text.push_str(match self.socket_ends {
             2 => {
-                "  The kernel's figures are the machine's, divided by the two ends of each connection, because the \
+                "  Kernel: the figures are the machine's, divided by the two ends of each connection, because the \
                  clients'\n  ends are on this machine too. Reclaimable slab holds the sockets' inodes, and file caches \
-                 that come and go.\n"
+                 that come and go.\n  What the kernel still gives back of earlier runs makes them too low: run it alone, \
+                 a minute after others.\n"
             }
             _ => {
                 "  No server process was found on this machine (pass --server-pid), so the kernel's figures are those \

@@ -136,7 +136,7 @@ impl Report {
     pub fn new(plan: &Plan, measured: Measured, samples: [Samples; 2], machine: Machine) -> Self {
         let Measured { tally, verdict, connect_s, seconds, since, points, told } = measured;
         let [before, after] = samples;
-        let per_s = |count: u64| count as f64 / seconds.max(f64::MIN_POSITIVE);
+        let per_s = |count: u64| per_s_of(count as f64, seconds);
         let server_cpu_s = before.server.zip(after.server).map(|(before, after)| after.cpu_s - before.cpu_s);
         let (window, rate, lag) = match plan.pace {
             Pace::Closed { window } => (Some(window), None, None),
@@ -146,7 +146,8 @@ impl Report {
                 (None, Some(rate), Some(lag))
             }
         };
-        let invalid_because = doubts(&tally, lag);
+        let generator_cpu_s = before.generator.zip(after.generator).map(|(before, after)| after.cpu_s - before.cpu_s);
+        let invalid_because = doubts(&tally, lag, generator_cpu_s.map(|cpu_s| per_s_of(cpu_s, seconds)));
         Self {
             version: env!("CARGO_PKG_VERSION"),
             machine,
@@ -174,7 +175,7 @@ impl Report {
             generator_lag_us: lag,
             server_cpu_s,
             server_rss_bytes: after.server.map(|sample| sample.rss_bytes),
-            generator_cpu_s: before.generator.zip(after.generator).map(|(before, after)| after.cpu_s - before.cpu_s),
+            generator_cpu_s,
             server_metrics: told,
             commit: env!("RINGLINE_COMMIT"),
             invalid_because,
@@ -272,12 +273,19 @@ fn errors(tally: &Tally, verdict: &Verdict) -> BTreeMap<&'static str, u64> {
     errors
 }
 
-fn doubts(tally: &Tally, lag: Option<Lag>) -> Vec<String> {
+fn per_s_of(amount: f64, seconds: f64) -> f64 {
+    amount / seconds.max(f64::MIN_POSITIVE)
+}
+
+/// Why the figures say little about the server. `cores` is what the generator used of them.
+fn doubts(tally: &Tally, lag: Option<Lag>, cores: Option<f64>) -> Vec<String> {
     let mut doubts = Vec::new();
     if let Some(lag) = lag.filter(|lag| lag.p99 > LAG_US_MAX) {
         let (is, may) = (ms(lag.p99), ms(LAG_US_MAX));
+        let used = cores.map_or_else(String::new, |cores| format!(" and used {cores:.2} cores"));
         doubts.push(format!(
-            "the generator was {is} ms late at p99, more than {may} ms: give it more cores or less to do"
+            "the generator was {is} ms late at p99, more than {may} ms{used}: if its cores were full, give it more \
+             (--cores) or less to do; if not, something else kept this machine busy"
         ));
     }
     let due = tally.ever_sent + tally.unsent;
