@@ -470,7 +470,6 @@ pub(crate) mod tests {
         for part in [
             "store commits",
             "50/s, 20.0 records each",
-            "server refused",
             "closed loop, 3 in flight",
             "p50 1.250",
             "LAGGED",

@@ -24,6 +24,8 @@ use crate::run;
 /// Less than this part of the offered load accepted or delivered: the rate is too high. What may be on its way at the end
 /// of the window, within the bound on latency, is not missing: it counts in short windows.
 const ACHIEVED_SHARE_MIN: f64 = 0.99;
+/// And this part is missing in any case, however long the bound and short the window.
+const UNDER_WAY_SHARE_MAX: f64 = 0.1;
 /// The climb doubles the rate until the first failure, then goes on from the last good rate by the asked step.
 const COARSE_STEP: f64 = 2.0;
 /// A rate fails for good after so many failed runs.
@@ -189,7 +191,7 @@ impl Search {
 
     fn achieved_per_s_min(&self, rate: u64, seconds: f64) -> f64 {
         let under_way_share = self.p99_us_max as f64 / US_PER_S / seconds.max(f64::MIN_POSITIVE);
-        rate as f64 * ACHIEVED_SHARE_MIN.min(1.0 - under_way_share).max(0.0)
+        rate as f64 * ACHIEVED_SHARE_MIN.min(1.0 - under_way_share.min(UNDER_WAY_SHARE_MAX))
     }
 
     /// Takes what the run at [`Self::next`]'s rate has shown.
@@ -488,6 +490,7 @@ mod tests {
         let short = |achieved_per_s| Observed { achieved_per_s, seconds: 1.0, ..server(1_000, 50_000.0) };
         assert_eq!(search.clone().observe(short(951.0)), Judgement::Good);
         assert_eq!(search.clone().observe(short(949.0)), Judgement::TooLittle);
+        assert_eq!(search.clone().observe(Observed { seconds: 0.1, ..short(899.0) }), Judgement::TooLittle);
         assert_eq!(search.observe(Observed { seconds: 10.0, ..short(989.0) }), Judgement::TooLittle);
     }
 
