@@ -119,35 +119,39 @@ counts() { # counts NAME CLIENTS WINDOW ARGUMENT...
 }
 
 instructions() { # instructions NAME CLIENTS WINDOW ARGUMENT...
-  local name=$1 clients=$2 window=$3 before after
+  local name=$1 clients=$2 window=$3 file messages
   shift 3
   start_server valgrind --tool=callgrind --instr-atstart=no --separate-threads=yes \
     --callgrind-out-file="$folder/callgrind"
   start_load "$clients" "$window" 600 "$@"
   wait_for_load
   callgrind_control --instr=on "$server" >/dev/null
-  sleep 1
-  callgrind_control --zero "$server" >/dev/null
-  scrape "$folder/before"
-  sleep "$((measure_s * 5))"
-  scrape "$folder/after"
+  sleep "$measure_s"
   callgrind_control --dump "$server" >/dev/null
   kill "$bench" && wait "$bench" 2>/dev/null || true
   bench=
-  local delivered=$(($(value "$folder/after" ringline_delivered_total) - $(value "$folder/before" ringline_delivered_total)))
   stop_server
-  # One file a thread and dump: the core's is the largest of the first dump.
-  local file
-  file=$(ls -S "$folder"/callgrind.1-* | head -1)
-  printf '\n%s: %s messages\n' "$name" "$delivered"
-  callgrind_annotate --threshold=100 "$file" | awk -v n="$delivered" '
-    /PROGRAM TOTALS/ { gsub(",", "", $1); printf "  instructions a message %.0f\n", $1 / n }'
-  callgrind_annotate --threshold=100 --tree=caller "$file" | awk -v n="$delivered" '
+  # One file a thread and dump: the core's is the one of the first dump in which most was done.
+  file=$(awk '$1 == "totals:" { print $2, FILENAME }' "$folder"/callgrind.1-* | sort -n | tail -1 | cut -d' ' -f2)
+  callgrind_annotate --threshold=100 --tree=caller "$file" >"$folder/tree"
+  # Each delivery writes its body once: the profile counts its own messages.
+  messages=$(grep -m1 -oE 'FlatBufferBuilder<A>::create_vector \([0-9,]+x' "$folder/tree" | grep -oE '[0-9,]+x$' | tr -d ',x')
+  printf '%s: %s messages\n' "$name" "$messages"
+  awk -v n="$messages" '
+    /PROGRAM TOTALS/ { gsub(",", "", $1); printf "  instructions a message %.0f, and copies by their callers:\n", $1 / n }
     / < / { callers[++count] = $0; next }
-    / \* / { if ($0 ~ /mem(cpy|move)/) for (i = 1; i <= count; i++) if (match(callers[i], /\([0-9,]+x\)/)) {
-        calls = substr(callers[i], RSTART + 1, RLENGTH - 3); gsub(",", "", calls)
-        if (calls / n >= 0.01) { caller = callers[i]; sub(/.* < /, "", caller); printf "  %6.2f %s\n", calls / n, caller } }
-      count = 0 }'
+    / \* / {
+      if ($0 ~ /mem(cpy|move)/) for (i = 1; i <= count; i++) if (match(callers[i], /\([0-9,]+x\)/)) {
+        calls = substr(callers[i], RSTART + 1, RLENGTH - 3)
+        gsub(",", "", calls)
+        caller = callers[i]
+        sub(/.* < [^ ]*\.rs:/, "", caller)
+        sub(/ \(.*/, "", caller)
+        if (calls / n >= 0.05) printf "  %6.2f %s\n", calls / n, caller
+      }
+      count = 0
+    }' "$folder/tree"
+  rm -f "$folder"/callgrind*
 }
 
 echo "machine: $(uname -r), $(nproc) cores, net.kind=$net, commit $(git rev-parse --short HEAD)"

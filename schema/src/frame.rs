@@ -1,7 +1,7 @@
 //! The frame: a 16-byte little-endian header and a body, and the incremental decoder that cuts a byte stream into frames.
 //!
 //! The decoder yields frames in place. Only a frame that the input splits is copied, into a tail that is given back
-//! when it empties, so an idle connection owns no buffer.
+//! when it empties, so an idle connection owns no buffer. Whoever decodes many streams lends all of them one [`TailPool`].
 
 use crate::codec::Codec;
 use crate::commands::Command;
@@ -109,6 +109,32 @@ pub struct Frame<'a> {
     pub raw: &'a [u8],
 }
 
+/// Emptied tails that a [`TailPool`] keeps.
+pub const TAILS_SPARE_MAX: usize = 64;
+/// A tail with more room than this is given back to the allocator instead.
+pub const TAIL_SPARE_BYTES_MAX: usize = 4_096;
+
+/// Room for unfinished frames, shared by the streams of one thread: a stream that is cut in the middle of a frame again
+/// and again, as by receive buffers of fixed size, does not allocate each time. Holds at most [`TAILS_SPARE_MAX`] times
+/// [`TAIL_SPARE_BYTES_MAX`] bytes.
+#[derive(Debug, Default)]
+pub struct TailPool {
+    spare: Vec<Vec<u8>>,
+}
+
+impl TailPool {
+    fn take(&mut self) -> Vec<u8> {
+        self.spare.pop().unwrap_or_default()
+    }
+
+    fn give_back(&mut self, mut tail: Vec<u8>) {
+        if self.spare.len() < TAILS_SPARE_MAX && (1..=TAIL_SPARE_BYTES_MAX).contains(&tail.capacity()) {
+            tail.clear();
+            self.spare.push(tail);
+        }
+    }
+}
+
 /// Cuts a stream into frames. Bounded: never holds more than one frame of `frame_bytes_max`.
 #[derive(Debug, Default)]
 pub struct FrameDecoder {
@@ -140,10 +166,34 @@ impl FrameDecoder {
         input: &mut &'i [u8],
         frame_bytes_max: u32,
     ) -> Result<Option<Frame<'s>>, FrameError> {
-        if self.tail_given {
+        if std::mem::replace(&mut self.tail_given, false) {
             self.tail = Vec::new();
-            self.tail_given = false;
         }
+        self.cut(input, frame_bytes_max)
+    }
+
+    /// The same, with a tail from a pool, which gets it back at the call after the frame in it was given out.
+    pub fn next_pooled<'s, 'i: 's>(
+        &'s mut self,
+        input: &mut &'i [u8],
+        frame_bytes_max: u32,
+        pool: &mut TailPool,
+    ) -> Result<Option<Frame<'s>>, FrameError> {
+        if std::mem::replace(&mut self.tail_given, false) {
+            pool.give_back(std::mem::take(&mut self.tail));
+        }
+        // What is left of the input is an unfinished frame only in the last call, so look before taking.
+        if self.tail.capacity() == 0 && !input.is_empty() && !holds_frame(input) {
+            self.tail = pool.take();
+        }
+        self.cut(input, frame_bytes_max)
+    }
+
+    fn cut<'s, 'i: 's>(
+        &'s mut self,
+        input: &mut &'i [u8],
+        frame_bytes_max: u32,
+    ) -> Result<Option<Frame<'s>>, FrameError> {
         if self.tail.is_empty() {
             let Some(header_bytes) = input.first_chunk::<FRAME_HEADER_BYTES>() else {
                 self.keep(input);
@@ -187,6 +237,17 @@ impl FrameDecoder {
         self.tail.extend_from_slice(input);
         *input = &[];
     }
+}
+
+/// Whether the input begins with a whole frame, if its header is one at all.
+fn holds_frame(input: &[u8]) -> bool {
+    let Some((_, [b0, b1, b2, b3])) =
+        input.first_chunk::<FRAME_HEADER_BYTES>().and_then(|head| head.split_last_chunk())
+    else {
+        return false;
+    };
+    let body_bytes = u32::from_le_bytes([*b0, *b1, *b2, *b3]) as usize;
+    input.len() - FRAME_HEADER_BYTES >= body_bytes
 }
 
 #[cfg(test)]
@@ -284,6 +345,35 @@ mod tests {
         let bytes = frame(Command::Ping as u16, 3, &body);
         let error = decoder.next(&mut &bytes[..], 1 << 20).unwrap_err();
         assert_eq!(error.code, ErrorCode::FrameTooLarge);
+    }
+
+    #[test]
+    fn streams_cut_anywhere_share_a_few_tails_and_give_them_back() {
+        let stream: Vec<u8> = (0..40).flat_map(|at| frame(0x106, at, &vec![at as u8; 100])).collect();
+        let mut pool = TailPool::default();
+        let mut decoders = [FrameDecoder::new(), FrameDecoder::new()];
+        let mut seen = [0; 2];
+        let mut rooms = Vec::new();
+        for part in stream.chunks(77) {
+            for (decoder, seen) in decoders.iter_mut().zip(&mut seen) {
+                let mut input = part;
+                while let Some(frame) = decoder.next_pooled(&mut input, MAX, &mut pool).unwrap() {
+                    assert_eq!((frame.header.request_id, frame.body), (*seen, &[*seen as u8; 100][..]));
+                    *seen += 1;
+                }
+                rooms.extend((decoder.tail.capacity() > 0).then(|| decoder.tail.as_ptr()));
+            }
+        }
+        assert_eq!(seen, [40; 2]);
+        assert!(decoders.iter().all(|decoder| decoder.tail.capacity() == 0), "an emptied tail is in the pool");
+        rooms.sort();
+        rooms.dedup();
+        assert!(rooms.len() <= 4 && !pool.spare.is_empty(), "{} blocks for 60 unfinished frames", rooms.len());
+        // A large one is not kept.
+        let (large, kept) = (frame(0x106, 9, &[1; 900]), pool.spare.len());
+        let mut decoder = FrameDecoder { tail: Vec::with_capacity(TAIL_SPARE_BYTES_MAX + 1), tail_given: true };
+        assert!(decoder.next_pooled(&mut &large[..], MAX, &mut pool).unwrap().is_some());
+        assert_eq!(pool.spare.len(), kept);
     }
 
     #[test]

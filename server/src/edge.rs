@@ -12,7 +12,7 @@ use ringline_cluster::placement::ShardIndex;
 use ringline_core::Shard;
 use ringline_core::event::{ConnId, Effects, Event, Now, Verdict};
 use ringline_schema::codec::{Codec, decode_request};
-use ringline_schema::frame::FrameDecoder;
+use ringline_schema::frame::{FrameDecoder, TailPool};
 
 use crate::net::{Flow, Net, Sending};
 
@@ -78,6 +78,8 @@ pub struct Edge {
     /// Closing connections in order of their deadlines.
     closing: VecDeque<(u64, ConnId)>,
     in_flight: usize,
+    /// For frames that a receive buffer cuts.
+    tails: TailPool,
 }
 
 impl Edge {
@@ -106,7 +108,7 @@ impl Edge {
                 return Flow::Stop;
             }
         }
-        match decode(connection, turn, bytes) {
+        match decode(connection, turn, bytes, &mut self.tails) {
             Decoded::All => Flow::Continue,
             Decoded::Stopped => {
                 // `Effect::Close` is on its way. Reading goes on, to throw away.
@@ -281,11 +283,11 @@ enum Decoded {
     HandOver(Leaving),
 }
 
-fn decode(connection: &mut Connection, turn: &mut Turn<'_>, mut input: &[u8]) -> Decoded {
+fn decode(connection: &mut Connection, turn: &mut Turn<'_>, mut input: &[u8], tails: &mut TailPool) -> Decoded {
     let (shard, fx, now) = (&mut *turn.shard, &mut *turn.fx, turn.now);
     let conn = connection.id;
     loop {
-        let frame = match connection.decoder.next(&mut input, shard.frame_limit(conn)) {
+        let frame = match connection.decoder.next_pooled(&mut input, shard.frame_limit(conn), tails) {
             Ok(None) => return Decoded::All,
             Ok(Some(frame)) => frame,
             Err(error) => {

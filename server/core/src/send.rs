@@ -1,6 +1,6 @@
 //! The origin's side of SEND: checks, the way to the owner or the target, and the one answer.
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, Seq, UserName};
 use ringline_schema::limits;
@@ -11,6 +11,25 @@ use crate::deliver::DeliveryWait;
 use crate::event::{ConnId, Effects, ShardMessage};
 use crate::peer::{Origin, Submit, TransientSend, Wanted};
 use crate::shard::Shard;
+
+/// Bodies are copied out of what was received into blocks of this size, which they share.
+const BODY_BLOCK_BYTES: usize = 64 * 1024;
+/// A larger body has memory of its own.
+const BODY_SHARED_BYTES_MAX: usize = BODY_BLOCK_BYTES / 8;
+
+/// The one copy of a body that outlives its request. No allocation a message: a block is used again when all bodies in
+/// it are gone. A body keeps its whole block, so this is for what is soon forgotten: bodies are not kept in caches.
+fn keep_body(block: &mut BytesMut, body: &[u8]) -> Bytes {
+    if body.is_empty() || body.len() > BODY_SHARED_BYTES_MAX {
+        return Bytes::copy_from_slice(body);
+    }
+    if block.capacity() < body.len() {
+        // Takes the old block if nobody else has a part of it, else a new one.
+        block.reserve(BODY_BLOCK_BYTES);
+    }
+    block.extend_from_slice(body);
+    block.split().freeze()
+}
 
 /// How a send ended: whether it was durable, and what its sender is told.
 pub(crate) type SendEnd = (bool, Result<SendAck, ErrorCode>);
@@ -74,7 +93,7 @@ impl Shard {
             device_key,
             client_seq: send.client_seq,
             kind: send.kind,
-            body: Bytes::copy_from_slice(send.body),
+            body: keep_body(&mut self.bodies, send.body),
             ack_timeout_ms: send.ack_timeout_ms.map(|ms| ms.min(limits::ACK_TIMEOUT_MS_MAX)),
         };
         if let Some(login) = self.sessions.login_mut(conn) {
@@ -126,7 +145,7 @@ impl Shard {
                 self.answer_send(origin, (false, result), None, fx);
             }
         } else {
-            let (client_seq, kind, body) = (send.client_seq, send.kind, Bytes::copy_from_slice(send.body));
+            let (client_seq, kind, body) = (send.client_seq, send.kind, keep_body(&mut self.bodies, send.body));
             let send = TransientSend { origin, from, to, device, client_seq, kind, body, ack_timeout_ms, no_reply };
             self.tell_shard(target, ShardMessage::Transient(Box::new(send)), fx);
         }
@@ -232,3 +251,32 @@ impl Shard {
 
 /// Transient messages belong to no stored conversation.
 const NO_CONVERSATION: ConversationId = ConversationId(0);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bodies_share_blocks_which_are_used_again() {
+        let mut block = BytesMut::new();
+        let first = keep_body(&mut block, b"first");
+        let place = first.as_ptr();
+        let second = keep_body(&mut block, b"second");
+        assert_eq!(second.as_ptr(), place.wrapping_add(5), "one block");
+        assert_eq!((&first[..], &second.clone()[..]), (&b"first"[..], &b"second"[..]));
+        drop((first, second));
+        for number in 0..100_000u32 {
+            let body = keep_body(&mut block, &number.to_le_bytes());
+            assert_eq!(&body[..], &number.to_le_bytes());
+            let offset = (body.as_ptr() as usize).wrapping_sub(place as usize);
+            assert!(offset < BODY_BLOCK_BYTES, "the same block, when nobody holds a part of it");
+        }
+        let held = keep_body(&mut block, b"held");
+        let others: Vec<_> = (0..20_000u32).map(|number| keep_body(&mut block, &number.to_le_bytes())).collect();
+        assert_eq!(&held[..], b"held");
+        assert!(others.iter().zip(0u32..).all(|(body, number)| body[..] == number.to_le_bytes()));
+        let large = vec![7; BODY_SHARED_BYTES_MAX + 1];
+        assert_eq!(keep_body(&mut block, &large), large);
+        assert!(keep_body(&mut block, b"").is_empty());
+    }
+}

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
+use bytes::BytesMut;
 use foldhash::fast::FixedState;
 use lru::LruCache;
 use ringline_cluster::placement::ShardIndex;
@@ -69,6 +70,8 @@ pub struct Shard {
     /// Appends that somebody waits for, in order of their record numbers.
     pub(crate) pending: VecDeque<Pending>,
     pub(crate) pending_bytes: usize,
+    /// The block that the next bodies go into.
+    pub(crate) bodies: BytesMut,
     pub(crate) appended: u64,
     pub(crate) stored: u64,
 
@@ -107,6 +110,7 @@ impl Shard {
             conversations: LruCache::unbounded_with_hasher(hasher),
             pending: VecDeque::new(),
             pending_bytes: 0,
+            bodies: BytesMut::new(),
             appended: 0,
             stored: 0,
             delivery_waits: BTreeMap::new(),
