@@ -349,7 +349,7 @@ mod tests {
 
     #[test]
     fn streams_cut_anywhere_share_a_few_tails_and_give_them_back() {
-        let stream: Vec<u8> = (0..40).flat_map(|at| frame(0x106, at, &vec![at as u8; 100])).collect();
+        let stream: Vec<u8> = (0..40).flat_map(|at| frame(0x106, at, &[at as u8; 100])).collect();
         let mut pool = TailPool::default();
         let mut decoders = [FrameDecoder::new(), FrameDecoder::new()];
         let mut seen = [0; 2];
@@ -361,7 +361,7 @@ mod tests {
                     assert_eq!((frame.header.request_id, frame.body), (*seen, &[*seen as u8; 100][..]));
                     *seen += 1;
                 }
-                rooms.extend((decoder.tail.capacity() > 0).then(|| decoder.tail.as_ptr()));
+                rooms.extend((decoder.tail.capacity() > 0).then_some(decoder.tail.as_ptr()));
             }
         }
         assert_eq!(seen, [40; 2]);
