@@ -9,7 +9,7 @@ use ringline_schema::codec::{Codec, Encoder, decode_reply, decode_request};
 use ringline_schema::frame::{FrameDecoder, Header};
 use ringline_schema::ids::{ConversationId, DeviceId, Seq};
 use ringline_schema::limits::{FRAME_BYTES_MAX, FRAME_HEADER_BYTES};
-use ringline_schema::message::{BodyKind, Class, Message, Reply, Request, Send};
+use ringline_schema::message::{BodyKind, Class, Extra, Mentions, Message, Reply, Request, Send};
 
 const PAYLOAD: [u8; 64] = [b'x'; 64];
 /// Frames in the stream that the frame decoder cuts.
@@ -23,6 +23,7 @@ fn send() -> Request<'static> {
         client_seq: 7,
         ack_timeout_ms: None,
         body: &PAYLOAD,
+        mentions: Mentions::default(),
     })
 }
 
@@ -39,6 +40,7 @@ fn deliver() -> Reply<'static> {
         kind: BodyKind::Text,
         delivery: 0,
         body: &PAYLOAD,
+        extra: Extra::default(),
     })
 }
 

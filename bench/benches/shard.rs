@@ -9,7 +9,7 @@ use ringline_core::config::CoreConfig;
 use ringline_core::event::{ConnId, Effect, Effects, Event, Now, Token, WorkOutcome};
 use ringline_schema::codec::Codec;
 use ringline_schema::ids::{DeviceId, Seq};
-use ringline_schema::message::{BodyKind, Class, Credential, DeviceKind, Login, Request, Secret, Send};
+use ringline_schema::message::{BodyKind, Class, Credential, DeviceKind, Login, Mentions, Request, Secret, Send};
 use ringline_schema::record::{Answer, Head, User};
 
 /// Clients of the shard; they write to each other in pairs.
@@ -91,7 +91,18 @@ impl Node {
         for client in 0..CLIENTS {
             let to = names[(client ^ 1) as usize].as_str();
             let (kind, client_seq, body) = (BodyKind::Text, self.client_seq, &BODY[..]);
-            self.request(client, Request::Send(Send { to, class, kind, client_seq, ack_timeout_ms: None, body }));
+            self.request(
+                client,
+                Request::Send(Send {
+                    to,
+                    class,
+                    kind,
+                    client_seq,
+                    ack_timeout_ms: None,
+                    body,
+                    mentions: Mentions::default(),
+                }),
+            );
         }
         self.settle();
     }

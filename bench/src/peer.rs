@@ -13,7 +13,8 @@ use ringline_schema::errors::ErrorCode;
 use ringline_schema::frame::Frame;
 use ringline_schema::ids::{DeviceId, Seq};
 use ringline_schema::message::{
-    Ack, BodyKind, Class, Credential, DeviceKind, Fetch, Login, LoginOk, Message, Reply, Request, Secret, Send, SendAck,
+    Ack, BodyKind, Class, Credential, DeviceKind, Fetch, Login, LoginOk, Mentions, Message, Reply, Request, Secret,
+    Send, SendAck,
 };
 
 use crate::check::{Arrival, Inbox, Ledger, NUMBERS_MAX};
@@ -265,7 +266,9 @@ impl Peer {
             | Reply::RouteOk { .. }
             | Reply::OnlineOk { .. }
             | Reply::ConversationsOk { .. }
-            | Reply::Receipt(_) => turn.desk.tally.count(Incident::UnexpectedAnswer),
+            | Reply::Receipt(_)
+            | Reply::Group(_)
+            | Reply::Chat(_) => turn.desk.tally.count(Incident::UnexpectedAnswer),
         }
         Outcome::Fine
     }
@@ -537,6 +540,7 @@ impl Peer {
             client_seq: plan.client_seq_base + u64::from(number),
             ack_timeout_ms: None,
             body: &desk.body,
+            mentions: Mentions::default(),
         };
         desk.encoder.request(Codec::FlatBuffers, number + 1, &Request::Send(send), &mut desk.out);
     }

@@ -7,7 +7,7 @@ use crate::plan::tests::plan;
 use ringline_schema::codec::decode_request;
 use ringline_schema::frame::FrameDecoder;
 use ringline_schema::ids::ConversationId;
-use ringline_schema::message::KickReason;
+use ringline_schema::message::{Extra, KickReason};
 
 const MS: u64 = 1_000_000;
 const SECOND: u64 = 1_000 * MS;
@@ -131,6 +131,7 @@ fn message<'a>(from: &'a str, to: &'a str, (seq, body): (u64, &'a [u8])) -> Mess
         kind: BodyKind::Custom,
         delivery: 0,
         body,
+        extra: Extra::default(),
     }
 }
 

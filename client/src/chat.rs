@@ -482,7 +482,13 @@ impl Chat {
     fn format(&self, message: &Message) -> String {
         let body = match message.kind {
             BodyKind::Text | BodyKind::Emoji | BodyKind::Link => clean(&message.text()),
-            BodyKind::Image | BodyKind::Voice | BodyKind::Video | BodyKind::File | BodyKind::Custom => {
+            BodyKind::Image
+            | BodyKind::Voice
+            | BodyKind::Video
+            | BodyKind::File
+            | BodyKind::Custom
+            | BodyKind::System
+            | BodyKind::Amendment => {
                 format!("[{:?}, {} bytes]", message.kind, message.body.len())
             }
         };

@@ -13,7 +13,7 @@ use ringline_schema::codec::{Codec, Encoder};
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
 use ringline_schema::limits;
-use ringline_schema::message::{self, BodyKind, Class, Outcome, Receipt, Request};
+use ringline_schema::message::{self, BodyKind, Class, Mentions, Outcome, Receipt, Request};
 
 use crate::streams::Message;
 
@@ -232,6 +232,7 @@ impl Send {
             client_seq,
             ack_timeout_ms: options.delivery_timeout.map(delivery_timeout_ms),
             body: &self.outgoing.body,
+            mentions: Mentions::default(),
         }
     }
 

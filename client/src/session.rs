@@ -12,7 +12,7 @@ use ringline_schema::frame::{Frame, FrameDecoder};
 use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
 use ringline_schema::limits;
 use ringline_schema::message::{
-    self, Credential, DeviceKind, GoawayReason, KickReason, Login, LoginOk, Receipt, Reply, Request,
+    self, Credential, DeviceKind, GoawayReason, GroupReply, KickReason, Login, LoginOk, Receipt, Reply, Request,
 };
 
 use crate::pending::{
@@ -376,10 +376,19 @@ impl Session {
             | Reply::SendAck(_)
             | Reply::FetchOk { .. }
             | Reply::OnlineOk { .. }
-            | Reply::ConversationsOk { .. } => match self.wire.answered(frame.header.request_id) {
-                Some(waiting) => self.answer(now, waiting, reply),
+            | Reply::ConversationsOk { .. }
+            | Reply::Group(GroupReply::Ok { .. } | GroupReply::Info(_) | GroupReply::Members { .. }) => {
+                match self.wire.answered(frame.header.request_id) {
+                    Some(waiting) => self.answer(now, waiting, reply),
+                    None => Err(Cut::protocol(ErrorCode::BadRequest)),
+                }
+            }
+            Reply::Chat(reply) if !reply.is_push() => match self.wire.answered(frame.header.request_id) {
+                Some(waiting) => self.answer(now, waiting, Reply::Chat(reply)),
                 None => Err(Cut::protocol(ErrorCode::BadRequest)),
             },
+            // Nothing that a stream could miss: each is told again, or can be asked for.
+            Reply::Chat(_) | Reply::Group(GroupReply::Changed { .. }) => Ok(()),
             Reply::Deliver(_) | Reply::Receipt(_) | Reply::Lagged { .. } if !self.is_online() => {
                 Err(Cut::protocol(ErrorCode::NotLoggedIn))
             }
@@ -509,7 +518,7 @@ fn history(reply: Reply<'_>) -> Result<History, Cut> {
 fn conversation_page(reply: Reply<'_>) -> Result<ConversationPage, Cut> {
     let Reply::ConversationsOk { conversations, next } = reply else { return Err(wrong_answer()) };
     let row = |row: message::Conversation<'_>| {
-        let message::Conversation { conversation, with, first, head, last_time_ms, acked } = row;
+        let message::Conversation { conversation, with, first, head, last_time_ms, acked, .. } = row;
         UserName::new(with).map(|with| Conversation { conversation, with, first, head, last_time_ms, acked })
     };
     let conversations = conversations.into_iter().map(row).collect::<Result<_, _>>().map_err(Cut::protocol)?;

@@ -14,8 +14,8 @@ use ringline_schema::frame::FrameDecoder;
 use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
 use ringline_schema::limits;
 use ringline_schema::message::{
-    self, Ack, Class, Conversation, Credential, Fetch, GoawayReason, KickReason, Login, LoginOk, OnlineUser, Outcome,
-    Receipt, Reply, Request, SendAck,
+    self, Ack, Class, Conversation, Credential, Extra, Fetch, GoawayReason, KickReason, Login, LoginOk, OnlineUser,
+    Outcome, Receipt, Reply, Request, SendAck,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -307,7 +307,9 @@ impl State {
             | Request::Ack(_)
             | Request::Fetch(_)
             | Request::Online { .. }
-            | Request::Conversations { .. } => {
+            | Request::Conversations { .. }
+            | Request::Group { .. }
+            | Request::Chat(_) => {
                 let session = self.sessions.iter().find(|session| session.number == asker.number);
                 let Some((user, device)) = session.map(|session| (session.user.clone(), session.device)) else {
                     asker.refuse(ErrorCode::NotLoggedIn, 0);
@@ -338,6 +340,7 @@ impl State {
             }
             Request::Fetch(fetch) => self.fetch(asker, user, &fetch),
             Request::Online { cursor, limit: _ } => self.online(asker, cursor),
+            Request::Group { .. } | Request::Chat(_) => asker.refuse(ErrorCode::Unsupported, 0),
             Request::Conversations { cursor, limit } => self.list(asker, who, (cursor, limit)),
             Request::Register { .. }
             | Request::Login(_)
@@ -530,6 +533,7 @@ impl State {
                     head: Seq(messages.len() as u64),
                     last_time_ms: EPOCH_MS + messages.len() as u64,
                     acked: Seq(self.cursors.get(&(user.clone(), device.0, id)).copied().unwrap_or(0)),
+                    ..Default::default()
                 });
             }
         }
@@ -566,5 +570,6 @@ fn wire(conversation: ConversationId, seq: u64, stored: &Stored) -> message::Mes
         kind: stored.kind,
         delivery: 0,
         body: &stored.body,
+        extra: Extra::default(),
     }
 }

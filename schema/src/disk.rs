@@ -11,7 +11,8 @@ use rkyv::{Archive, Serialize};
 
 use crate::ids::{ConversationId, DeviceId, Seq, UserName, body_hash};
 use crate::message::BodyKind;
-use crate::record::{Accepted, Record, StoredMessage, User};
+use crate::record::{Accepted, Change, Record, StoredExtra, StoredMessage, User};
+use crate::rows::{Row, decode_rows, encode_rows};
 
 /// What the payload of a log record is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +22,8 @@ pub enum RecordType {
     User = 2,
     Conversation = 3,
     Cursor = 4,
+    /// A message with more than a plain one has, rows, or both.
+    Change = 5,
 }
 
 impl RecordType {
@@ -30,6 +33,7 @@ impl RecordType {
             2 => Some(Self::User),
             3 => Some(Self::Conversation),
             4 => Some(Self::Cursor),
+            5 => Some(Self::Change),
             _ => None,
         }
     }
@@ -85,12 +89,67 @@ struct DiskCursor<'a> {
     user: &'a str,
 }
 
+/// A message with its extra and the rows beside it. Without a message, `seq` is 0 and all about it is empty.
+#[derive(Archive, Default, Serialize)]
+struct DiskChange<'a> {
+    conversation: u128,
+    seq: u64,
+    device: u64,
+    client_seq: u64,
+    time_ms: u64,
+    kind: u8,
+    #[rkyv(with = InlineAsBox)]
+    from: &'a str,
+    #[rkyv(with = InlineAsBox)]
+    to: &'a str,
+    #[rkyv(with = InlineAsBox)]
+    body: &'a [u8],
+    /// Packed; empty: none.
+    #[rkyv(with = InlineAsBox)]
+    extra: &'a [u8],
+    /// Packed.
+    #[rkyv(with = InlineAsBox)]
+    rows: &'a [u8],
+}
+
+fn disk_change<'a>(message: Option<&'a StoredMessage>, extra: &'a [u8], rows: &'a [u8]) -> DiskChange<'a> {
+    let Some(message) = message else { return DiskChange { rows, ..Default::default() } };
+    DiskChange {
+        conversation: message.conversation.0,
+        seq: message.seq.0,
+        device: message.device.0,
+        client_seq: message.client_seq,
+        time_ms: message.time_ms,
+        kind: message.kind as u8,
+        from: message.from.as_str(),
+        to: message.to.as_str(),
+        body: &message.body,
+        extra,
+        rows,
+    }
+}
+
+fn packed_extra(message: Option<&StoredMessage>) -> Vec<u8> {
+    message.and_then(|message| message.extra.as_deref()).map(StoredExtra::encode).unwrap_or_default()
+}
+
 /// Appends the payload of a record to `out` and says its type.
 ///
 /// Fails only if a field is larger than the format can hold, which the wire limits exclude.
 pub fn encode(record: &Record, out: &mut AlignedVec) -> Result<RecordType, DiskError> {
     let taken = std::mem::take(out);
     let (record_type, result) = match record {
+        Record::Message(message) if message.extra.is_some() => {
+            let extra = packed_extra(Some(message));
+            let disk = disk_change(Some(message), &extra, &[]);
+            (RecordType::Change, rkyv::api::high::to_bytes_in::<_, Error>(&disk, taken))
+        }
+        Record::Change(change) => {
+            let (message, rows) = (change.message.as_ref(), encode_rows(&change.rows));
+            let extra = packed_extra(message);
+            let disk = disk_change(message, &extra, &rows);
+            (RecordType::Change, rkyv::api::high::to_bytes_in::<_, Error>(&disk, taken))
+        }
         Record::Message(message) => {
             let disk = DiskMessage {
                 conversation: message.conversation.0,
@@ -139,8 +198,10 @@ pub fn decode(record_type: RecordType, payload: &[u8]) -> Result<Record, DiskErr
                 time_ms: disk.time_ms.to_native(),
                 kind: BodyKind::from_number(disk.kind).ok_or_else(|| DiskError("body kind".into()))?,
                 body: Bytes::copy_from_slice(&disk.body),
+                extra: None,
             })
         }
+        RecordType::Change => change(payload)?,
         RecordType::User => {
             let disk = rkyv::access::<ArchivedDiskUser<'_>, Error>(payload).map_err(refused)?;
             let password_hash = (!disk.password_hash.is_empty()).then(|| disk.password_hash.to_string());
@@ -171,6 +232,11 @@ pub fn decode(record_type: RecordType, payload: &[u8]) -> Result<Record, DiskErr
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Indexed {
     Message(IndexedMessage),
+    Change {
+        message: Option<IndexedMessage>,
+        rows: Vec<Row>,
+    },
+    /// Neither of the two.
     Other(Record),
 }
 
@@ -185,11 +251,18 @@ pub struct IndexedMessage {
 
 /// Like [`decode`], but copies no body.
 pub fn decode_for_index(record_type: RecordType, payload: &[u8]) -> Result<Indexed, DiskError> {
-    if record_type != RecordType::Message {
-        return decode(record_type, payload).map(Indexed::Other);
+    match record_type {
+        RecordType::Message => message_for_index(payload).map(Indexed::Message),
+        RecordType::Change => change_for_index(payload),
+        RecordType::User | RecordType::Conversation | RecordType::Cursor => {
+            decode(record_type, payload).map(Indexed::Other)
+        }
     }
+}
+
+fn message_for_index(payload: &[u8]) -> Result<IndexedMessage, DiskError> {
     let disk = rkyv::access::<ArchivedDiskMessage<'_>, Error>(payload).map_err(refused)?;
-    Ok(Indexed::Message(IndexedMessage {
+    Ok(IndexedMessage {
         conversation: ConversationId(disk.conversation.to_native()),
         from: name(&disk.from)?,
         device: DeviceId(disk.device.to_native()),
@@ -199,7 +272,56 @@ pub fn decode_for_index(record_type: RecordType, payload: &[u8]) -> Result<Index
             time_ms: disk.time_ms.to_native(),
             body_hash: body_hash(&disk.body),
         },
-    }))
+    })
+}
+
+fn change_for_index(payload: &[u8]) -> Result<Indexed, DiskError> {
+    let disk = rkyv::access::<ArchivedDiskChange<'_>, Error>(payload).map_err(refused)?;
+    let rows = decode_rows(&disk.rows).map_err(|error| DiskError(error.to_string()))?;
+    let seq = Seq(disk.seq.to_native());
+    if seq == Seq::ZERO {
+        return Ok(Indexed::Change { message: None, rows });
+    }
+    let message = IndexedMessage {
+        conversation: ConversationId(disk.conversation.to_native()),
+        from: name(&disk.from)?,
+        device: DeviceId(disk.device.to_native()),
+        accepted: Accepted {
+            client_seq: disk.client_seq.to_native(),
+            seq,
+            time_ms: disk.time_ms.to_native(),
+            body_hash: body_hash(&disk.body),
+        },
+    };
+    Ok(if rows.is_empty() { Indexed::Message(message) } else { Indexed::Change { message: Some(message), rows } })
+}
+
+/// A message that was written without rows comes back as the message it was.
+fn change(payload: &[u8]) -> Result<Record, DiskError> {
+    let disk = rkyv::access::<ArchivedDiskChange<'_>, Error>(payload).map_err(refused)?;
+    let bad = |error: crate::pack::BadPack| DiskError(error.to_string());
+    let rows = decode_rows(&disk.rows).map_err(bad)?;
+    let seq = Seq(disk.seq.to_native());
+    if seq == Seq::ZERO {
+        return Ok(Record::Change(Box::new(Change { message: None, rows })));
+    }
+    let extra = if disk.extra.is_empty() { None } else { Some(StoredExtra::decode(&disk.extra).map_err(bad)?) };
+    let message = StoredMessage {
+        conversation: ConversationId(disk.conversation.to_native()),
+        seq,
+        from: name(&disk.from)?,
+        to: name(&disk.to)?,
+        device: DeviceId(disk.device.to_native()),
+        client_seq: disk.client_seq.to_native(),
+        time_ms: disk.time_ms.to_native(),
+        kind: BodyKind::from_number(disk.kind).ok_or_else(|| DiskError("body kind".into()))?,
+        body: Bytes::copy_from_slice(&disk.body),
+        extra: extra.map(Box::new),
+    };
+    if rows.is_empty() {
+        return Ok(Record::Message(message));
+    }
+    Ok(Record::Change(Box::new(Change { message: Some(message), rows })))
 }
 
 fn name(text: &str) -> Result<UserName, DiskError> {
@@ -213,23 +335,44 @@ fn refused(error: Error) -> DiskError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::message::MessageState;
+    use crate::message::group::What;
+    use crate::record::StoredChange;
     use proptest::prelude::*;
 
     fn samples() -> Vec<Record> {
         let (ann, bob) = (UserName::new("ann").unwrap(), UserName::new("Bøb with a rather long name").unwrap());
         let conversation = ConversationId::direct(&ann, &bob);
+        let plain = StoredMessage {
+            conversation,
+            seq: Seq(7),
+            from: ann.clone(),
+            to: bob.clone(),
+            device: DeviceId(3),
+            client_seq: 99,
+            time_ms: 1_700_000_000_000,
+            kind: BodyKind::Voice,
+            body: Bytes::from_static(b"hello \0 there"),
+            extra: None,
+        };
+        let users = vec![bob.clone()];
+        let change = Some(StoredChange { what: What::Joined, users: users.clone(), text: "hi".into(), number: 5 });
+        let extra = StoredExtra {
+            mentions: users,
+            mention_all: true,
+            refers: Seq(3),
+            state: MessageState::Edited,
+            amended_ms: 77,
+            change,
+        };
+        let marked = StoredMessage { extra: Some(Box::new(extra)), ..plain.clone() };
+        let rows = crate::rows::samples();
         vec![
-            Record::Message(StoredMessage {
-                conversation,
-                seq: Seq(7),
-                from: ann.clone(),
-                to: bob.clone(),
-                device: DeviceId(3),
-                client_seq: 99,
-                time_ms: 1_700_000_000_000,
-                kind: BodyKind::Voice,
-                body: Bytes::from_static(b"hello \0 there"),
-            }),
+            Record::Change(Box::new(Change { message: Some(marked.clone()), rows: rows.clone() })),
+            Record::Change(Box::new(Change { message: Some(plain.clone()), rows: rows.clone() })),
+            Record::Change(Box::new(Change { message: None, rows })),
+            Record::Message(marked),
+            Record::Message(plain),
             Record::User(User { name: ann.clone(), password_hash: Some("$argon2id$".into()), created_ms: 5 }),
             Record::User(User { name: bob.clone(), password_hash: None, created_ms: 6 }),
             Record::Conversation { conversation, members: [ann.clone(), bob], created_ms: 8 },
@@ -255,11 +398,15 @@ mod tests {
             let mut payload = AlignedVec::new();
             let record_type = encode(&record, &mut payload).unwrap();
             let indexed = decode_for_index(record_type, &payload).unwrap();
+            let without_body = |message: StoredMessage| {
+                let (accepted, conversation) = (message.accepted(), message.conversation);
+                IndexedMessage { conversation, from: message.from, device: message.device, accepted }
+            };
             match record {
-                Record::Message(message) => {
-                    let (accepted, conversation) = (message.accepted(), message.conversation);
-                    let StoredMessage { from, device, .. } = message;
-                    assert_eq!(indexed, Indexed::Message(IndexedMessage { conversation, from, device, accepted }));
+                Record::Message(message) => assert_eq!(indexed, Indexed::Message(without_body(message))),
+                Record::Change(change) => {
+                    let Change { message, rows } = *change;
+                    assert_eq!(indexed, Indexed::Change { message: message.map(without_body), rows });
                 }
                 Record::User(_) | Record::Conversation { .. } | Record::Cursor { .. } => {
                     assert_eq!(indexed, Indexed::Other(record));
@@ -271,7 +418,7 @@ mod tests {
     proptest! {
         #[test]
         fn garbage_is_an_error_and_never_a_panic(
-            number in 1u8..=4,
+            number in 1u8..=5,
             at in any::<prop::sample::Index>(),
             value in any::<u8>(),
             garbage in prop::collection::vec(any::<u8>(), 0..200),

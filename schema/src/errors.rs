@@ -89,6 +89,13 @@ errors! {
     45 NoSuchConversation "NO_SUCH_CONVERSATION" Client retry=false closes=false "there is no such conversation, or not for this user";
     46 Truncated      "TRUNCATED"        Server retry=false closes=false "these messages are older than what is kept";
     47 BodyTooLarge   "BODY_TOO_LARGE"   Client retry=false closes=false "the message body is larger than a frame can deliver";
+    48 Unsupported    "UNSUPPORTED"      Server retry=false closes=false "this server does not serve this command yet";
+    49 TooManyMentions "TOO_MANY_MENTIONS" Client retry=false closes=false "a message may mention at most 100 users";
+    50 NoSuchMessage  "NO_SUCH_MESSAGE"  Client retry=false closes=false "there is no such message, or not for this user";
+    51 AmendTooLate   "AMEND_TOO_LATE"   Client retry=false closes=false "the time in which this message could be changed is over";
+    52 NotAllowed     "NOT_ALLOWED"      Client retry=false closes=false "this user may not do that";
+    53 Blocked        "BLOCKED"          Client retry=false closes=false "this user does not take messages from you";
+    54 NotAccepted    "NOT_ACCEPTED"     Client retry=false closes=false "this user takes messages only from people they know, or from nobody";
     // The server.
     60 Busy           "BUSY"             Server retry=true  closes=false "a queue is full: try again after retry_after_ms";
     61 RateLimited    "RATE_LIMITED"     Client retry=true  closes=false "too many requests: try again after retry_after_ms";
@@ -96,6 +103,31 @@ errors! {
     63 ShuttingDown   "SHUTTING_DOWN"    Server retry=true  closes=false "the server is stopping";
     64 Internal       "INTERNAL"         Server retry=true  closes=false "the server made an error";
     65 TooManyConnections "TOO_MANY_CONNECTIONS" Server retry=true closes=true "this server holds as many connections as it may";
+    // Groups.
+    80 BadGroup       "BAD_GROUP"        Client retry=false closes=false "a group name is # and 1 to 63 bytes, by the rules of user names";
+    81 NoSuchGroup    "NO_SUCH_GROUP"    Client retry=false closes=false "there is no such group, or not for this user";
+    82 GroupExists    "GROUP_EXISTS"     Client retry=false closes=false "a group of this name exists or existed";
+    83 GroupDissolved "GROUP_DISSOLVED"  Client retry=false closes=false "this group was dissolved";
+    84 GroupFull      "GROUP_FULL"       Client retry=false closes=false "the group has as many members as it may";
+    85 TooManyGroups  "TOO_MANY_GROUPS"  Client retry=false closes=false "this user is in as many groups as a user may be";
+    86 NotMember      "NOT_MEMBER"       Client retry=false closes=false "only members of the group may do that";
+    87 AlreadyMember  "ALREADY_MEMBER"   Client retry=false closes=false "this user is a member already";
+    88 NoSuchMember   "NO_SUCH_MEMBER"   Client retry=false closes=false "this user is not a member, or has no open request";
+    89 NotInvited     "NOT_INVITED"      Client retry=false closes=false "this group takes only who is invited";
+    90 Muted          "MUTED"            Client retry=false closes=false "this member may not write for a while";
+    91 OwnerStays     "OWNER_STAYS"      Client retry=false closes=false "the owner must transfer or dissolve the group first";
+    92 TooManyPending "TOO_MANY_PENDING" Client retry=false closes=false "too many invitations and requests of this group are open";
+    93 BadTitle       "BAD_TITLE"        Client retry=false closes=false "a title is 1 to 128 bytes of UTF-8 without control characters or outer white space";
+    94 TooManyUsers   "TOO_MANY_USERS"   Client retry=false closes=false "a request names at most 100 users";
+    95 TextTooLong    "TEXT_TOO_LONG"    Client retry=false closes=false "a text of this request is longer than it may be";
+    96 TooManyAdmins  "TOO_MANY_ADMINS"  Client retry=false closes=false "the group has as many administrators as it may";
+    // Users and their settings.
+    110 NoSuchDevice  "NO_SUCH_DEVICE"   Client retry=false closes=false "this user has no such device";
+    111 TooManyPins   "TOO_MANY_PINS"    Client retry=false closes=false "this user has as many pinned conversations as allowed";
+    112 TooManyBlocks "TOO_MANY_BLOCKS"  Client retry=false closes=false "the block list is full";
+    113 TooManyWatched "TOO_MANY_WATCHED" Client retry=false closes=false "this session watches as many users as it may";
+    114 TooManyDevices "TOO_MANY_DEVICES" Client retry=false closes=false "this user has as many devices as allowed: log one out first";
+    115 UserDeleted   "USER_DELETED"     Client retry=false closes=false "this user was deleted";
 }
 
 impl fmt::Display for ErrorCode {

@@ -14,7 +14,7 @@ use crate::limits;
 pub const PARTITIONS: u16 = 1024;
 
 /// One of the 1,024 placement units.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Partition(u16);
 
 impl Partition {
@@ -33,9 +33,10 @@ impl Partition {
     }
 }
 
-/// A user's name: UTF-8, 1 to 64 bytes, no control characters, no white space at its ends.
+/// A name: UTF-8, 1 to 64 bytes, no control characters, no white space at its ends.
 ///
-/// Cheap to clone: up to 23 bytes inline, shared above.
+/// Users and groups share one space of names, so that a message has one `to`: what begins with `#` names a group
+/// ([`UserName::is_group`]), and nobody can register or log in under it. Cheap to clone: up to 23 bytes inline, shared above.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct UserName(SmolStr);
 
@@ -56,8 +57,24 @@ impl UserName {
         &self.0
     }
 
+    /// The partition of the user. A group's is that of its conversation.
     pub fn partition(&self) -> Partition {
         Partition::of_user(&self.0)
+    }
+
+    /// Whether this names a group: `#` and something behind it.
+    pub fn is_group(&self) -> bool {
+        self.0.starts_with('#')
+    }
+
+    /// A name that a user can have. Errors: `BAD_NAME`, also for the name of a group.
+    pub fn of_user(name: &str) -> Result<Self, ErrorCode> {
+        Self::new(name).ok().filter(|name| !name.is_group()).ok_or(ErrorCode::BadName)
+    }
+
+    /// A name that a group can have. Errors: `BAD_GROUP`.
+    pub fn of_group(name: &str) -> Result<Self, ErrorCode> {
+        Self::new(name).ok().filter(|name| name.is_group() && name.0.len() > 1).ok_or(ErrorCode::BadGroup)
     }
 }
 
@@ -115,7 +132,7 @@ impl fmt::Display for Seq {
 /// A conversation: its partition in the top 10 bits, its kind in the next 2, then 116 bits of hash.
 ///
 /// The partition is part of the id, so whoever holds an id knows the owner without a look-up.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ConversationId(pub u128);
 
 /// Bits 117..116 of a [`ConversationId`].
@@ -142,6 +159,21 @@ impl ConversationId {
         let home = if hash & 1 == 0 { low } else { high };
         let partition = u128::from(home.partition().number()) << PARTITION_SHIFT;
         Self(partition | (hash & ((1 << HASH_BITS) - 1)))
+    }
+
+    /// The conversation of a group. Its partition is the group's, by its name.
+    pub fn group(name: &UserName) -> Self {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(b"group\0");
+        hasher.update(name.as_str().as_bytes());
+        let hash = first_16(&hasher.finalize());
+        let partition = u128::from(name.partition().number()) << PARTITION_SHIFT;
+        Self(partition | (1 << HASH_BITS) | (hash & ((1 << HASH_BITS) - 1)))
+    }
+
+    /// The conversation that `me` has with a user or in a group.
+    pub fn with(me: &UserName, name: &UserName) -> Self {
+        if name.is_group() { Self::group(name) } else { Self::direct(me, name) }
     }
 
     pub fn partition(self) -> Partition {
@@ -213,6 +245,20 @@ mod tests {
         assert!(homes.iter().all(|&count| count > 60), "both ends share the load: {homes:?}");
         // Same concatenation, another boundary.
         assert_ne!(ConversationId::direct(&name("a"), &name("bc")), ConversationId::direct(&name("ab"), &name("c")));
+    }
+
+    #[test]
+    fn groups_have_names_and_a_conversation_of_their_own_kind() {
+        for (text, user, group) in
+            [("ann", true, false), ("#ann", false, true), ("#", false, false), ("", false, false)]
+        {
+            assert_eq!((UserName::of_user(text).is_ok(), UserName::of_group(text).is_ok()), (user, group), "{text:?}");
+        }
+        let team = UserName::of_group("#team").unwrap();
+        let id = ConversationId::group(&team);
+        assert_eq!((id.kind(), id.partition()), (Some(ConversationKind::Group), team.partition()));
+        assert_eq!(id, ConversationId::with(&name("ann"), &team));
+        assert_ne!(id, ConversationId::group(&name("#team2")));
     }
 
     #[test]

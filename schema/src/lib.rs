@@ -2,7 +2,7 @@
 //!
 //! - [`ids`]: names, partitions, conversation ids. [`limits`]: every bound. [`errors`], [`commands`]: the two tables.
 //! - [`frame`]: the byte stream. [`codec`]: bodies. [`message`]: the plain structs between codec and core.
-//! - [`record`], [`disk`]: what the store keeps, owned and as bytes.
+//! - [`record`], [`rows`], [`disk`], [`pack`]: what the store keeps, owned and as bytes.
 
 pub mod codec;
 pub mod commands;
@@ -13,4 +13,6 @@ mod generated;
 pub mod ids;
 pub mod limits;
 pub mod message;
+pub mod pack;
 pub mod record;
+pub mod rows;

@@ -2,9 +2,40 @@
 //!
 //! Field meanings, units and defaults are those of `fbs/wire.fbs`.
 
+pub mod chat;
+pub mod group;
+pub mod names;
+
 use crate::commands::Command;
 use crate::errors::ErrorCode;
 use crate::ids::{ConversationId, DeviceId, Seq};
+
+pub use chat::{ChatReply, ChatRequest, MessageState};
+pub use group::{GroupAct, GroupChange, GroupReply, Standing};
+pub use names::{Names, Place, Places};
+
+/// An enum of the wire: each variant has its number, for ever.
+macro_rules! numbered {
+    ($(#[$attribute:meta])* $name:ident { $($(#[$note:meta])* $variant:ident = $number:literal,)* }) => {
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u8)]
+        $(#[$attribute])*
+        pub enum $name {
+            $($(#[$note])* $variant = $number,)*
+        }
+
+        impl $name {
+            /// `None` for a number that this version does not know.
+            pub fn from_number(number: u8) -> Option<Self> {
+                match number {
+                    $($number => Some(Self::$variant),)*
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+use numbered;
 
 /// Durable messages are stored and sequenced; transient ones reach who is online now, or nobody.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -38,13 +69,24 @@ pub enum BodyKind {
     File = 5,
     Link = 6,
     Custom = 7,
+    /// A change of a group, told in `change`. Only the server makes these two.
+    System = 8,
+    /// The row of an AMEND: `refers` names the message it changes, `state` says to what.
+    Amendment = 9,
 }
 
 impl BodyKind {
     pub fn from_number(number: u8) -> Option<Self> {
-        let all =
-            [Self::Text, Self::Image, Self::Emoji, Self::Voice, Self::Video, Self::File, Self::Link, Self::Custom];
-        all.get(usize::from(number)).copied()
+        const ALL: [BodyKind; 10] = {
+            use BodyKind::{Amendment, Custom, Emoji, File, Image, Link, System, Text, Video, Voice};
+            [Text, Image, Emoji, Voice, Video, File, Link, Custom, System, Amendment]
+        };
+        ALL.get(usize::from(number)).copied()
+    }
+
+    /// Whether a client may send it.
+    pub fn is_for_clients(self) -> bool {
+        !matches!(self, Self::System | Self::Amendment)
     }
 }
 
@@ -76,6 +118,10 @@ pub enum KickReason {
     Replaced = 1,
     /// Another device logged in and the policy allows no more.
     DevicePolicy = 2,
+    /// Another device of the user logged this one out.
+    LoggedOut = 3,
+    /// The user was deleted.
+    UserDeleted = 4,
 }
 
 impl KickReason {
@@ -83,6 +129,8 @@ impl KickReason {
         match number {
             1 => Some(Self::Replaced),
             2 => Some(Self::DevicePolicy),
+            3 => Some(Self::LoggedOut),
+            4 => Some(Self::UserDeleted),
             _ => None,
         }
     }
@@ -166,6 +214,11 @@ pub enum Request<'a> {
         cursor: ConversationId,
         limit: u16,
     },
+    Group {
+        group: &'a str,
+        act: GroupAct<'a>,
+    },
+    Chat(ChatRequest<'a>),
 }
 
 impl Request<'_> {
@@ -181,6 +234,8 @@ impl Request<'_> {
             Self::Fetch(_) => Command::Fetch,
             Self::Online { .. } => Command::Online,
             Self::Conversations { .. } => Command::Conversations,
+            Self::Group { act, .. } => act.command(),
+            Self::Chat(request) => request.command(),
         }
     }
 }
@@ -196,6 +251,7 @@ pub struct Login<'a> {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Send<'a> {
+    /// A user, or a group.
     pub to: &'a str,
     pub class: Class,
     pub kind: BodyKind,
@@ -203,6 +259,21 @@ pub struct Send<'a> {
     /// `None`: no delivery acknowledgement wanted.
     pub ack_timeout_ms: Option<u32>,
     pub body: &'a [u8],
+    pub mentions: Mentions<'a>,
+}
+
+/// Whom a message is meant for above others. Carried, shown by clients.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Mentions<'a> {
+    pub users: Names<'a>,
+    /// `@all`: owner and administrators of a group only.
+    pub all: bool,
+}
+
+impl Mentions<'_> {
+    pub fn is_empty(&self) -> bool {
+        !self.all && self.users.is_empty()
+    }
 }
 
 /// What a device has received.
@@ -216,7 +287,7 @@ pub enum Ack {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fetch<'a> {
-    /// The other user of the conversation.
+    /// The other user of the conversation, or the group.
     pub with: &'a str,
     /// Only messages above this.
     pub after: Seq,
@@ -245,6 +316,8 @@ pub enum Reply<'a> {
     Lagged { conversation: ConversationId, with: &'a str, from: Seq, to: Seq },
     Kicked { reason: KickReason, detail: &'a str },
     Goaway { reason: GoawayReason, reconnect_after_ms: u32 },
+    Group(GroupReply<'a>),
+    Chat(ChatReply<'a>),
 }
 
 impl Reply<'_> {
@@ -265,6 +338,8 @@ impl Reply<'_> {
             Self::Lagged { .. } => Command::Lagged,
             Self::Kicked { .. } => Command::Kicked,
             Self::Goaway { .. } => Command::Goaway,
+            Self::Group(reply) => reply.command(),
+            Self::Chat(reply) => reply.command(),
         }
     }
 }
@@ -305,6 +380,20 @@ pub struct Message<'a> {
     /// Not 0: acknowledge this transient delivery with [`Ack::Delivery`].
     pub delivery: u64,
     pub body: &'a [u8],
+    pub extra: Extra<'a>,
+}
+
+/// What only some messages carry.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Extra<'a> {
+    pub mentions: Mentions<'a>,
+    /// The message that this row amends; 0: none.
+    pub refers: Seq,
+    pub state: MessageState,
+    /// When `state` came to be, Unix milliseconds; 0: as sent.
+    pub amended_ms: u64,
+    /// Of a system message.
+    pub change: Option<GroupChange<'a>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -313,7 +402,7 @@ pub struct OnlineUser<'a> {
     pub devices: u16,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Conversation<'a> {
     pub conversation: ConversationId,
     pub with: &'a str,
@@ -321,6 +410,16 @@ pub struct Conversation<'a> {
     pub head: Seq,
     pub last_time_ms: u64,
     pub acked: Seq,
+    /// The highest seq this user has read, on whatever device.
+    pub read: Seq,
+    pub pinned: bool,
+    /// Unix milliseconds; 0: not muted.
+    pub muted_until_ms: u64,
+    /// `None` for a conversation with a user.
+    pub standing: Option<Standing>,
+    /// Of a group.
+    pub title: &'a str,
+    pub last: Option<Message<'a>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

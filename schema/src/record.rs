@@ -4,7 +4,10 @@
 use bytes::Bytes;
 
 use crate::ids::{ConversationId, DeviceId, DeviceKey, Partition, Seq, UserName, body_hash};
-use crate::message::{self, BodyKind, Class};
+use crate::message::group::What;
+use crate::message::{self, BodyKind, Class, Extra, GroupChange, Mentions, MessageState, Standing};
+use crate::pack::{BadPack, Reader, Writer};
+use crate::rows::{Row, RowKey, RowList};
 
 /// One durable message, as it is stored and delivered. The body is shared, never copied between the two.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -12,7 +15,7 @@ pub struct StoredMessage {
     pub conversation: ConversationId,
     pub seq: Seq,
     pub from: UserName,
-    /// The receiving user of a direct conversation.
+    /// The receiving user of a direct conversation, or the group.
     pub to: UserName,
     pub device: DeviceId,
     pub client_seq: u64,
@@ -20,6 +23,82 @@ pub struct StoredMessage {
     pub time_ms: u64,
     pub kind: BodyKind,
     pub body: Bytes,
+    /// What few messages have, so that the others stay small.
+    pub extra: Option<Box<StoredExtra>>,
+}
+
+/// See [`Extra`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StoredExtra {
+    pub mentions: Vec<UserName>,
+    pub mention_all: bool,
+    pub refers: Seq,
+    pub state: MessageState,
+    pub amended_ms: u64,
+    pub change: Option<StoredChange>,
+}
+
+/// See [`GroupChange`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredChange {
+    pub what: What,
+    pub users: Vec<UserName>,
+    pub text: String,
+    pub number: u64,
+}
+
+impl StoredChange {
+    /// The wire form.
+    pub fn as_wire(&self) -> GroupChange<'_> {
+        GroupChange { what: self.what, users: self.users[..].into(), text: &self.text, number: self.number }
+    }
+}
+
+impl StoredExtra {
+    /// The wire form.
+    pub fn as_wire(&self) -> Extra<'_> {
+        Extra {
+            mentions: Mentions { users: self.mentions[..].into(), all: self.mention_all },
+            refers: self.refers,
+            state: self.state,
+            amended_ms: self.amended_ms,
+            change: self.change.as_ref().map(StoredChange::as_wire),
+        }
+    }
+
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Writer::default();
+        out.names(&self.mentions);
+        out.number(u64::from(self.mention_all));
+        out.number(self.refers.0);
+        out.number(self.state as u64);
+        out.number(self.amended_ms);
+        if let Some(change) = &self.change {
+            out.number(change.what as u64);
+            out.names(&change.users);
+            out.text(&change.text);
+            out.number(change.number);
+        }
+        out.0
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self, BadPack> {
+        let mut reader = Reader(bytes);
+        let (mentions, mention_all) = (reader.names()?, reader.number()? != 0);
+        let (refers, state) = (Seq(reader.number()?), reader.small()?);
+        let state = MessageState::from_number(state).ok_or(BadPack("message state"))?;
+        let amended_ms = reader.number()?;
+        let change = match reader.small()? {
+            0 => None,
+            what => Some(StoredChange {
+                what: What::from_number(what).ok_or(BadPack("group change"))?,
+                users: reader.names()?,
+                text: reader.text()?.to_owned(),
+                number: reader.number()?,
+            }),
+        };
+        Ok(Self { mentions, mention_all, refers, state, amended_ms, change })
+    }
 }
 
 impl StoredMessage {
@@ -42,6 +121,7 @@ impl StoredMessage {
             kind: self.kind,
             delivery: 0,
             body: &self.body,
+            extra: self.extra.as_deref().map(StoredExtra::as_wire).unwrap_or_default(),
         }
     }
 }
@@ -82,9 +162,36 @@ pub enum Record {
         conversation: ConversationId,
         seq: Seq,
     },
+    /// Rows that change together, with the message that tells of it if there is one. Never empty.
+    Change(Box<Change>),
+}
+
+/// See [`Record::Change`]. All of one owner, and all or nothing on disk.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Change {
+    pub message: Option<StoredMessage>,
+    pub rows: Vec<Row>,
 }
 
 impl Record {
+    /// The message in it, if there is one.
+    pub fn message(&self) -> Option<&StoredMessage> {
+        match self {
+            Self::Message(message) => Some(message),
+            Self::Change(change) => change.message.as_ref(),
+            Self::User(_) | Self::Conversation { .. } | Self::Cursor { .. } => None,
+        }
+    }
+
+    /// The same, taken out.
+    pub fn into_message(self) -> Option<StoredMessage> {
+        match self {
+            Self::Message(message) => Some(message),
+            Self::Change(change) => change.message,
+            Self::User(_) | Self::Conversation { .. } | Self::Cursor { .. } => None,
+        }
+    }
+
     /// The partition whose owner wrote it.
     pub fn partition(&self) -> Partition {
         match self {
@@ -92,6 +199,11 @@ impl Record {
             Self::User(user) => user.name.partition(),
             Self::Conversation { conversation, .. } => conversation.partition(),
             Self::Cursor { user, .. } => user.partition(),
+            Self::Change(change) => match (&change.message, change.rows.first()) {
+                (Some(message), _) => message.conversation.partition(),
+                (None, Some(row)) => row.key.partition(),
+                (None, None) => Partition::default(),
+            },
         }
     }
 
@@ -101,6 +213,10 @@ impl Record {
         match self {
             Self::Message(message) => FIXED + message.body.len(),
             Self::User(_) | Self::Conversation { .. } | Self::Cursor { .. } => 2 * FIXED,
+            Self::Change(change) => {
+                let body = change.message.as_ref().map_or(0, |message| message.body.len());
+                FIXED + body + 2 * FIXED * change.rows.len()
+            }
         }
     }
 }
@@ -121,6 +237,10 @@ pub enum Query {
     Messages {
         conversation: ConversationId,
         range: Range,
+        /// In a group: only what this user may read, by the ranges of its membership; page by page from one of them,
+        /// and `first` and `head` of the answer are those of what is left to read. [`Answer::NotReadable`] when there
+        /// never was such a member. `None`: everything.
+        reader: Option<UserName>,
     },
     /// Conversations of a user with an id above `cursor`, in rising order of id.
     Conversations {
@@ -128,6 +248,20 @@ pub enum Query {
         device: DeviceKey,
         cursor: ConversationId,
         limit: u16,
+    },
+    /// One row.
+    Row {
+        key: RowKey,
+    },
+    /// Rows of a list with a key above `after`, in order of key, at most `limit`. Keys that are gone are left out.
+    Rows {
+        list: RowList,
+        after: Option<RowKey>,
+        limit: u16,
+    },
+    /// How many groups a user is a member of.
+    GroupCount {
+        user: UserName,
     },
 }
 
@@ -152,6 +286,11 @@ pub enum Answer {
         messages: Vec<StoredMessage>,
     },
     Conversations(Vec<ConversationRow>),
+    /// The reader of [`Query::Messages`] was never a member.
+    NotReadable,
+    Row(Option<Row>),
+    Rows(Vec<Row>),
+    Count(u32),
     /// The store cannot read; the reason is in its log.
     Failed,
 }
@@ -177,4 +316,12 @@ pub struct ConversationRow {
     pub last_time_ms: u64,
     /// The highest seq the asked device has acknowledged.
     pub acked: Seq,
+    /// The highest seq this user has read.
+    pub read: Seq,
+    pub pinned: bool,
+    pub muted_until_ms: u64,
+    /// In a group; then `first` and `head` are those of what the user may read. `None`: a conversation with a user.
+    pub standing: Option<Standing>,
+    /// Of a group.
+    pub title: String,
 }

@@ -7,7 +7,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{PATIENCE, Server, run};
-use ringline_schema::message::{BodyKind, Class, Reply, Request, Send};
+use ringline_schema::message::{BodyKind, Class, Mentions, Reply, Request, Send};
 
 /// A server with its endpoint on a free port, and that address.
 fn start(arguments: &[&str]) -> (Server, String) {
@@ -49,7 +49,15 @@ fn sum(page: &str, name: &str) -> Option<u64> {
 }
 
 fn send<'a>(to: &'a str, client_seq: u64, class: Class) -> Request<'a> {
-    Request::Send(Send { to, class, kind: BodyKind::Text, client_seq, ack_timeout_ms: None, body: b"hello" })
+    Request::Send(Send {
+        to,
+        class,
+        kind: BodyKind::Text,
+        client_seq,
+        ack_timeout_ms: None,
+        body: b"hello",
+        mentions: Mentions::default(),
+    })
 }
 
 #[test]

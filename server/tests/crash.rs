@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use common::{Server, Wire};
 use ringline_schema::ids::Seq;
-use ringline_schema::message::{BodyKind, Class, Fetch, Reply, Request, Send};
+use ringline_schema::message::{BodyKind, Class, Fetch, Mentions, Reply, Request, Send};
 
 const CLIENTS: usize = 8;
 /// Sends without an answer per client.
@@ -67,7 +67,15 @@ impl Sender {
     fn transmit(&self, wire: &mut Wire, client_seq: u64, requests: &mut BTreeMap<u32, u64>) -> bool {
         let body = self.unanswered[&client_seq].as_bytes();
         let (to, class, kind) = (self.to.as_str(), Class::Durable, BodyKind::Text);
-        let send = Request::Send(Send { to, class, kind, client_seq, ack_timeout_ms: None, body });
+        let send = Request::Send(Send {
+            to,
+            class,
+            kind,
+            client_seq,
+            ack_timeout_ms: None,
+            body,
+            mentions: Mentions::default(),
+        });
         let (id, bytes) = wire.encode(&send);
         requests.insert(id, client_seq);
         wire.stream().write_all(&bytes).is_ok()

@@ -13,7 +13,9 @@ use ringline_schema::commands::Command;
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::frame::{Flags, Header};
 use ringline_schema::ids::DeviceId;
-use ringline_schema::message::{BodyKind, Class, Credential, DeviceKind, Fetch, Login, Reply, Request, Secret, Send};
+use ringline_schema::message::{
+    BodyKind, Class, Credential, DeviceKind, Fetch, Login, Mentions, Reply, Request, Secret, Send,
+};
 
 /// A client that goes on chatting with itself while others misbehave.
 struct Neighbour {
@@ -31,7 +33,15 @@ impl Neighbour {
         self.sent += 1;
         let (kind, client_seq) = (BodyKind::Text, self.sent);
         let (to, class, ack_timeout_ms, body) = ("neighbour", Class::Durable, None, &b"still here"[..]);
-        let answer = self.wire.request(&Request::Send(Send { to, class, kind, client_seq, ack_timeout_ms, body }));
+        let answer = self.wire.request(&Request::Send(Send {
+            to,
+            class,
+            kind,
+            client_seq,
+            ack_timeout_ms,
+            body,
+            mentions: Mentions::default(),
+        }));
         assert!(matches!(answer.reply(), Reply::SendAck(ack) if ack.seq.0 == self.sent), "{:?}", answer.reply());
         let push = self.wire.push();
         assert!(matches!(push.reply(), Reply::Deliver(message) if message.body == b"still here"));
@@ -213,7 +223,8 @@ fn slow_a_client_that_never_reads_lags_is_closed_and_loses_nothing() {
     for _ in 0..400 {
         client_seq += 1;
         let (kind, class, ack_timeout_ms) = (BodyKind::File, Class::Durable, None);
-        let send = Send { to: "sleeper", class, kind, client_seq, ack_timeout_ms, body: &body };
+        let send =
+            Send { to: "sleeper", class, kind, client_seq, ack_timeout_ms, body: &body, mentions: Mentions::default() };
         let answer = sender.request(&Request::Send(send));
         assert!(matches!(answer.reply(), Reply::SendAck(_)), "{:?}", answer.reply());
     }

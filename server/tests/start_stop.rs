@@ -7,7 +7,9 @@ use std::net::TcpListener;
 use common::{Server, complaint, ringline, run};
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::DeviceId;
-use ringline_schema::message::{BodyKind, Class, Credential, DeviceKind, Login, Reply, Request, Secret, Send};
+use ringline_schema::message::{
+    BodyKind, Class, Credential, DeviceKind, Login, Mentions, Reply, Request, Secret, Send,
+};
 
 /// A start that must fail: exit code 1, and exactly one line that holds these parts.
 fn refused(arguments: &[&str], parts: &[&str]) {
@@ -28,7 +30,7 @@ fn refused(arguments: &[&str], parts: &[&str]) {
 
 fn send<'a>(to: &'a str, client_seq: u64, body: &'a [u8]) -> Request<'a> {
     let (class, kind) = (Class::Durable, BodyKind::Text);
-    Request::Send(Send { to, class, kind, client_seq, ack_timeout_ms: None, body })
+    Request::Send(Send { to, class, kind, client_seq, ack_timeout_ms: None, body, mentions: Mentions::default() })
 }
 
 #[test]

@@ -9,7 +9,9 @@ use ringline_schema::codec::{Codec, Encoder, decode_reply};
 use ringline_schema::frame::{Flags, Header};
 use ringline_schema::ids::DeviceId;
 use ringline_schema::limits::{FRAME_BYTES_CEILING, FRAME_HEADER_BYTES};
-use ringline_schema::message::{BodyKind, Class, Credential, DeviceKind, Login, Reply, Request, Secret, Send};
+use ringline_schema::message::{
+    BodyKind, Class, Credential, DeviceKind, Login, Mentions, Reply, Request, Secret, Send,
+};
 
 use super::{Names, Sink, Wire, WireEvent};
 
@@ -75,7 +77,9 @@ impl Ringline {
             | Reply::FetchOk { .. }
             | Reply::OnlineOk { .. }
             | Reply::ConversationsOk { .. }
-            | Reply::Receipt(_) => {}
+            | Reply::Receipt(_)
+            | Reply::Group(_)
+            | Reply::Chat(_) => {}
         }
     }
 }
@@ -109,6 +113,7 @@ impl Wire for Ringline {
             client_seq: self.client_seq,
             ack_timeout_ms: None,
             body: payload,
+            mentions: Mentions::default(),
         };
         write(self.mode.flags(), self.client_seq as u32, &Request::Send(send), out);
     }
@@ -160,6 +165,7 @@ mod tests {
             kind: BodyKind::Text,
             delivery: 0,
             body: b"hello",
+            extra: ringline_schema::message::Extra::default(),
         };
         let ack = SendAck { conversation: ConversationId(1), seq: Seq(0), time_ms: 1, dup: false };
         let failure = Reply::Failure { code: ErrorCode::NotOnline, retry_after_ms: 0, detail: "" };

@@ -13,7 +13,9 @@ use ringline_schema::codec::{Codec, Encoder, decode_request};
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::frame::{Frame, FrameDecoder};
 use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
-use ringline_schema::message::{Ack, BodyKind, Class, Credential, LoginOk, Message, Reply, Request, Send, SendAck};
+use ringline_schema::message::{
+    Ack, BodyKind, Class, Credential, Extra, LoginOk, Message, Reply, Request, Send, SendAck,
+};
 use socket2::SockRef;
 
 /// Makes a socket fill up soon.
@@ -290,5 +292,6 @@ fn wire(conversation: ConversationId, stored: &Stored) -> Message<'_> {
         kind: BodyKind::Custom,
         delivery: 0,
         body: &stored.body,
+        extra: Extra::default(),
     }
 }

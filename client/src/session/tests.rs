@@ -137,6 +137,7 @@ impl Model {
             kind: message::BodyKind::Text,
             delivery: 0,
             body,
+            extra: message::Extra::default(),
         }
     }
 
@@ -196,6 +197,7 @@ impl Model {
                 head: *head,
                 last_time_ms: 5,
                 acked: *acked,
+                ..Default::default()
             })
             .collect();
         self.answer(id, &Reply::ConversationsOk { conversations, next });

@@ -3,6 +3,9 @@
 //! Reading verifies once, with limits on depth and number of tables, and borrows. An absent string or vector reads as
 //! empty: the core judges values, this file only shapes.
 
+mod chat;
+mod group;
+
 use flatbuffers::{FlatBufferBuilder, Follow, Verifiable, VerifierOptions, WIPOffset};
 
 use crate::commands::Command;
@@ -11,9 +14,13 @@ use crate::generated::wire::ringline::wire as fb;
 use crate::ids::{ConversationId, DeviceId, Seq};
 use crate::limits;
 use crate::message::{
-    Ack, BodyKind, Class, Conversation, Credential, DeviceKind, Fetch, GoawayReason, KickReason, Login, LoginOk,
-    Message, OnlineUser, Outcome, Receipt, Reply, Request, Secret, Send, SendAck,
+    Ack, BodyKind, Class, Conversation, Credential, DeviceKind, Extra, Fetch, GoawayReason, KickReason, Login, LoginOk,
+    Mentions, Message, MessageState, Names, OnlineUser, Outcome, Receipt, Reply, Request, Secret, Send, SendAck,
 };
+
+/// FlatBuffers tables of a request, and of an answer.
+const TABLES: usize = limits::TABLES_MAX;
+const TABLES_OF_ANSWER: usize = limits::ANSWER_TABLES_MAX;
 
 fn options(tables_max: usize) -> VerifierOptions {
     VerifierOptions {
@@ -40,7 +47,12 @@ fn id128(id: ConversationId) -> fb::Id128 {
 }
 
 pub(super) fn decode_request(command: Command, body: &[u8]) -> Result<Request<'_>, ErrorCode> {
-    const TABLES: usize = limits::TABLES_MAX;
+    if let Some(request) = group::decode_request(command, body)? {
+        return Ok(request);
+    }
+    if let Some(request) = chat::decode_request(command, body)? {
+        return Ok(request);
+    }
     Ok(match command {
         Command::Register => {
             let table = root::<fb::Register>(body, TABLES)?;
@@ -64,21 +76,7 @@ pub(super) fn decode_request(command: Command, body: &[u8]) -> Result<Request<'_
             let table = root::<fb::Conversations>(body, TABLES)?;
             Request::Conversations { cursor: conversation(table.cursor()), limit: table.limit() }
         }
-        Command::Failure
-        | Command::RegisterOk
-        | Command::LoginOk
-        | Command::LogoutOk
-        | Command::Pong
-        | Command::RouteOk
-        | Command::SendAck
-        | Command::FetchOk
-        | Command::OnlineOk
-        | Command::ConversationsOk
-        | Command::Deliver
-        | Command::Receipt
-        | Command::Lagged
-        | Command::Kicked
-        | Command::Goaway => return Err(ErrorCode::UnknownCommand),
+        _ => return Err(ErrorCode::UnknownCommand),
     })
 }
 
@@ -101,10 +99,11 @@ fn send<'a>(table: fb::Send<'a>) -> Result<Send<'a>, ErrorCode> {
     Ok(Send {
         to: table.to().unwrap_or_default(),
         class: Class::from_number(table.class()).ok_or(ErrorCode::BadRequest)?,
-        kind: BodyKind::from_number(table.kind()).ok_or(ErrorCode::BadRequest)?,
+        kind: BodyKind::from_number(table.kind()).filter(|kind| kind.is_for_clients()).ok_or(ErrorCode::BadRequest)?,
         client_seq: table.client_seq(),
         ack_timeout_ms: (table.ack_timeout_ms() != 0).then_some(table.ack_timeout_ms()),
         body: table.body().map(|body| body.bytes()).unwrap_or_default(),
+        mentions: Mentions { users: Names::flat(table.mentions()), all: table.mention_all() },
     })
 }
 
@@ -126,7 +125,13 @@ fn fetch<'a>(table: fb::Fetch<'a>) -> Fetch<'a> {
 }
 
 pub(super) fn decode_reply(command: Command, body: &[u8]) -> Result<Reply<'_>, ErrorCode> {
-    const TABLES: usize = limits::ANSWER_TABLES_MAX;
+    if let Some(reply) = group::decode_reply(command, body)? {
+        return Ok(reply);
+    }
+    if let Some(reply) = chat::decode_reply(command, body)? {
+        return Ok(reply);
+    }
+    const TABLES: usize = TABLES_OF_ANSWER;
     Ok(match command {
         Command::Failure => {
             let table = root::<fb::Failure>(body, TABLES)?;
@@ -161,7 +166,7 @@ pub(super) fn decode_reply(command: Command, body: &[u8]) -> Result<Reply<'_>, E
         }
         Command::FetchOk => fetch_ok(root::<fb::FetchOk>(body, TABLES)?)?,
         Command::OnlineOk => online_ok(root::<fb::OnlineOk>(body, TABLES)?),
-        Command::ConversationsOk => conversations_ok(root::<fb::ConversationsOk>(body, TABLES)?),
+        Command::ConversationsOk => conversations_ok(root::<fb::ConversationsOk>(body, TABLES)?)?,
         Command::Deliver => Reply::Deliver(message(root::<fb::Message>(body, TABLES)?)?),
         Command::Receipt => receipt(root::<fb::Receipt>(body, TABLES)?)?,
         Command::Lagged => {
@@ -183,16 +188,7 @@ pub(super) fn decode_reply(command: Command, body: &[u8]) -> Result<Reply<'_>, E
             let reason = GoawayReason::from_number(table.reason()).ok_or(ErrorCode::BadBody)?;
             Reply::Goaway { reason, reconnect_after_ms: table.reconnect_after_ms() }
         }
-        Command::Register
-        | Command::Login
-        | Command::Logout
-        | Command::Ping
-        | Command::Route
-        | Command::Send
-        | Command::Ack
-        | Command::Fetch
-        | Command::Online
-        | Command::Conversations => return Err(ErrorCode::UnknownCommand),
+        _ => return Err(ErrorCode::UnknownCommand),
     })
 }
 
@@ -221,6 +217,13 @@ fn message<'a>(table: fb::Message<'a>) -> Result<Message<'a>, ErrorCode> {
         kind: BodyKind::from_number(table.kind()).ok_or(ErrorCode::BadBody)?,
         delivery: table.delivery(),
         body: table.body().map(|body| body.bytes()).unwrap_or_default(),
+        extra: Extra {
+            mentions: Mentions { users: Names::flat(table.mentions()), all: table.mention_all() },
+            refers: Seq(table.refers()),
+            state: MessageState::from_number(table.state()).ok_or(ErrorCode::BadBody)?,
+            amended_ms: table.amended_ms(),
+            change: table.change().map(group::change).transpose()?,
+        },
     })
 }
 
@@ -242,21 +245,26 @@ fn online_ok<'a>(table: fb::OnlineOk<'a>) -> Reply<'a> {
     }
 }
 
-fn conversations_ok<'a>(table: fb::ConversationsOk<'a>) -> Reply<'a> {
+fn conversations_ok<'a>(table: fb::ConversationsOk<'a>) -> Result<Reply<'a>, ErrorCode> {
     let rows = table.conversations().into_iter().flatten();
-    Reply::ConversationsOk {
-        conversations: rows
-            .map(|row| Conversation {
-                conversation: conversation(row.conversation()),
-                with: row.with().unwrap_or_default(),
-                first: Seq(row.first()),
-                head: Seq(row.head()),
-                last_time_ms: row.last_time_ms(),
-                acked: Seq(row.acked()),
-            })
-            .collect(),
-        next: conversation(table.next()),
-    }
+    let row = |row: fb::Conversation<'a>| {
+        Ok(Conversation {
+            conversation: conversation(row.conversation()),
+            with: row.with().unwrap_or_default(),
+            first: Seq(row.first()),
+            head: Seq(row.head()),
+            last_time_ms: row.last_time_ms(),
+            acked: Seq(row.acked()),
+            read: Seq(row.read()),
+            pinned: row.pinned(),
+            muted_until_ms: row.muted_until_ms(),
+            standing: group::standing(row.standing())?,
+            title: row.title().unwrap_or_default(),
+            last: row.last().map(message).transpose()?,
+        })
+    };
+    let conversations = rows.map(row).collect::<Result<_, _>>()?;
+    Ok(Reply::ConversationsOk { conversations, next: conversation(table.next()) })
 }
 
 fn receipt<'a>(table: fb::Receipt<'a>) -> Result<Reply<'a>, ErrorCode> {
@@ -313,6 +321,8 @@ impl Builder {
                 let table = fb::Conversations::create(fbb, &args);
                 fbb.finish_minimal(table);
             }
+            Request::Group { group, act } => group::write_request(fbb, group, act),
+            Request::Chat(request) => chat::write_request(fbb, request),
         }
         self.fbb.finished_data()
     }
@@ -373,12 +383,25 @@ impl Builder {
                 let table = fb::Goaway::create(fbb, &args);
                 fbb.finish_minimal(table);
             }
+            Reply::Group(reply) => group::write_reply(fbb, reply),
+            Reply::Chat(reply) => chat::write_reply(fbb, reply),
         }
         self.fbb.finished_data()
     }
 }
 
 type Fbb = FlatBufferBuilder<'static>;
+
+type Strings<'b> = WIPOffset<flatbuffers::Vector<'b, flatbuffers::ForwardsUOffset<&'b str>>>;
+
+/// No vector at all for no names.
+fn strings<'b>(fbb: &mut FlatBufferBuilder<'b>, names: Names<'_>) -> Option<Strings<'b>> {
+    if names.is_empty() {
+        return None;
+    }
+    let names: Vec<_> = names.iter().map(|name| fbb.create_string(name)).collect();
+    Some(fbb.create_vector(&names))
+}
 
 fn write_login(fbb: &mut Fbb, login: &Login<'_>) {
     let user = Some(fbb.create_string(login.user));
@@ -393,6 +416,7 @@ fn write_login(fbb: &mut Fbb, login: &Login<'_>) {
 }
 
 fn write_send(fbb: &mut Fbb, send: &Send<'_>) {
+    let mentions = strings(fbb, send.mentions.users);
     let (to, body) = (Some(fbb.create_string(send.to)), Some(fbb.create_vector(send.body)));
     let args = fb::SendArgs {
         to,
@@ -401,6 +425,8 @@ fn write_send(fbb: &mut Fbb, send: &Send<'_>) {
         client_seq: send.client_seq,
         ack_timeout_ms: send.ack_timeout_ms.unwrap_or(0),
         body,
+        mentions,
+        mention_all: send.mentions.all,
     };
     let table = fb::Send::create(fbb, &args);
     fbb.finish_minimal(table);
@@ -457,6 +483,8 @@ fn write_send_ack(fbb: &mut Fbb, ack: &SendAck) {
 fn write_message<'b>(fbb: &mut FlatBufferBuilder<'b>, message: &Message<'_>) -> WIPOffset<fb::Message<'b>> {
     let id = id128(message.conversation);
     let (from, to) = (Some(fbb.create_string(message.from)), Some(fbb.create_string(message.to)));
+    let mentions = strings(fbb, message.extra.mentions.users);
+    let change = message.extra.change.as_ref().map(|change| group::write_change(fbb, change));
     let body = Some(fbb.create_vector(message.body));
     let args = fb::MessageArgs {
         conversation: Some(&id),
@@ -470,6 +498,12 @@ fn write_message<'b>(fbb: &mut FlatBufferBuilder<'b>, message: &Message<'_>) -> 
         kind: message.kind as u8,
         delivery: message.delivery,
         body,
+        mentions,
+        mention_all: message.extra.mentions.all,
+        refers: message.extra.refers.0,
+        state: message.extra.state as u8,
+        amended_ms: message.extra.amended_ms,
+        change,
     };
     fb::Message::create(fbb, &args)
 }
@@ -496,6 +530,8 @@ fn write_online_ok(fbb: &mut Fbb, users: &[OnlineUser<'_>], next: &str) {
 fn write_conversations_ok(fbb: &mut Fbb, conversations: &[Conversation<'_>], next: ConversationId) {
     let mut rows = Vec::with_capacity(conversations.len());
     for row in conversations {
+        let last = row.last.as_ref().map(|message| write_message(fbb, message));
+        let title = (!row.title.is_empty()).then(|| fbb.create_string(row.title));
         let (id, with) = (id128(row.conversation), Some(fbb.create_string(row.with)));
         let args = fb::ConversationArgs {
             conversation: Some(&id),
@@ -504,6 +540,12 @@ fn write_conversations_ok(fbb: &mut Fbb, conversations: &[Conversation<'_>], nex
             head: row.head.0,
             last_time_ms: row.last_time_ms,
             acked: row.acked.0,
+            read: row.read.0,
+            pinned: row.pinned,
+            muted_until_ms: row.muted_until_ms,
+            standing: row.standing.map_or(0, |standing| standing as u8),
+            title,
+            last,
         };
         rows.push(fb::Conversation::create(fbb, &args));
     }

@@ -140,6 +140,166 @@ impl<'a> Id128 {
 
 }
 
+/// How far a device has a conversation.
+// struct Place, aligned to 8
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq)]
+pub struct Place(pub [u8; 24]);
+impl Default for Place { 
+  fn default() -> Self { 
+    Self([0; 24])
+  }
+}
+impl ::core::fmt::Debug for Place {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter) -> ::core::fmt::Result {
+    f.debug_struct("Place")
+      .field("a", &self.a())
+      .field("b", &self.b())
+      .field("seq", &self.seq())
+      .finish()
+  }
+}
+
+impl ::flatbuffers::SimpleToVerifyInSlice for Place {}
+impl<'a> ::flatbuffers::Follow<'a> for Place {
+  type Inner = &'a Place;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    unsafe { <&'a Place>::follow(buf, loc) }
+  }
+}
+impl<'a> ::flatbuffers::Follow<'a> for &'a Place {
+  type Inner = &'a Place;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    unsafe { ::flatbuffers::follow_cast_ref::<Place>(buf, loc) }
+  }
+}
+impl<'b> ::flatbuffers::Push for Place {
+    type Output = Place;
+    #[inline]
+    unsafe fn push(&self, dst: &mut [u8], _written_len: usize) {
+        let src = unsafe { ::core::slice::from_raw_parts(self as *const Place as *const u8, <Self as ::flatbuffers::Push>::size()) };
+        dst.copy_from_slice(src);
+    }
+    #[inline]
+    fn alignment() -> ::flatbuffers::PushAlignment {
+        ::flatbuffers::PushAlignment::new(8)
+    }
+}
+
+impl<'a> ::flatbuffers::Verifiable for Place {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.in_buffer::<Self>(pos)
+  }
+}
+
+impl<'a> Place {
+  #[allow(clippy::too_many_arguments)]
+  pub fn new(
+    a: u64,
+    b: u64,
+    seq: u64,
+  ) -> Self {
+    let mut s = Self([0; 24]);
+    s.set_a(a);
+    s.set_b(b);
+    s.set_seq(seq);
+    s
+  }
+
+  pub fn a(&self) -> u64 {
+    let mut mem = ::core::mem::MaybeUninit::<<u64 as ::flatbuffers::EndianScalar>::Scalar>::uninit();
+    // Safety:
+    // Created from a valid Table for this object
+    // Which contains a valid value in this slot
+    ::flatbuffers::EndianScalar::from_little_endian(unsafe {
+      ::core::ptr::copy_nonoverlapping(
+        self.0[0..].as_ptr(),
+        mem.as_mut_ptr() as *mut u8,
+        ::core::mem::size_of::<<u64 as ::flatbuffers::EndianScalar>::Scalar>(),
+      );
+      mem.assume_init()
+    })
+  }
+
+  pub fn set_a(&mut self, x: u64) {
+    let x_le = ::flatbuffers::EndianScalar::to_little_endian(x);
+    // Safety:
+    // Created from a valid Table for this object
+    // Which contains a valid value in this slot
+    unsafe {
+      ::core::ptr::copy_nonoverlapping(
+        &x_le as *const _ as *const u8,
+        self.0[0..].as_mut_ptr(),
+        ::core::mem::size_of::<<u64 as ::flatbuffers::EndianScalar>::Scalar>(),
+      );
+    }
+  }
+
+  pub fn b(&self) -> u64 {
+    let mut mem = ::core::mem::MaybeUninit::<<u64 as ::flatbuffers::EndianScalar>::Scalar>::uninit();
+    // Safety:
+    // Created from a valid Table for this object
+    // Which contains a valid value in this slot
+    ::flatbuffers::EndianScalar::from_little_endian(unsafe {
+      ::core::ptr::copy_nonoverlapping(
+        self.0[8..].as_ptr(),
+        mem.as_mut_ptr() as *mut u8,
+        ::core::mem::size_of::<<u64 as ::flatbuffers::EndianScalar>::Scalar>(),
+      );
+      mem.assume_init()
+    })
+  }
+
+  pub fn set_b(&mut self, x: u64) {
+    let x_le = ::flatbuffers::EndianScalar::to_little_endian(x);
+    // Safety:
+    // Created from a valid Table for this object
+    // Which contains a valid value in this slot
+    unsafe {
+      ::core::ptr::copy_nonoverlapping(
+        &x_le as *const _ as *const u8,
+        self.0[8..].as_mut_ptr(),
+        ::core::mem::size_of::<<u64 as ::flatbuffers::EndianScalar>::Scalar>(),
+      );
+    }
+  }
+
+  pub fn seq(&self) -> u64 {
+    let mut mem = ::core::mem::MaybeUninit::<<u64 as ::flatbuffers::EndianScalar>::Scalar>::uninit();
+    // Safety:
+    // Created from a valid Table for this object
+    // Which contains a valid value in this slot
+    ::flatbuffers::EndianScalar::from_little_endian(unsafe {
+      ::core::ptr::copy_nonoverlapping(
+        self.0[16..].as_ptr(),
+        mem.as_mut_ptr() as *mut u8,
+        ::core::mem::size_of::<<u64 as ::flatbuffers::EndianScalar>::Scalar>(),
+      );
+      mem.assume_init()
+    })
+  }
+
+  pub fn set_seq(&mut self, x: u64) {
+    let x_le = ::flatbuffers::EndianScalar::to_little_endian(x);
+    // Safety:
+    // Created from a valid Table for this object
+    // Which contains a valid value in this slot
+    unsafe {
+      ::core::ptr::copy_nonoverlapping(
+        &x_le as *const _ as *const u8,
+        self.0[16..].as_mut_ptr(),
+        ::core::mem::size_of::<<u64 as ::flatbuffers::EndianScalar>::Scalar>(),
+      );
+    }
+  }
+
+}
+
 pub enum RegisterOffset {}
 #[derive(Copy, Clone, PartialEq)]
 
@@ -729,6 +889,8 @@ impl<'a> Send<'a> {
   pub const VT_CLIENT_SEQ: ::flatbuffers::VOffsetT = 10;
   pub const VT_ACK_TIMEOUT_MS: ::flatbuffers::VOffsetT = 12;
   pub const VT_BODY: ::flatbuffers::VOffsetT = 14;
+  pub const VT_MENTIONS: ::flatbuffers::VOffsetT = 16;
+  pub const VT_MENTION_ALL: ::flatbuffers::VOffsetT = 18;
 
   #[inline]
   pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
@@ -741,15 +903,18 @@ impl<'a> Send<'a> {
   ) -> ::flatbuffers::WIPOffset<Send<'bldr>> {
     let mut builder = SendBuilder::new(_fbb);
     builder.add_client_seq(args.client_seq);
+    if let Some(x) = args.mentions { builder.add_mentions(x); }
     if let Some(x) = args.body { builder.add_body(x); }
     builder.add_ack_timeout_ms(args.ack_timeout_ms);
     if let Some(x) = args.to { builder.add_to(x); }
+    builder.add_mention_all(args.mention_all);
     builder.add_kind(args.kind);
     builder.add_class(args.class);
     builder.finish()
   }
 
 
+  /// A user, or a group: group names begin with `#`.
   #[inline]
   pub fn to(&self) -> Option<&'a str> {
     // Safety:
@@ -794,6 +959,22 @@ impl<'a> Send<'a> {
     // which contains a valid value in this slot
     unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, u8>>>(Send::VT_BODY, None)}
   }
+  /// Users this message is meant for above others; carried, not checked.
+  #[inline]
+  pub fn mentions(&self) -> Option<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>>>(Send::VT_MENTIONS, None)}
+  }
+  /// `@all`: owner and administrators of a group only.
+  #[inline]
+  pub fn mention_all(&self) -> bool {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<bool>(Send::VT_MENTION_ALL, Some(false)).unwrap()}
+  }
 }
 
 impl ::flatbuffers::Verifiable for Send<'_> {
@@ -808,6 +989,8 @@ impl ::flatbuffers::Verifiable for Send<'_> {
      .visit_field::<u64>("client_seq", Self::VT_CLIENT_SEQ, false)?
      .visit_field::<u32>("ack_timeout_ms", Self::VT_ACK_TIMEOUT_MS, false)?
      .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, u8>>>("body", Self::VT_BODY, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<&'_ str>>>>("mentions", Self::VT_MENTIONS, false)?
+     .visit_field::<bool>("mention_all", Self::VT_MENTION_ALL, false)?
      .finish();
     Ok(())
   }
@@ -819,6 +1002,8 @@ pub struct SendArgs<'a> {
     pub client_seq: u64,
     pub ack_timeout_ms: u32,
     pub body: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, u8>>>,
+    pub mentions: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>>>,
+    pub mention_all: bool,
 }
 impl<'a> Default for SendArgs<'a> {
   #[inline]
@@ -830,6 +1015,8 @@ impl<'a> Default for SendArgs<'a> {
       client_seq: 0,
       ack_timeout_ms: 0,
       body: None,
+      mentions: None,
+      mention_all: false,
     }
   }
 }
@@ -864,6 +1051,14 @@ impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> SendBuilder<'a, 'b, A> {
     self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Send::VT_BODY, body);
   }
   #[inline]
+  pub fn add_mentions(&mut self, mentions: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , ::flatbuffers::ForwardsUOffset<&'b  str>>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Send::VT_MENTIONS, mentions);
+  }
+  #[inline]
+  pub fn add_mention_all(&mut self, mention_all: bool) {
+    self.fbb_.push_slot::<bool>(Send::VT_MENTION_ALL, mention_all, false);
+  }
+  #[inline]
   pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> SendBuilder<'a, 'b, A> {
     let start = _fbb.start_table();
     SendBuilder {
@@ -887,6 +1082,8 @@ impl ::core::fmt::Debug for Send<'_> {
       ds.field("client_seq", &self.client_seq());
       ds.field("ack_timeout_ms", &self.ack_timeout_ms());
       ds.field("body", &self.body());
+      ds.field("mentions", &self.mentions());
+      ds.field("mention_all", &self.mention_all());
       ds.finish()
   }
 }
@@ -1024,7 +1221,7 @@ impl ::core::fmt::Debug for Ack<'_> {
 pub enum FetchOffset {}
 #[derive(Copy, Clone, PartialEq)]
 
-/// Messages of the conversation with `with`, `after` < seq < `before` (0: no upper bound).
+/// Messages of the conversation with `with` (a user, or a group), `after` < seq < `before` (0: no upper bound).
 pub struct Fetch<'a> {
   pub _tab: ::flatbuffers::Table<'a>,
 }
@@ -1409,6 +1606,2224 @@ impl ::core::fmt::Debug for Conversations<'_> {
     let mut ds = f.debug_struct("Conversations");
       ds.field("cursor", &self.cursor());
       ds.field("limit", &self.limit());
+      ds.finish()
+  }
+}
+pub enum ReadOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// The user has read everything of a conversation up to `seq`, on whatever device. Never goes back.
+pub struct Read<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for Read<'a> {
+  type Inner = Read<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> Read<'a> {
+  pub const VT_CONVERSATION: ::flatbuffers::VOffsetT = 4;
+  pub const VT_SEQ: ::flatbuffers::VOffsetT = 6;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    Read { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args ReadArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<Read<'bldr>> {
+    let mut builder = ReadBuilder::new(_fbb);
+    builder.add_seq(args.seq);
+    if let Some(x) = args.conversation { builder.add_conversation(x); }
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn conversation(&self) -> Option<&'a Id128> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<Id128>(Read::VT_CONVERSATION, None)}
+  }
+  #[inline]
+  pub fn seq(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(Read::VT_SEQ, Some(0)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for Read<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<Id128>("conversation", Self::VT_CONVERSATION, false)?
+     .visit_field::<u64>("seq", Self::VT_SEQ, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct ReadArgs<'a> {
+    pub conversation: Option<&'a Id128>,
+    pub seq: u64,
+}
+impl<'a> Default for ReadArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    ReadArgs {
+      conversation: None,
+      seq: 0,
+    }
+  }
+}
+
+pub struct ReadBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> ReadBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_conversation(&mut self, conversation: &Id128) {
+    self.fbb_.push_slot_always::<&Id128>(Read::VT_CONVERSATION, conversation);
+  }
+  #[inline]
+  pub fn add_seq(&mut self, seq: u64) {
+    self.fbb_.push_slot::<u64>(Read::VT_SEQ, seq, 0);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> ReadBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    ReadBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<Read<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for Read<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("Read");
+      ds.field("conversation", &self.conversation());
+      ds.field("seq", &self.seq());
+      ds.finish()
+  }
+}
+pub enum SyncOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// What this device missed, conversation by conversation in order of id, above `from` (a conversation and a seq in it;
+/// none: the beginning). Where a conversation is not in `places`, what the device has acknowledged counts.
+pub struct Sync<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for Sync<'a> {
+  type Inner = Sync<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> Sync<'a> {
+  pub const VT_PLACES: ::flatbuffers::VOffsetT = 4;
+  pub const VT_FROM: ::flatbuffers::VOffsetT = 6;
+  pub const VT_LIMIT: ::flatbuffers::VOffsetT = 8;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    Sync { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args SyncArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<Sync<'bldr>> {
+    let mut builder = SyncBuilder::new(_fbb);
+    if let Some(x) = args.from { builder.add_from(x); }
+    if let Some(x) = args.places { builder.add_places(x); }
+    builder.add_limit(args.limit);
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn places(&self) -> Option<::flatbuffers::Vector<'a, Place>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, Place>>>(Sync::VT_PLACES, None)}
+  }
+  #[inline]
+  pub fn from(&self) -> Option<&'a Place> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<Place>(Sync::VT_FROM, None)}
+  }
+  #[inline]
+  pub fn limit(&self) -> u16 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u16>(Sync::VT_LIMIT, Some(0)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for Sync<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, Place>>>("places", Self::VT_PLACES, false)?
+     .visit_field::<Place>("from", Self::VT_FROM, false)?
+     .visit_field::<u16>("limit", Self::VT_LIMIT, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct SyncArgs<'a> {
+    pub places: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, Place>>>,
+    pub from: Option<&'a Place>,
+    pub limit: u16,
+}
+impl<'a> Default for SyncArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    SyncArgs {
+      places: None,
+      from: None,
+      limit: 0,
+    }
+  }
+}
+
+pub struct SyncBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> SyncBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_places(&mut self, places: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , Place>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Sync::VT_PLACES, places);
+  }
+  #[inline]
+  pub fn add_from(&mut self, from: &Place) {
+    self.fbb_.push_slot_always::<&Place>(Sync::VT_FROM, from);
+  }
+  #[inline]
+  pub fn add_limit(&mut self, limit: u16) {
+    self.fbb_.push_slot::<u16>(Sync::VT_LIMIT, limit, 0);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> SyncBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    SyncBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<Sync<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for Sync<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("Sync");
+      ds.field("places", &self.places());
+      ds.field("from", &self.from());
+      ds.field("limit", &self.limit());
+      ds.finish()
+  }
+}
+pub enum MarkOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// Settings of the session's user in one conversation. Each pair: whether to change it, and the new value.
+pub struct Mark<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for Mark<'a> {
+  type Inner = Mark<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> Mark<'a> {
+  pub const VT_CONVERSATION: ::flatbuffers::VOffsetT = 4;
+  pub const VT_SET_PINNED: ::flatbuffers::VOffsetT = 6;
+  pub const VT_PINNED: ::flatbuffers::VOffsetT = 8;
+  pub const VT_SET_MUTE: ::flatbuffers::VOffsetT = 10;
+  pub const VT_MUTED_UNTIL_MS: ::flatbuffers::VOffsetT = 12;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    Mark { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args MarkArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<Mark<'bldr>> {
+    let mut builder = MarkBuilder::new(_fbb);
+    builder.add_muted_until_ms(args.muted_until_ms);
+    if let Some(x) = args.conversation { builder.add_conversation(x); }
+    builder.add_set_mute(args.set_mute);
+    builder.add_pinned(args.pinned);
+    builder.add_set_pinned(args.set_pinned);
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn conversation(&self) -> Option<&'a Id128> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<Id128>(Mark::VT_CONVERSATION, None)}
+  }
+  #[inline]
+  pub fn set_pinned(&self) -> bool {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<bool>(Mark::VT_SET_PINNED, Some(false)).unwrap()}
+  }
+  #[inline]
+  pub fn pinned(&self) -> bool {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<bool>(Mark::VT_PINNED, Some(false)).unwrap()}
+  }
+  #[inline]
+  pub fn set_mute(&self) -> bool {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<bool>(Mark::VT_SET_MUTE, Some(false)).unwrap()}
+  }
+  /// Unix milliseconds until which the user wants no notifications; 0: not muted.
+  #[inline]
+  pub fn muted_until_ms(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(Mark::VT_MUTED_UNTIL_MS, Some(0)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for Mark<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<Id128>("conversation", Self::VT_CONVERSATION, false)?
+     .visit_field::<bool>("set_pinned", Self::VT_SET_PINNED, false)?
+     .visit_field::<bool>("pinned", Self::VT_PINNED, false)?
+     .visit_field::<bool>("set_mute", Self::VT_SET_MUTE, false)?
+     .visit_field::<u64>("muted_until_ms", Self::VT_MUTED_UNTIL_MS, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct MarkArgs<'a> {
+    pub conversation: Option<&'a Id128>,
+    pub set_pinned: bool,
+    pub pinned: bool,
+    pub set_mute: bool,
+    pub muted_until_ms: u64,
+}
+impl<'a> Default for MarkArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    MarkArgs {
+      conversation: None,
+      set_pinned: false,
+      pinned: false,
+      set_mute: false,
+      muted_until_ms: 0,
+    }
+  }
+}
+
+pub struct MarkBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> MarkBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_conversation(&mut self, conversation: &Id128) {
+    self.fbb_.push_slot_always::<&Id128>(Mark::VT_CONVERSATION, conversation);
+  }
+  #[inline]
+  pub fn add_set_pinned(&mut self, set_pinned: bool) {
+    self.fbb_.push_slot::<bool>(Mark::VT_SET_PINNED, set_pinned, false);
+  }
+  #[inline]
+  pub fn add_pinned(&mut self, pinned: bool) {
+    self.fbb_.push_slot::<bool>(Mark::VT_PINNED, pinned, false);
+  }
+  #[inline]
+  pub fn add_set_mute(&mut self, set_mute: bool) {
+    self.fbb_.push_slot::<bool>(Mark::VT_SET_MUTE, set_mute, false);
+  }
+  #[inline]
+  pub fn add_muted_until_ms(&mut self, muted_until_ms: u64) {
+    self.fbb_.push_slot::<u64>(Mark::VT_MUTED_UNTIL_MS, muted_until_ms, 0);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> MarkBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    MarkBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<Mark<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for Mark<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("Mark");
+      ds.field("conversation", &self.conversation());
+      ds.field("set_pinned", &self.set_pinned());
+      ds.field("pinned", &self.pinned());
+      ds.field("set_mute", &self.set_mute());
+      ds.field("muted_until_ms", &self.muted_until_ms());
+      ds.finish()
+  }
+}
+pub enum DevicesOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+pub struct Devices<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for Devices<'a> {
+  type Inner = Devices<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> Devices<'a> {
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    Devices { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    _args: &'args DevicesArgs
+  ) -> ::flatbuffers::WIPOffset<Devices<'bldr>> {
+    let mut builder = DevicesBuilder::new(_fbb);
+    builder.finish()
+  }
+
+}
+
+impl ::flatbuffers::Verifiable for Devices<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct DevicesArgs {
+}
+impl<'a> Default for DevicesArgs {
+  #[inline]
+  fn default() -> Self {
+    DevicesArgs {
+    }
+  }
+}
+
+pub struct DevicesBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> DevicesBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> DevicesBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    DevicesBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<Devices<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for Devices<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("Devices");
+      ds.finish()
+  }
+}
+pub enum DropDeviceOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// Logs a device of the session's user out and forgets its cursors.
+pub struct DropDevice<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for DropDevice<'a> {
+  type Inner = DropDevice<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> DropDevice<'a> {
+  pub const VT_DEVICE: ::flatbuffers::VOffsetT = 4;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    DropDevice { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args DropDeviceArgs
+  ) -> ::flatbuffers::WIPOffset<DropDevice<'bldr>> {
+    let mut builder = DropDeviceBuilder::new(_fbb);
+    builder.add_device(args.device);
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn device(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(DropDevice::VT_DEVICE, Some(0)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for DropDevice<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<u64>("device", Self::VT_DEVICE, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct DropDeviceArgs {
+    pub device: u64,
+}
+impl<'a> Default for DropDeviceArgs {
+  #[inline]
+  fn default() -> Self {
+    DropDeviceArgs {
+      device: 0,
+    }
+  }
+}
+
+pub struct DropDeviceBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> DropDeviceBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_device(&mut self, device: u64) {
+    self.fbb_.push_slot::<u64>(DropDevice::VT_DEVICE, device, 0);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> DropDeviceBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    DropDeviceBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<DropDevice<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for DropDevice<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("DropDevice");
+      ds.field("device", &self.device());
+      ds.finish()
+  }
+}
+pub enum ReceiptsOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// Who has received and read message `seq`, member by member, above `cursor`.
+pub struct Receipts<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for Receipts<'a> {
+  type Inner = Receipts<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> Receipts<'a> {
+  pub const VT_CONVERSATION: ::flatbuffers::VOffsetT = 4;
+  pub const VT_SEQ: ::flatbuffers::VOffsetT = 6;
+  pub const VT_CURSOR: ::flatbuffers::VOffsetT = 8;
+  pub const VT_LIMIT: ::flatbuffers::VOffsetT = 10;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    Receipts { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args ReceiptsArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<Receipts<'bldr>> {
+    let mut builder = ReceiptsBuilder::new(_fbb);
+    builder.add_seq(args.seq);
+    if let Some(x) = args.cursor { builder.add_cursor(x); }
+    if let Some(x) = args.conversation { builder.add_conversation(x); }
+    builder.add_limit(args.limit);
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn conversation(&self) -> Option<&'a Id128> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<Id128>(Receipts::VT_CONVERSATION, None)}
+  }
+  #[inline]
+  pub fn seq(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(Receipts::VT_SEQ, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn cursor(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(Receipts::VT_CURSOR, None)}
+  }
+  #[inline]
+  pub fn limit(&self) -> u16 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u16>(Receipts::VT_LIMIT, Some(0)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for Receipts<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<Id128>("conversation", Self::VT_CONVERSATION, false)?
+     .visit_field::<u64>("seq", Self::VT_SEQ, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("cursor", Self::VT_CURSOR, false)?
+     .visit_field::<u16>("limit", Self::VT_LIMIT, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct ReceiptsArgs<'a> {
+    pub conversation: Option<&'a Id128>,
+    pub seq: u64,
+    pub cursor: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub limit: u16,
+}
+impl<'a> Default for ReceiptsArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    ReceiptsArgs {
+      conversation: None,
+      seq: 0,
+      cursor: None,
+      limit: 0,
+    }
+  }
+}
+
+pub struct ReceiptsBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> ReceiptsBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_conversation(&mut self, conversation: &Id128) {
+    self.fbb_.push_slot_always::<&Id128>(Receipts::VT_CONVERSATION, conversation);
+  }
+  #[inline]
+  pub fn add_seq(&mut self, seq: u64) {
+    self.fbb_.push_slot::<u64>(Receipts::VT_SEQ, seq, 0);
+  }
+  #[inline]
+  pub fn add_cursor(&mut self, cursor: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Receipts::VT_CURSOR, cursor);
+  }
+  #[inline]
+  pub fn add_limit(&mut self, limit: u16) {
+    self.fbb_.push_slot::<u16>(Receipts::VT_LIMIT, limit, 0);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> ReceiptsBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    ReceiptsBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<Receipts<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for Receipts<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("Receipts");
+      ds.field("conversation", &self.conversation());
+      ds.field("seq", &self.seq());
+      ds.field("cursor", &self.cursor());
+      ds.field("limit", &self.limit());
+      ds.finish()
+  }
+}
+pub enum GroupActOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// All commands of groups but GROUP_CREATE. Which fields count is said beside each command in `src/message/group.rs`.
+pub struct GroupAct<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for GroupAct<'a> {
+  type Inner = GroupAct<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> GroupAct<'a> {
+  pub const VT_GROUP: ::flatbuffers::VOffsetT = 4;
+  pub const VT_USER: ::flatbuffers::VOffsetT = 6;
+  pub const VT_USERS: ::flatbuffers::VOffsetT = 8;
+  pub const VT_TEXT: ::flatbuffers::VOffsetT = 10;
+  pub const VT_NUMBER: ::flatbuffers::VOffsetT = 12;
+  pub const VT_LIMIT: ::flatbuffers::VOffsetT = 14;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    GroupAct { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args GroupActArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<GroupAct<'bldr>> {
+    let mut builder = GroupActBuilder::new(_fbb);
+    builder.add_number(args.number);
+    if let Some(x) = args.text { builder.add_text(x); }
+    if let Some(x) = args.users { builder.add_users(x); }
+    if let Some(x) = args.user { builder.add_user(x); }
+    if let Some(x) = args.group { builder.add_group(x); }
+    builder.add_limit(args.limit);
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn group(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(GroupAct::VT_GROUP, None)}
+  }
+  #[inline]
+  pub fn user(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(GroupAct::VT_USER, None)}
+  }
+  #[inline]
+  pub fn users(&self) -> Option<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>>>(GroupAct::VT_USERS, None)}
+  }
+  #[inline]
+  pub fn text(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(GroupAct::VT_TEXT, None)}
+  }
+  #[inline]
+  pub fn number(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(GroupAct::VT_NUMBER, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn limit(&self) -> u16 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u16>(GroupAct::VT_LIMIT, Some(0)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for GroupAct<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("group", Self::VT_GROUP, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("user", Self::VT_USER, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<&'_ str>>>>("users", Self::VT_USERS, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("text", Self::VT_TEXT, false)?
+     .visit_field::<u64>("number", Self::VT_NUMBER, false)?
+     .visit_field::<u16>("limit", Self::VT_LIMIT, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct GroupActArgs<'a> {
+    pub group: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub user: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub users: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>>>,
+    pub text: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub number: u64,
+    pub limit: u16,
+}
+impl<'a> Default for GroupActArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    GroupActArgs {
+      group: None,
+      user: None,
+      users: None,
+      text: None,
+      number: 0,
+      limit: 0,
+    }
+  }
+}
+
+pub struct GroupActBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> GroupActBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_group(&mut self, group: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(GroupAct::VT_GROUP, group);
+  }
+  #[inline]
+  pub fn add_user(&mut self, user: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(GroupAct::VT_USER, user);
+  }
+  #[inline]
+  pub fn add_users(&mut self, users: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , ::flatbuffers::ForwardsUOffset<&'b  str>>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(GroupAct::VT_USERS, users);
+  }
+  #[inline]
+  pub fn add_text(&mut self, text: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(GroupAct::VT_TEXT, text);
+  }
+  #[inline]
+  pub fn add_number(&mut self, number: u64) {
+    self.fbb_.push_slot::<u64>(GroupAct::VT_NUMBER, number, 0);
+  }
+  #[inline]
+  pub fn add_limit(&mut self, limit: u16) {
+    self.fbb_.push_slot::<u16>(GroupAct::VT_LIMIT, limit, 0);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> GroupActBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    GroupActBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<GroupAct<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for GroupAct<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("GroupAct");
+      ds.field("group", &self.group());
+      ds.field("user", &self.user());
+      ds.field("users", &self.users());
+      ds.field("text", &self.text());
+      ds.field("number", &self.number());
+      ds.field("limit", &self.limit());
+      ds.finish()
+  }
+}
+pub enum GroupCreateOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+pub struct GroupCreate<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for GroupCreate<'a> {
+  type Inner = GroupCreate<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> GroupCreate<'a> {
+  pub const VT_GROUP: ::flatbuffers::VOffsetT = 4;
+  pub const VT_TITLE: ::flatbuffers::VOffsetT = 6;
+  pub const VT_JOIN: ::flatbuffers::VOffsetT = 8;
+  pub const VT_USERS: ::flatbuffers::VOffsetT = 10;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    GroupCreate { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args GroupCreateArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<GroupCreate<'bldr>> {
+    let mut builder = GroupCreateBuilder::new(_fbb);
+    if let Some(x) = args.users { builder.add_users(x); }
+    if let Some(x) = args.title { builder.add_title(x); }
+    if let Some(x) = args.group { builder.add_group(x); }
+    builder.add_join(args.join);
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn group(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(GroupCreate::VT_GROUP, None)}
+  }
+  #[inline]
+  pub fn title(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(GroupCreate::VT_TITLE, None)}
+  }
+  #[inline]
+  pub fn join(&self) -> u8 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u8>(GroupCreate::VT_JOIN, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn users(&self) -> Option<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>>>(GroupCreate::VT_USERS, None)}
+  }
+}
+
+impl ::flatbuffers::Verifiable for GroupCreate<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("group", Self::VT_GROUP, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("title", Self::VT_TITLE, false)?
+     .visit_field::<u8>("join", Self::VT_JOIN, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<&'_ str>>>>("users", Self::VT_USERS, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct GroupCreateArgs<'a> {
+    pub group: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub title: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub join: u8,
+    pub users: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>>>,
+}
+impl<'a> Default for GroupCreateArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    GroupCreateArgs {
+      group: None,
+      title: None,
+      join: 0,
+      users: None,
+    }
+  }
+}
+
+pub struct GroupCreateBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> GroupCreateBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_group(&mut self, group: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(GroupCreate::VT_GROUP, group);
+  }
+  #[inline]
+  pub fn add_title(&mut self, title: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(GroupCreate::VT_TITLE, title);
+  }
+  #[inline]
+  pub fn add_join(&mut self, join: u8) {
+    self.fbb_.push_slot::<u8>(GroupCreate::VT_JOIN, join, 0);
+  }
+  #[inline]
+  pub fn add_users(&mut self, users: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , ::flatbuffers::ForwardsUOffset<&'b  str>>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(GroupCreate::VT_USERS, users);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> GroupCreateBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    GroupCreateBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<GroupCreate<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for GroupCreate<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("GroupCreate");
+      ds.field("group", &self.group());
+      ds.field("title", &self.title());
+      ds.field("join", &self.join());
+      ds.field("users", &self.users());
+      ds.finish()
+  }
+}
+pub enum BroadcastOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// To everyone online, or to devices of some kinds: bit n of `device_kinds` is kind n, 0 means all.
+pub struct Broadcast<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for Broadcast<'a> {
+  type Inner = Broadcast<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> Broadcast<'a> {
+  pub const VT_KIND: ::flatbuffers::VOffsetT = 4;
+  pub const VT_DEVICE_KINDS: ::flatbuffers::VOffsetT = 6;
+  pub const VT_BODY: ::flatbuffers::VOffsetT = 8;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    Broadcast { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args BroadcastArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<Broadcast<'bldr>> {
+    let mut builder = BroadcastBuilder::new(_fbb);
+    if let Some(x) = args.body { builder.add_body(x); }
+    builder.add_device_kinds(args.device_kinds);
+    builder.add_kind(args.kind);
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn kind(&self) -> u8 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u8>(Broadcast::VT_KIND, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn device_kinds(&self) -> u32 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u32>(Broadcast::VT_DEVICE_KINDS, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn body(&self) -> Option<::flatbuffers::Vector<'a, u8>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, u8>>>(Broadcast::VT_BODY, None)}
+  }
+}
+
+impl ::flatbuffers::Verifiable for Broadcast<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<u8>("kind", Self::VT_KIND, false)?
+     .visit_field::<u32>("device_kinds", Self::VT_DEVICE_KINDS, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, u8>>>("body", Self::VT_BODY, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct BroadcastArgs<'a> {
+    pub kind: u8,
+    pub device_kinds: u32,
+    pub body: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, u8>>>,
+}
+impl<'a> Default for BroadcastArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    BroadcastArgs {
+      kind: 0,
+      device_kinds: 0,
+      body: None,
+    }
+  }
+}
+
+pub struct BroadcastBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> BroadcastBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_kind(&mut self, kind: u8) {
+    self.fbb_.push_slot::<u8>(Broadcast::VT_KIND, kind, 0);
+  }
+  #[inline]
+  pub fn add_device_kinds(&mut self, device_kinds: u32) {
+    self.fbb_.push_slot::<u32>(Broadcast::VT_DEVICE_KINDS, device_kinds, 0);
+  }
+  #[inline]
+  pub fn add_body(&mut self, body: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , u8>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Broadcast::VT_BODY, body);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> BroadcastBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    BroadcastBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<Broadcast<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for Broadcast<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("Broadcast");
+      ds.field("kind", &self.kind());
+      ds.field("device_kinds", &self.device_kinds());
+      ds.field("body", &self.body());
+      ds.finish()
+  }
+}
+pub enum SignalOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// Typing and what applications make of it. Answered only when refused; an unchanged one within a second is dropped.
+pub struct Signal<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for Signal<'a> {
+  type Inner = Signal<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> Signal<'a> {
+  pub const VT_TO: ::flatbuffers::VOffsetT = 4;
+  pub const VT_KIND: ::flatbuffers::VOffsetT = 6;
+  pub const VT_BODY: ::flatbuffers::VOffsetT = 8;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    Signal { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args SignalArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<Signal<'bldr>> {
+    let mut builder = SignalBuilder::new(_fbb);
+    if let Some(x) = args.body { builder.add_body(x); }
+    if let Some(x) = args.to { builder.add_to(x); }
+    builder.add_kind(args.kind);
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn to(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(Signal::VT_TO, None)}
+  }
+  #[inline]
+  pub fn kind(&self) -> u8 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u8>(Signal::VT_KIND, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn body(&self) -> Option<::flatbuffers::Vector<'a, u8>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, u8>>>(Signal::VT_BODY, None)}
+  }
+}
+
+impl ::flatbuffers::Verifiable for Signal<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("to", Self::VT_TO, false)?
+     .visit_field::<u8>("kind", Self::VT_KIND, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, u8>>>("body", Self::VT_BODY, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct SignalArgs<'a> {
+    pub to: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub kind: u8,
+    pub body: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, u8>>>,
+}
+impl<'a> Default for SignalArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    SignalArgs {
+      to: None,
+      kind: 0,
+      body: None,
+    }
+  }
+}
+
+pub struct SignalBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> SignalBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_to(&mut self, to: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Signal::VT_TO, to);
+  }
+  #[inline]
+  pub fn add_kind(&mut self, kind: u8) {
+    self.fbb_.push_slot::<u8>(Signal::VT_KIND, kind, 0);
+  }
+  #[inline]
+  pub fn add_body(&mut self, body: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , u8>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Signal::VT_BODY, body);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> SignalBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    SignalBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<Signal<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for Signal<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("Signal");
+      ds.field("to", &self.to());
+      ds.field("kind", &self.kind());
+      ds.field("body", &self.body());
+      ds.finish()
+  }
+}
+pub enum PresenceWatchOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+pub struct PresenceWatch<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for PresenceWatch<'a> {
+  type Inner = PresenceWatch<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> PresenceWatch<'a> {
+  pub const VT_USERS: ::flatbuffers::VOffsetT = 4;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    PresenceWatch { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args PresenceWatchArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<PresenceWatch<'bldr>> {
+    let mut builder = PresenceWatchBuilder::new(_fbb);
+    if let Some(x) = args.users { builder.add_users(x); }
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn users(&self) -> Option<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>>>(PresenceWatch::VT_USERS, None)}
+  }
+}
+
+impl ::flatbuffers::Verifiable for PresenceWatch<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<&'_ str>>>>("users", Self::VT_USERS, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct PresenceWatchArgs<'a> {
+    pub users: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>>>,
+}
+impl<'a> Default for PresenceWatchArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    PresenceWatchArgs {
+      users: None,
+    }
+  }
+}
+
+pub struct PresenceWatchBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> PresenceWatchBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_users(&mut self, users: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , ::flatbuffers::ForwardsUOffset<&'b  str>>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(PresenceWatch::VT_USERS, users);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> PresenceWatchBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    PresenceWatchBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<PresenceWatch<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for PresenceWatch<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("PresenceWatch");
+      ds.field("users", &self.users());
+      ds.finish()
+  }
+}
+pub enum PresenceSetOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// `status` unset: unchanged. `visible`: 0 unchanged, 1 everyone sees this user, 2 nobody does.
+pub struct PresenceSet<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for PresenceSet<'a> {
+  type Inner = PresenceSet<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> PresenceSet<'a> {
+  pub const VT_STATUS: ::flatbuffers::VOffsetT = 4;
+  pub const VT_VISIBLE: ::flatbuffers::VOffsetT = 6;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    PresenceSet { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args PresenceSetArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<PresenceSet<'bldr>> {
+    let mut builder = PresenceSetBuilder::new(_fbb);
+    if let Some(x) = args.status { builder.add_status(x); }
+    builder.add_visible(args.visible);
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn status(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(PresenceSet::VT_STATUS, None)}
+  }
+  #[inline]
+  pub fn visible(&self) -> u8 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u8>(PresenceSet::VT_VISIBLE, Some(0)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for PresenceSet<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("status", Self::VT_STATUS, false)?
+     .visit_field::<u8>("visible", Self::VT_VISIBLE, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct PresenceSetArgs<'a> {
+    pub status: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub visible: u8,
+}
+impl<'a> Default for PresenceSetArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    PresenceSetArgs {
+      status: None,
+      visible: 0,
+    }
+  }
+}
+
+pub struct PresenceSetBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> PresenceSetBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_status(&mut self, status: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(PresenceSet::VT_STATUS, status);
+  }
+  #[inline]
+  pub fn add_visible(&mut self, visible: u8) {
+    self.fbb_.push_slot::<u8>(PresenceSet::VT_VISIBLE, visible, 0);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> PresenceSetBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    PresenceSetBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<PresenceSet<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for PresenceSet<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("PresenceSet");
+      ds.field("status", &self.status());
+      ds.field("visible", &self.visible());
+      ds.finish()
+  }
+}
+pub enum AmendOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// Edit, recall or delete message `seq` of the conversation with `with`.
+pub struct Amend<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for Amend<'a> {
+  type Inner = Amend<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> Amend<'a> {
+  pub const VT_WITH: ::flatbuffers::VOffsetT = 4;
+  pub const VT_SEQ: ::flatbuffers::VOffsetT = 6;
+  pub const VT_ACTION: ::flatbuffers::VOffsetT = 8;
+  pub const VT_KIND: ::flatbuffers::VOffsetT = 10;
+  pub const VT_CLIENT_SEQ: ::flatbuffers::VOffsetT = 12;
+  pub const VT_BODY: ::flatbuffers::VOffsetT = 14;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    Amend { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args AmendArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<Amend<'bldr>> {
+    let mut builder = AmendBuilder::new(_fbb);
+    builder.add_client_seq(args.client_seq);
+    builder.add_seq(args.seq);
+    if let Some(x) = args.body { builder.add_body(x); }
+    if let Some(x) = args.with { builder.add_with(x); }
+    builder.add_kind(args.kind);
+    builder.add_action(args.action);
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn with(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(Amend::VT_WITH, None)}
+  }
+  #[inline]
+  pub fn seq(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(Amend::VT_SEQ, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn action(&self) -> u8 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u8>(Amend::VT_ACTION, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn kind(&self) -> u8 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u8>(Amend::VT_KIND, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn client_seq(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(Amend::VT_CLIENT_SEQ, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn body(&self) -> Option<::flatbuffers::Vector<'a, u8>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, u8>>>(Amend::VT_BODY, None)}
+  }
+}
+
+impl ::flatbuffers::Verifiable for Amend<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("with", Self::VT_WITH, false)?
+     .visit_field::<u64>("seq", Self::VT_SEQ, false)?
+     .visit_field::<u8>("action", Self::VT_ACTION, false)?
+     .visit_field::<u8>("kind", Self::VT_KIND, false)?
+     .visit_field::<u64>("client_seq", Self::VT_CLIENT_SEQ, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, u8>>>("body", Self::VT_BODY, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct AmendArgs<'a> {
+    pub with: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub seq: u64,
+    pub action: u8,
+    pub kind: u8,
+    pub client_seq: u64,
+    pub body: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, u8>>>,
+}
+impl<'a> Default for AmendArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    AmendArgs {
+      with: None,
+      seq: 0,
+      action: 0,
+      kind: 0,
+      client_seq: 0,
+      body: None,
+    }
+  }
+}
+
+pub struct AmendBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> AmendBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_with(&mut self, with: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Amend::VT_WITH, with);
+  }
+  #[inline]
+  pub fn add_seq(&mut self, seq: u64) {
+    self.fbb_.push_slot::<u64>(Amend::VT_SEQ, seq, 0);
+  }
+  #[inline]
+  pub fn add_action(&mut self, action: u8) {
+    self.fbb_.push_slot::<u8>(Amend::VT_ACTION, action, 0);
+  }
+  #[inline]
+  pub fn add_kind(&mut self, kind: u8) {
+    self.fbb_.push_slot::<u8>(Amend::VT_KIND, kind, 0);
+  }
+  #[inline]
+  pub fn add_client_seq(&mut self, client_seq: u64) {
+    self.fbb_.push_slot::<u64>(Amend::VT_CLIENT_SEQ, client_seq, 0);
+  }
+  #[inline]
+  pub fn add_body(&mut self, body: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , u8>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Amend::VT_BODY, body);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> AmendBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    AmendBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<Amend<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for Amend<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("Amend");
+      ds.field("with", &self.with());
+      ds.field("seq", &self.seq());
+      ds.field("action", &self.action());
+      ds.field("kind", &self.kind());
+      ds.field("client_seq", &self.client_seq());
+      ds.field("body", &self.body());
+      ds.finish()
+  }
+}
+pub enum BlockOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+pub struct Block<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for Block<'a> {
+  type Inner = Block<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> Block<'a> {
+  pub const VT_USER: ::flatbuffers::VOffsetT = 4;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    Block { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args BlockArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<Block<'bldr>> {
+    let mut builder = BlockBuilder::new(_fbb);
+    if let Some(x) = args.user { builder.add_user(x); }
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn user(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(Block::VT_USER, None)}
+  }
+}
+
+impl ::flatbuffers::Verifiable for Block<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("user", Self::VT_USER, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct BlockArgs<'a> {
+    pub user: Option<::flatbuffers::WIPOffset<&'a str>>,
+}
+impl<'a> Default for BlockArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    BlockArgs {
+      user: None,
+    }
+  }
+}
+
+pub struct BlockBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> BlockBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_user(&mut self, user: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Block::VT_USER, user);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> BlockBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    BlockBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<Block<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for Block<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("Block");
+      ds.field("user", &self.user());
+      ds.finish()
+  }
+}
+pub enum BlocksOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+pub struct Blocks<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for Blocks<'a> {
+  type Inner = Blocks<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> Blocks<'a> {
+  pub const VT_CURSOR: ::flatbuffers::VOffsetT = 4;
+  pub const VT_LIMIT: ::flatbuffers::VOffsetT = 6;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    Blocks { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args BlocksArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<Blocks<'bldr>> {
+    let mut builder = BlocksBuilder::new(_fbb);
+    if let Some(x) = args.cursor { builder.add_cursor(x); }
+    builder.add_limit(args.limit);
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn cursor(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(Blocks::VT_CURSOR, None)}
+  }
+  #[inline]
+  pub fn limit(&self) -> u16 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u16>(Blocks::VT_LIMIT, Some(0)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for Blocks<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("cursor", Self::VT_CURSOR, false)?
+     .visit_field::<u16>("limit", Self::VT_LIMIT, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct BlocksArgs<'a> {
+    pub cursor: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub limit: u16,
+}
+impl<'a> Default for BlocksArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    BlocksArgs {
+      cursor: None,
+      limit: 0,
+    }
+  }
+}
+
+pub struct BlocksBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> BlocksBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_cursor(&mut self, cursor: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Blocks::VT_CURSOR, cursor);
+  }
+  #[inline]
+  pub fn add_limit(&mut self, limit: u16) {
+    self.fbb_.push_slot::<u16>(Blocks::VT_LIMIT, limit, 0);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> BlocksBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    BlocksBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<Blocks<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for Blocks<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("Blocks");
+      ds.field("cursor", &self.cursor());
+      ds.field("limit", &self.limit());
+      ds.finish()
+  }
+}
+pub enum PrivacyOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// Who may write to this user first: 0 unchanged, 1 anyone, 2 who has been written to, 3 nobody.
+pub struct Privacy<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for Privacy<'a> {
+  type Inner = Privacy<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> Privacy<'a> {
+  pub const VT_MESSAGES_FROM: ::flatbuffers::VOffsetT = 4;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    Privacy { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args PrivacyArgs
+  ) -> ::flatbuffers::WIPOffset<Privacy<'bldr>> {
+    let mut builder = PrivacyBuilder::new(_fbb);
+    builder.add_messages_from(args.messages_from);
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn messages_from(&self) -> u8 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u8>(Privacy::VT_MESSAGES_FROM, Some(0)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for Privacy<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<u8>("messages_from", Self::VT_MESSAGES_FROM, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct PrivacyArgs {
+    pub messages_from: u8,
+}
+impl<'a> Default for PrivacyArgs {
+  #[inline]
+  fn default() -> Self {
+    PrivacyArgs {
+      messages_from: 0,
+    }
+  }
+}
+
+pub struct PrivacyBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> PrivacyBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_messages_from(&mut self, messages_from: u8) {
+    self.fbb_.push_slot::<u8>(Privacy::VT_MESSAGES_FROM, messages_from, 0);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> PrivacyBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    PrivacyBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<Privacy<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for Privacy<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("Privacy");
+      ds.field("messages_from", &self.messages_from());
+      ds.finish()
+  }
+}
+pub enum ExportOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// Everything that is kept about the session's user, in pieces of JSON lines.
+pub struct Export<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for Export<'a> {
+  type Inner = Export<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> Export<'a> {
+  pub const VT_CURSOR: ::flatbuffers::VOffsetT = 4;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    Export { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args ExportArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<Export<'bldr>> {
+    let mut builder = ExportBuilder::new(_fbb);
+    if let Some(x) = args.cursor { builder.add_cursor(x); }
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn cursor(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(Export::VT_CURSOR, None)}
+  }
+}
+
+impl ::flatbuffers::Verifiable for Export<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("cursor", Self::VT_CURSOR, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct ExportArgs<'a> {
+    pub cursor: Option<::flatbuffers::WIPOffset<&'a str>>,
+}
+impl<'a> Default for ExportArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    ExportArgs {
+      cursor: None,
+    }
+  }
+}
+
+pub struct ExportBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> ExportBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_cursor(&mut self, cursor: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Export::VT_CURSOR, cursor);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> ExportBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    ExportBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<Export<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for Export<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("Export");
+      ds.field("cursor", &self.cursor());
+      ds.finish()
+  }
+}
+pub enum DeleteUserOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// Deletes the session's user. `user` repeats the name, against accidents.
+pub struct DeleteUser<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for DeleteUser<'a> {
+  type Inner = DeleteUser<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> DeleteUser<'a> {
+  pub const VT_USER: ::flatbuffers::VOffsetT = 4;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    DeleteUser { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args DeleteUserArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<DeleteUser<'bldr>> {
+    let mut builder = DeleteUserBuilder::new(_fbb);
+    if let Some(x) = args.user { builder.add_user(x); }
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn user(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(DeleteUser::VT_USER, None)}
+  }
+}
+
+impl ::flatbuffers::Verifiable for DeleteUser<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("user", Self::VT_USER, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct DeleteUserArgs<'a> {
+    pub user: Option<::flatbuffers::WIPOffset<&'a str>>,
+}
+impl<'a> Default for DeleteUserArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    DeleteUserArgs {
+      user: None,
+    }
+  }
+}
+
+pub struct DeleteUserBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> DeleteUserBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_user(&mut self, user: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(DeleteUser::VT_USER, user);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> DeleteUserBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    DeleteUserBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<DeleteUser<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for DeleteUser<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("DeleteUser");
+      ds.field("user", &self.user());
       ds.finish()
   }
 }
@@ -2315,6 +4730,12 @@ impl<'a> Message<'a> {
   pub const VT_KIND: ::flatbuffers::VOffsetT = 20;
   pub const VT_DELIVERY: ::flatbuffers::VOffsetT = 22;
   pub const VT_BODY: ::flatbuffers::VOffsetT = 24;
+  pub const VT_MENTIONS: ::flatbuffers::VOffsetT = 26;
+  pub const VT_MENTION_ALL: ::flatbuffers::VOffsetT = 28;
+  pub const VT_REFERS: ::flatbuffers::VOffsetT = 30;
+  pub const VT_STATE: ::flatbuffers::VOffsetT = 32;
+  pub const VT_AMENDED_MS: ::flatbuffers::VOffsetT = 34;
+  pub const VT_CHANGE: ::flatbuffers::VOffsetT = 36;
 
   #[inline]
   pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
@@ -2326,15 +4747,21 @@ impl<'a> Message<'a> {
     args: &'args MessageArgs<'args>
   ) -> ::flatbuffers::WIPOffset<Message<'bldr>> {
     let mut builder = MessageBuilder::new(_fbb);
+    builder.add_amended_ms(args.amended_ms);
+    builder.add_refers(args.refers);
     builder.add_delivery(args.delivery);
     builder.add_client_seq(args.client_seq);
     builder.add_device(args.device);
     builder.add_time_ms(args.time_ms);
     builder.add_seq(args.seq);
+    if let Some(x) = args.change { builder.add_change(x); }
+    if let Some(x) = args.mentions { builder.add_mentions(x); }
     if let Some(x) = args.body { builder.add_body(x); }
     if let Some(x) = args.to { builder.add_to(x); }
     if let Some(x) = args.from { builder.add_from(x); }
     if let Some(x) = args.conversation { builder.add_conversation(x); }
+    builder.add_state(args.state);
+    builder.add_mention_all(args.mention_all);
     builder.add_kind(args.kind);
     builder.add_class(args.class);
     builder.finish()
@@ -2419,6 +4846,52 @@ impl<'a> Message<'a> {
     // which contains a valid value in this slot
     unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, u8>>>(Message::VT_BODY, None)}
   }
+  #[inline]
+  pub fn mentions(&self) -> Option<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>>>(Message::VT_MENTIONS, None)}
+  }
+  #[inline]
+  pub fn mention_all(&self) -> bool {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<bool>(Message::VT_MENTION_ALL, Some(false)).unwrap()}
+  }
+  /// The message that this one amends; 0: none.
+  #[inline]
+  pub fn refers(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(Message::VT_REFERS, Some(0)).unwrap()}
+  }
+  /// 0 as sent, 1 edited, 2 recalled, 3 deleted. In a history the body is the newest one.
+  #[inline]
+  pub fn state(&self) -> u8 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u8>(Message::VT_STATE, Some(0)).unwrap()}
+  }
+  /// When it was edited, recalled or deleted; 0: never.
+  #[inline]
+  pub fn amended_ms(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(Message::VT_AMENDED_MS, Some(0)).unwrap()}
+  }
+  /// Set when `kind` is System.
+  #[inline]
+  pub fn change(&self) -> Option<GroupChange<'a>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<GroupChange>>(Message::VT_CHANGE, None)}
+  }
 }
 
 impl ::flatbuffers::Verifiable for Message<'_> {
@@ -2438,6 +4911,12 @@ impl ::flatbuffers::Verifiable for Message<'_> {
      .visit_field::<u8>("kind", Self::VT_KIND, false)?
      .visit_field::<u64>("delivery", Self::VT_DELIVERY, false)?
      .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, u8>>>("body", Self::VT_BODY, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<&'_ str>>>>("mentions", Self::VT_MENTIONS, false)?
+     .visit_field::<bool>("mention_all", Self::VT_MENTION_ALL, false)?
+     .visit_field::<u64>("refers", Self::VT_REFERS, false)?
+     .visit_field::<u8>("state", Self::VT_STATE, false)?
+     .visit_field::<u64>("amended_ms", Self::VT_AMENDED_MS, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<GroupChange>>("change", Self::VT_CHANGE, false)?
      .finish();
     Ok(())
   }
@@ -2454,6 +4933,12 @@ pub struct MessageArgs<'a> {
     pub kind: u8,
     pub delivery: u64,
     pub body: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, u8>>>,
+    pub mentions: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>>>,
+    pub mention_all: bool,
+    pub refers: u64,
+    pub state: u8,
+    pub amended_ms: u64,
+    pub change: Option<::flatbuffers::WIPOffset<GroupChange<'a>>>,
 }
 impl<'a> Default for MessageArgs<'a> {
   #[inline]
@@ -2470,6 +4955,12 @@ impl<'a> Default for MessageArgs<'a> {
       kind: 0,
       delivery: 0,
       body: None,
+      mentions: None,
+      mention_all: false,
+      refers: 0,
+      state: 0,
+      amended_ms: 0,
+      change: None,
     }
   }
 }
@@ -2524,6 +5015,30 @@ impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> MessageBuilder<'a, 'b, A> {
     self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Message::VT_BODY, body);
   }
   #[inline]
+  pub fn add_mentions(&mut self, mentions: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , ::flatbuffers::ForwardsUOffset<&'b  str>>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Message::VT_MENTIONS, mentions);
+  }
+  #[inline]
+  pub fn add_mention_all(&mut self, mention_all: bool) {
+    self.fbb_.push_slot::<bool>(Message::VT_MENTION_ALL, mention_all, false);
+  }
+  #[inline]
+  pub fn add_refers(&mut self, refers: u64) {
+    self.fbb_.push_slot::<u64>(Message::VT_REFERS, refers, 0);
+  }
+  #[inline]
+  pub fn add_state(&mut self, state: u8) {
+    self.fbb_.push_slot::<u8>(Message::VT_STATE, state, 0);
+  }
+  #[inline]
+  pub fn add_amended_ms(&mut self, amended_ms: u64) {
+    self.fbb_.push_slot::<u64>(Message::VT_AMENDED_MS, amended_ms, 0);
+  }
+  #[inline]
+  pub fn add_change(&mut self, change: ::flatbuffers::WIPOffset<GroupChange<'b >>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<GroupChange>>(Message::VT_CHANGE, change);
+  }
+  #[inline]
   pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> MessageBuilder<'a, 'b, A> {
     let start = _fbb.start_table();
     MessageBuilder {
@@ -2552,6 +5067,163 @@ impl ::core::fmt::Debug for Message<'_> {
       ds.field("kind", &self.kind());
       ds.field("delivery", &self.delivery());
       ds.field("body", &self.body());
+      ds.field("mentions", &self.mentions());
+      ds.field("mention_all", &self.mention_all());
+      ds.field("refers", &self.refers());
+      ds.field("state", &self.state());
+      ds.field("amended_ms", &self.amended_ms());
+      ds.field("change", &self.change());
+      ds.finish()
+  }
+}
+pub enum GroupChangeOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// What happened to a group. Who did it is `from` of the message.
+pub struct GroupChange<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for GroupChange<'a> {
+  type Inner = GroupChange<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> GroupChange<'a> {
+  pub const VT_WHAT: ::flatbuffers::VOffsetT = 4;
+  pub const VT_USERS: ::flatbuffers::VOffsetT = 6;
+  pub const VT_TEXT: ::flatbuffers::VOffsetT = 8;
+  pub const VT_NUMBER: ::flatbuffers::VOffsetT = 10;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    GroupChange { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args GroupChangeArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<GroupChange<'bldr>> {
+    let mut builder = GroupChangeBuilder::new(_fbb);
+    builder.add_number(args.number);
+    if let Some(x) = args.text { builder.add_text(x); }
+    if let Some(x) = args.users { builder.add_users(x); }
+    builder.add_what(args.what);
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn what(&self) -> u8 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u8>(GroupChange::VT_WHAT, Some(0)).unwrap()}
+  }
+  /// The members it happened to.
+  #[inline]
+  pub fn users(&self) -> Option<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>>>(GroupChange::VT_USERS, None)}
+  }
+  /// The title, or the words of who asks to join.
+  #[inline]
+  pub fn text(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(GroupChange::VT_TEXT, None)}
+  }
+  /// The role, the join policy, or the end of a mute in Unix milliseconds.
+  #[inline]
+  pub fn number(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(GroupChange::VT_NUMBER, Some(0)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for GroupChange<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<u8>("what", Self::VT_WHAT, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<&'_ str>>>>("users", Self::VT_USERS, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("text", Self::VT_TEXT, false)?
+     .visit_field::<u64>("number", Self::VT_NUMBER, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct GroupChangeArgs<'a> {
+    pub what: u8,
+    pub users: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>>>,
+    pub text: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub number: u64,
+}
+impl<'a> Default for GroupChangeArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    GroupChangeArgs {
+      what: 0,
+      users: None,
+      text: None,
+      number: 0,
+    }
+  }
+}
+
+pub struct GroupChangeBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> GroupChangeBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_what(&mut self, what: u8) {
+    self.fbb_.push_slot::<u8>(GroupChange::VT_WHAT, what, 0);
+  }
+  #[inline]
+  pub fn add_users(&mut self, users: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , ::flatbuffers::ForwardsUOffset<&'b  str>>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(GroupChange::VT_USERS, users);
+  }
+  #[inline]
+  pub fn add_text(&mut self, text: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(GroupChange::VT_TEXT, text);
+  }
+  #[inline]
+  pub fn add_number(&mut self, number: u64) {
+    self.fbb_.push_slot::<u64>(GroupChange::VT_NUMBER, number, 0);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> GroupChangeBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    GroupChangeBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<GroupChange<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for GroupChange<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("GroupChange");
+      ds.field("what", &self.what());
+      ds.field("users", &self.users());
+      ds.field("text", &self.text());
+      ds.field("number", &self.number());
       ds.finish()
   }
 }
@@ -2951,6 +5623,12 @@ impl<'a> Conversation<'a> {
   pub const VT_HEAD: ::flatbuffers::VOffsetT = 10;
   pub const VT_LAST_TIME_MS: ::flatbuffers::VOffsetT = 12;
   pub const VT_ACKED: ::flatbuffers::VOffsetT = 14;
+  pub const VT_READ: ::flatbuffers::VOffsetT = 16;
+  pub const VT_PINNED: ::flatbuffers::VOffsetT = 18;
+  pub const VT_MUTED_UNTIL_MS: ::flatbuffers::VOffsetT = 20;
+  pub const VT_STANDING: ::flatbuffers::VOffsetT = 22;
+  pub const VT_TITLE: ::flatbuffers::VOffsetT = 24;
+  pub const VT_LAST: ::flatbuffers::VOffsetT = 26;
 
   #[inline]
   pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
@@ -2962,12 +5640,18 @@ impl<'a> Conversation<'a> {
     args: &'args ConversationArgs<'args>
   ) -> ::flatbuffers::WIPOffset<Conversation<'bldr>> {
     let mut builder = ConversationBuilder::new(_fbb);
+    builder.add_muted_until_ms(args.muted_until_ms);
+    builder.add_read(args.read);
     builder.add_acked(args.acked);
     builder.add_last_time_ms(args.last_time_ms);
     builder.add_head(args.head);
     builder.add_first(args.first);
+    if let Some(x) = args.last { builder.add_last(x); }
+    if let Some(x) = args.title { builder.add_title(x); }
     if let Some(x) = args.with { builder.add_with(x); }
     if let Some(x) = args.conversation { builder.add_conversation(x); }
+    builder.add_standing(args.standing);
+    builder.add_pinned(args.pinned);
     builder.finish()
   }
 
@@ -3015,6 +5699,50 @@ impl<'a> Conversation<'a> {
     // which contains a valid value in this slot
     unsafe { self._tab.get::<u64>(Conversation::VT_ACKED, Some(0)).unwrap()}
   }
+  /// The highest seq this user has read, on whatever device: what is above it is unread.
+  #[inline]
+  pub fn read(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(Conversation::VT_READ, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn pinned(&self) -> bool {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<bool>(Conversation::VT_PINNED, Some(false)).unwrap()}
+  }
+  #[inline]
+  pub fn muted_until_ms(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(Conversation::VT_MUTED_UNTIL_MS, Some(0)).unwrap()}
+  }
+  /// Of a group: 1 member, 2 invited, 3 asked to join, 4 left, 5 kicked. 0 for a user.
+  #[inline]
+  pub fn standing(&self) -> u8 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u8>(Conversation::VT_STANDING, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn title(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(Conversation::VT_TITLE, None)}
+  }
+  #[inline]
+  pub fn last(&self) -> Option<Message<'a>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<Message>>(Conversation::VT_LAST, None)}
+  }
 }
 
 impl ::flatbuffers::Verifiable for Conversation<'_> {
@@ -3029,6 +5757,12 @@ impl ::flatbuffers::Verifiable for Conversation<'_> {
      .visit_field::<u64>("head", Self::VT_HEAD, false)?
      .visit_field::<u64>("last_time_ms", Self::VT_LAST_TIME_MS, false)?
      .visit_field::<u64>("acked", Self::VT_ACKED, false)?
+     .visit_field::<u64>("read", Self::VT_READ, false)?
+     .visit_field::<bool>("pinned", Self::VT_PINNED, false)?
+     .visit_field::<u64>("muted_until_ms", Self::VT_MUTED_UNTIL_MS, false)?
+     .visit_field::<u8>("standing", Self::VT_STANDING, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("title", Self::VT_TITLE, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<Message>>("last", Self::VT_LAST, false)?
      .finish();
     Ok(())
   }
@@ -3040,6 +5774,12 @@ pub struct ConversationArgs<'a> {
     pub head: u64,
     pub last_time_ms: u64,
     pub acked: u64,
+    pub read: u64,
+    pub pinned: bool,
+    pub muted_until_ms: u64,
+    pub standing: u8,
+    pub title: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub last: Option<::flatbuffers::WIPOffset<Message<'a>>>,
 }
 impl<'a> Default for ConversationArgs<'a> {
   #[inline]
@@ -3051,6 +5791,12 @@ impl<'a> Default for ConversationArgs<'a> {
       head: 0,
       last_time_ms: 0,
       acked: 0,
+      read: 0,
+      pinned: false,
+      muted_until_ms: 0,
+      standing: 0,
+      title: None,
+      last: None,
     }
   }
 }
@@ -3085,6 +5831,30 @@ impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> ConversationBuilder<'a, 'b, A
     self.fbb_.push_slot::<u64>(Conversation::VT_ACKED, acked, 0);
   }
   #[inline]
+  pub fn add_read(&mut self, read: u64) {
+    self.fbb_.push_slot::<u64>(Conversation::VT_READ, read, 0);
+  }
+  #[inline]
+  pub fn add_pinned(&mut self, pinned: bool) {
+    self.fbb_.push_slot::<bool>(Conversation::VT_PINNED, pinned, false);
+  }
+  #[inline]
+  pub fn add_muted_until_ms(&mut self, muted_until_ms: u64) {
+    self.fbb_.push_slot::<u64>(Conversation::VT_MUTED_UNTIL_MS, muted_until_ms, 0);
+  }
+  #[inline]
+  pub fn add_standing(&mut self, standing: u8) {
+    self.fbb_.push_slot::<u8>(Conversation::VT_STANDING, standing, 0);
+  }
+  #[inline]
+  pub fn add_title(&mut self, title: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Conversation::VT_TITLE, title);
+  }
+  #[inline]
+  pub fn add_last(&mut self, last: ::flatbuffers::WIPOffset<Message<'b >>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<Message>>(Conversation::VT_LAST, last);
+  }
+  #[inline]
   pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> ConversationBuilder<'a, 'b, A> {
     let start = _fbb.start_table();
     ConversationBuilder {
@@ -3108,6 +5878,12 @@ impl ::core::fmt::Debug for Conversation<'_> {
       ds.field("head", &self.head());
       ds.field("last_time_ms", &self.last_time_ms());
       ds.field("acked", &self.acked());
+      ds.field("read", &self.read());
+      ds.field("pinned", &self.pinned());
+      ds.field("muted_until_ms", &self.muted_until_ms());
+      ds.field("standing", &self.standing());
+      ds.field("title", &self.title());
+      ds.field("last", &self.last());
       ds.finish()
   }
 }
@@ -3221,6 +5997,2143 @@ impl ::core::fmt::Debug for ConversationsOk<'_> {
   fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
     let mut ds = f.debug_struct("ConversationsOk");
       ds.field("conversations", &self.conversations());
+      ds.field("next", &self.next());
+      ds.finish()
+  }
+}
+pub enum DoneOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// Done; nothing else to tell.
+pub struct Done<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for Done<'a> {
+  type Inner = Done<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> Done<'a> {
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    Done { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    _args: &'args DoneArgs
+  ) -> ::flatbuffers::WIPOffset<Done<'bldr>> {
+    let mut builder = DoneBuilder::new(_fbb);
+    builder.finish()
+  }
+
+}
+
+impl ::flatbuffers::Verifiable for Done<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct DoneArgs {
+}
+impl<'a> Default for DoneArgs {
+  #[inline]
+  fn default() -> Self {
+    DoneArgs {
+    }
+  }
+}
+
+pub struct DoneBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> DoneBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> DoneBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    DoneBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<Done<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for Done<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("Done");
+      ds.finish()
+  }
+}
+pub enum TruncatedOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// The messages asked for are not kept any more; `first` is the oldest that is.
+pub struct Truncated<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for Truncated<'a> {
+  type Inner = Truncated<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> Truncated<'a> {
+  pub const VT_CONVERSATION: ::flatbuffers::VOffsetT = 4;
+  pub const VT_FIRST: ::flatbuffers::VOffsetT = 6;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    Truncated { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args TruncatedArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<Truncated<'bldr>> {
+    let mut builder = TruncatedBuilder::new(_fbb);
+    builder.add_first(args.first);
+    if let Some(x) = args.conversation { builder.add_conversation(x); }
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn conversation(&self) -> Option<&'a Id128> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<Id128>(Truncated::VT_CONVERSATION, None)}
+  }
+  #[inline]
+  pub fn first(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(Truncated::VT_FIRST, Some(0)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for Truncated<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<Id128>("conversation", Self::VT_CONVERSATION, false)?
+     .visit_field::<u64>("first", Self::VT_FIRST, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct TruncatedArgs<'a> {
+    pub conversation: Option<&'a Id128>,
+    pub first: u64,
+}
+impl<'a> Default for TruncatedArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    TruncatedArgs {
+      conversation: None,
+      first: 0,
+    }
+  }
+}
+
+pub struct TruncatedBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> TruncatedBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_conversation(&mut self, conversation: &Id128) {
+    self.fbb_.push_slot_always::<&Id128>(Truncated::VT_CONVERSATION, conversation);
+  }
+  #[inline]
+  pub fn add_first(&mut self, first: u64) {
+    self.fbb_.push_slot::<u64>(Truncated::VT_FIRST, first, 0);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> TruncatedBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    TruncatedBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<Truncated<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for Truncated<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("Truncated");
+      ds.field("conversation", &self.conversation());
+      ds.field("first", &self.first());
+      ds.finish()
+  }
+}
+pub enum SyncOkOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// All-zero `next` (conversation and seq): nothing more was missed.
+pub struct SyncOk<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for SyncOk<'a> {
+  type Inner = SyncOk<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> SyncOk<'a> {
+  pub const VT_MESSAGES: ::flatbuffers::VOffsetT = 4;
+  pub const VT_NEXT: ::flatbuffers::VOffsetT = 6;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    SyncOk { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args SyncOkArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<SyncOk<'bldr>> {
+    let mut builder = SyncOkBuilder::new(_fbb);
+    if let Some(x) = args.next { builder.add_next(x); }
+    if let Some(x) = args.messages { builder.add_messages(x); }
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn messages(&self) -> Option<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<Message<'a>>>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<Message>>>>(SyncOk::VT_MESSAGES, None)}
+  }
+  #[inline]
+  pub fn next(&self) -> Option<&'a Place> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<Place>(SyncOk::VT_NEXT, None)}
+  }
+}
+
+impl ::flatbuffers::Verifiable for SyncOk<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<Message>>>>("messages", Self::VT_MESSAGES, false)?
+     .visit_field::<Place>("next", Self::VT_NEXT, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct SyncOkArgs<'a> {
+    pub messages: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<Message<'a>>>>>,
+    pub next: Option<&'a Place>,
+}
+impl<'a> Default for SyncOkArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    SyncOkArgs {
+      messages: None,
+      next: None,
+    }
+  }
+}
+
+pub struct SyncOkBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> SyncOkBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_messages(&mut self, messages: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , ::flatbuffers::ForwardsUOffset<Message<'b >>>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(SyncOk::VT_MESSAGES, messages);
+  }
+  #[inline]
+  pub fn add_next(&mut self, next: &Place) {
+    self.fbb_.push_slot_always::<&Place>(SyncOk::VT_NEXT, next);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> SyncOkBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    SyncOkBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<SyncOk<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for SyncOk<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("SyncOk");
+      ds.field("messages", &self.messages());
+      ds.field("next", &self.next());
+      ds.finish()
+  }
+}
+pub enum DeviceOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+pub struct Device<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for Device<'a> {
+  type Inner = Device<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> Device<'a> {
+  pub const VT_DEVICE: ::flatbuffers::VOffsetT = 4;
+  pub const VT_KIND: ::flatbuffers::VOffsetT = 6;
+  pub const VT_AGENT: ::flatbuffers::VOffsetT = 8;
+  pub const VT_FIRST_MS: ::flatbuffers::VOffsetT = 10;
+  pub const VT_LAST_MS: ::flatbuffers::VOffsetT = 12;
+  pub const VT_ONLINE: ::flatbuffers::VOffsetT = 14;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    Device { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args DeviceArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<Device<'bldr>> {
+    let mut builder = DeviceBuilder::new(_fbb);
+    builder.add_last_ms(args.last_ms);
+    builder.add_first_ms(args.first_ms);
+    builder.add_device(args.device);
+    if let Some(x) = args.agent { builder.add_agent(x); }
+    builder.add_online(args.online);
+    builder.add_kind(args.kind);
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn device(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(Device::VT_DEVICE, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn kind(&self) -> u8 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u8>(Device::VT_KIND, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn agent(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(Device::VT_AGENT, None)}
+  }
+  #[inline]
+  pub fn first_ms(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(Device::VT_FIRST_MS, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn last_ms(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(Device::VT_LAST_MS, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn online(&self) -> bool {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<bool>(Device::VT_ONLINE, Some(false)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for Device<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<u64>("device", Self::VT_DEVICE, false)?
+     .visit_field::<u8>("kind", Self::VT_KIND, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("agent", Self::VT_AGENT, false)?
+     .visit_field::<u64>("first_ms", Self::VT_FIRST_MS, false)?
+     .visit_field::<u64>("last_ms", Self::VT_LAST_MS, false)?
+     .visit_field::<bool>("online", Self::VT_ONLINE, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct DeviceArgs<'a> {
+    pub device: u64,
+    pub kind: u8,
+    pub agent: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub first_ms: u64,
+    pub last_ms: u64,
+    pub online: bool,
+}
+impl<'a> Default for DeviceArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    DeviceArgs {
+      device: 0,
+      kind: 0,
+      agent: None,
+      first_ms: 0,
+      last_ms: 0,
+      online: false,
+    }
+  }
+}
+
+pub struct DeviceBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> DeviceBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_device(&mut self, device: u64) {
+    self.fbb_.push_slot::<u64>(Device::VT_DEVICE, device, 0);
+  }
+  #[inline]
+  pub fn add_kind(&mut self, kind: u8) {
+    self.fbb_.push_slot::<u8>(Device::VT_KIND, kind, 0);
+  }
+  #[inline]
+  pub fn add_agent(&mut self, agent: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Device::VT_AGENT, agent);
+  }
+  #[inline]
+  pub fn add_first_ms(&mut self, first_ms: u64) {
+    self.fbb_.push_slot::<u64>(Device::VT_FIRST_MS, first_ms, 0);
+  }
+  #[inline]
+  pub fn add_last_ms(&mut self, last_ms: u64) {
+    self.fbb_.push_slot::<u64>(Device::VT_LAST_MS, last_ms, 0);
+  }
+  #[inline]
+  pub fn add_online(&mut self, online: bool) {
+    self.fbb_.push_slot::<bool>(Device::VT_ONLINE, online, false);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> DeviceBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    DeviceBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<Device<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for Device<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("Device");
+      ds.field("device", &self.device());
+      ds.field("kind", &self.kind());
+      ds.field("agent", &self.agent());
+      ds.field("first_ms", &self.first_ms());
+      ds.field("last_ms", &self.last_ms());
+      ds.field("online", &self.online());
+      ds.finish()
+  }
+}
+pub enum DevicesOkOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+pub struct DevicesOk<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for DevicesOk<'a> {
+  type Inner = DevicesOk<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> DevicesOk<'a> {
+  pub const VT_DEVICES: ::flatbuffers::VOffsetT = 4;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    DevicesOk { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args DevicesOkArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<DevicesOk<'bldr>> {
+    let mut builder = DevicesOkBuilder::new(_fbb);
+    if let Some(x) = args.devices { builder.add_devices(x); }
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn devices(&self) -> Option<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<Device<'a>>>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<Device>>>>(DevicesOk::VT_DEVICES, None)}
+  }
+}
+
+impl ::flatbuffers::Verifiable for DevicesOk<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<Device>>>>("devices", Self::VT_DEVICES, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct DevicesOkArgs<'a> {
+    pub devices: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<Device<'a>>>>>,
+}
+impl<'a> Default for DevicesOkArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    DevicesOkArgs {
+      devices: None,
+    }
+  }
+}
+
+pub struct DevicesOkBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> DevicesOkBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_devices(&mut self, devices: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , ::flatbuffers::ForwardsUOffset<Device<'b >>>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(DevicesOk::VT_DEVICES, devices);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> DevicesOkBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    DevicesOkBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<DevicesOk<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for DevicesOk<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("DevicesOk");
+      ds.field("devices", &self.devices());
+      ds.finish()
+  }
+}
+pub enum MemberReceiptOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+pub struct MemberReceipt<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for MemberReceipt<'a> {
+  type Inner = MemberReceipt<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> MemberReceipt<'a> {
+  pub const VT_USER: ::flatbuffers::VOffsetT = 4;
+  pub const VT_DELIVERED: ::flatbuffers::VOffsetT = 6;
+  pub const VT_READ: ::flatbuffers::VOffsetT = 8;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    MemberReceipt { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args MemberReceiptArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<MemberReceipt<'bldr>> {
+    let mut builder = MemberReceiptBuilder::new(_fbb);
+    builder.add_read(args.read);
+    builder.add_delivered(args.delivered);
+    if let Some(x) = args.user { builder.add_user(x); }
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn user(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(MemberReceipt::VT_USER, None)}
+  }
+  #[inline]
+  pub fn delivered(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(MemberReceipt::VT_DELIVERED, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn read(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(MemberReceipt::VT_READ, Some(0)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for MemberReceipt<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("user", Self::VT_USER, false)?
+     .visit_field::<u64>("delivered", Self::VT_DELIVERED, false)?
+     .visit_field::<u64>("read", Self::VT_READ, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct MemberReceiptArgs<'a> {
+    pub user: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub delivered: u64,
+    pub read: u64,
+}
+impl<'a> Default for MemberReceiptArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    MemberReceiptArgs {
+      user: None,
+      delivered: 0,
+      read: 0,
+    }
+  }
+}
+
+pub struct MemberReceiptBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> MemberReceiptBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_user(&mut self, user: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(MemberReceipt::VT_USER, user);
+  }
+  #[inline]
+  pub fn add_delivered(&mut self, delivered: u64) {
+    self.fbb_.push_slot::<u64>(MemberReceipt::VT_DELIVERED, delivered, 0);
+  }
+  #[inline]
+  pub fn add_read(&mut self, read: u64) {
+    self.fbb_.push_slot::<u64>(MemberReceipt::VT_READ, read, 0);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> MemberReceiptBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    MemberReceiptBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<MemberReceipt<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for MemberReceipt<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("MemberReceipt");
+      ds.field("user", &self.user());
+      ds.field("delivered", &self.delivered());
+      ds.field("read", &self.read());
+      ds.finish()
+  }
+}
+pub enum ReceiptsOkOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// Counts are over all members but the sender; `rows` is one page. An empty `next` ends the list.
+pub struct ReceiptsOk<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for ReceiptsOk<'a> {
+  type Inner = ReceiptsOk<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> ReceiptsOk<'a> {
+  pub const VT_MEMBERS: ::flatbuffers::VOffsetT = 4;
+  pub const VT_DELIVERED: ::flatbuffers::VOffsetT = 6;
+  pub const VT_READ: ::flatbuffers::VOffsetT = 8;
+  pub const VT_ROWS: ::flatbuffers::VOffsetT = 10;
+  pub const VT_NEXT: ::flatbuffers::VOffsetT = 12;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    ReceiptsOk { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args ReceiptsOkArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<ReceiptsOk<'bldr>> {
+    let mut builder = ReceiptsOkBuilder::new(_fbb);
+    if let Some(x) = args.next { builder.add_next(x); }
+    if let Some(x) = args.rows { builder.add_rows(x); }
+    builder.add_read(args.read);
+    builder.add_delivered(args.delivered);
+    builder.add_members(args.members);
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn members(&self) -> u32 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u32>(ReceiptsOk::VT_MEMBERS, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn delivered(&self) -> u32 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u32>(ReceiptsOk::VT_DELIVERED, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn read(&self) -> u32 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u32>(ReceiptsOk::VT_READ, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn rows(&self) -> Option<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<MemberReceipt<'a>>>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<MemberReceipt>>>>(ReceiptsOk::VT_ROWS, None)}
+  }
+  #[inline]
+  pub fn next(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(ReceiptsOk::VT_NEXT, None)}
+  }
+}
+
+impl ::flatbuffers::Verifiable for ReceiptsOk<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<u32>("members", Self::VT_MEMBERS, false)?
+     .visit_field::<u32>("delivered", Self::VT_DELIVERED, false)?
+     .visit_field::<u32>("read", Self::VT_READ, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<MemberReceipt>>>>("rows", Self::VT_ROWS, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("next", Self::VT_NEXT, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct ReceiptsOkArgs<'a> {
+    pub members: u32,
+    pub delivered: u32,
+    pub read: u32,
+    pub rows: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<MemberReceipt<'a>>>>>,
+    pub next: Option<::flatbuffers::WIPOffset<&'a str>>,
+}
+impl<'a> Default for ReceiptsOkArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    ReceiptsOkArgs {
+      members: 0,
+      delivered: 0,
+      read: 0,
+      rows: None,
+      next: None,
+    }
+  }
+}
+
+pub struct ReceiptsOkBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> ReceiptsOkBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_members(&mut self, members: u32) {
+    self.fbb_.push_slot::<u32>(ReceiptsOk::VT_MEMBERS, members, 0);
+  }
+  #[inline]
+  pub fn add_delivered(&mut self, delivered: u32) {
+    self.fbb_.push_slot::<u32>(ReceiptsOk::VT_DELIVERED, delivered, 0);
+  }
+  #[inline]
+  pub fn add_read(&mut self, read: u32) {
+    self.fbb_.push_slot::<u32>(ReceiptsOk::VT_READ, read, 0);
+  }
+  #[inline]
+  pub fn add_rows(&mut self, rows: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , ::flatbuffers::ForwardsUOffset<MemberReceipt<'b >>>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(ReceiptsOk::VT_ROWS, rows);
+  }
+  #[inline]
+  pub fn add_next(&mut self, next: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(ReceiptsOk::VT_NEXT, next);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> ReceiptsOkBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    ReceiptsOkBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<ReceiptsOk<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for ReceiptsOk<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("ReceiptsOk");
+      ds.field("members", &self.members());
+      ds.field("delivered", &self.delivered());
+      ds.field("read", &self.read());
+      ds.field("rows", &self.rows());
+      ds.field("next", &self.next());
+      ds.finish()
+  }
+}
+pub enum GroupOkOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// A change of a group is done. `seq`: its place in the conversation; 0: nothing to see there (an invitation, a request).
+pub struct GroupOk<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for GroupOk<'a> {
+  type Inner = GroupOk<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> GroupOk<'a> {
+  pub const VT_CONVERSATION: ::flatbuffers::VOffsetT = 4;
+  pub const VT_SEQ: ::flatbuffers::VOffsetT = 6;
+  pub const VT_STANDING: ::flatbuffers::VOffsetT = 8;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    GroupOk { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args GroupOkArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<GroupOk<'bldr>> {
+    let mut builder = GroupOkBuilder::new(_fbb);
+    builder.add_seq(args.seq);
+    if let Some(x) = args.conversation { builder.add_conversation(x); }
+    builder.add_standing(args.standing);
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn conversation(&self) -> Option<&'a Id128> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<Id128>(GroupOk::VT_CONVERSATION, None)}
+  }
+  #[inline]
+  pub fn seq(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(GroupOk::VT_SEQ, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn standing(&self) -> u8 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u8>(GroupOk::VT_STANDING, Some(0)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for GroupOk<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<Id128>("conversation", Self::VT_CONVERSATION, false)?
+     .visit_field::<u64>("seq", Self::VT_SEQ, false)?
+     .visit_field::<u8>("standing", Self::VT_STANDING, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct GroupOkArgs<'a> {
+    pub conversation: Option<&'a Id128>,
+    pub seq: u64,
+    pub standing: u8,
+}
+impl<'a> Default for GroupOkArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    GroupOkArgs {
+      conversation: None,
+      seq: 0,
+      standing: 0,
+    }
+  }
+}
+
+pub struct GroupOkBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> GroupOkBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_conversation(&mut self, conversation: &Id128) {
+    self.fbb_.push_slot_always::<&Id128>(GroupOk::VT_CONVERSATION, conversation);
+  }
+  #[inline]
+  pub fn add_seq(&mut self, seq: u64) {
+    self.fbb_.push_slot::<u64>(GroupOk::VT_SEQ, seq, 0);
+  }
+  #[inline]
+  pub fn add_standing(&mut self, standing: u8) {
+    self.fbb_.push_slot::<u8>(GroupOk::VT_STANDING, standing, 0);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> GroupOkBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    GroupOkBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<GroupOk<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for GroupOk<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("GroupOk");
+      ds.field("conversation", &self.conversation());
+      ds.field("seq", &self.seq());
+      ds.field("standing", &self.standing());
+      ds.finish()
+  }
+}
+pub enum GroupInfoOkOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+pub struct GroupInfoOk<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for GroupInfoOk<'a> {
+  type Inner = GroupInfoOk<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> GroupInfoOk<'a> {
+  pub const VT_CONVERSATION: ::flatbuffers::VOffsetT = 4;
+  pub const VT_GROUP: ::flatbuffers::VOffsetT = 6;
+  pub const VT_TITLE: ::flatbuffers::VOffsetT = 8;
+  pub const VT_JOIN: ::flatbuffers::VOffsetT = 10;
+  pub const VT_OWNER: ::flatbuffers::VOffsetT = 12;
+  pub const VT_MEMBERS: ::flatbuffers::VOffsetT = 14;
+  pub const VT_CREATED_MS: ::flatbuffers::VOffsetT = 16;
+  pub const VT_DISSOLVED: ::flatbuffers::VOffsetT = 18;
+  pub const VT_STANDING: ::flatbuffers::VOffsetT = 20;
+  pub const VT_ROLE: ::flatbuffers::VOffsetT = 22;
+  pub const VT_MUTED_UNTIL_MS: ::flatbuffers::VOffsetT = 24;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    GroupInfoOk { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args GroupInfoOkArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<GroupInfoOk<'bldr>> {
+    let mut builder = GroupInfoOkBuilder::new(_fbb);
+    builder.add_muted_until_ms(args.muted_until_ms);
+    builder.add_created_ms(args.created_ms);
+    builder.add_members(args.members);
+    if let Some(x) = args.owner { builder.add_owner(x); }
+    if let Some(x) = args.title { builder.add_title(x); }
+    if let Some(x) = args.group { builder.add_group(x); }
+    if let Some(x) = args.conversation { builder.add_conversation(x); }
+    builder.add_role(args.role);
+    builder.add_standing(args.standing);
+    builder.add_dissolved(args.dissolved);
+    builder.add_join(args.join);
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn conversation(&self) -> Option<&'a Id128> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<Id128>(GroupInfoOk::VT_CONVERSATION, None)}
+  }
+  #[inline]
+  pub fn group(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(GroupInfoOk::VT_GROUP, None)}
+  }
+  #[inline]
+  pub fn title(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(GroupInfoOk::VT_TITLE, None)}
+  }
+  #[inline]
+  pub fn join(&self) -> u8 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u8>(GroupInfoOk::VT_JOIN, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn owner(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(GroupInfoOk::VT_OWNER, None)}
+  }
+  #[inline]
+  pub fn members(&self) -> u32 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u32>(GroupInfoOk::VT_MEMBERS, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn created_ms(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(GroupInfoOk::VT_CREATED_MS, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn dissolved(&self) -> bool {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<bool>(GroupInfoOk::VT_DISSOLVED, Some(false)).unwrap()}
+  }
+  /// Of the asking user.
+  #[inline]
+  pub fn standing(&self) -> u8 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u8>(GroupInfoOk::VT_STANDING, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn role(&self) -> u8 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u8>(GroupInfoOk::VT_ROLE, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn muted_until_ms(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(GroupInfoOk::VT_MUTED_UNTIL_MS, Some(0)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for GroupInfoOk<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<Id128>("conversation", Self::VT_CONVERSATION, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("group", Self::VT_GROUP, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("title", Self::VT_TITLE, false)?
+     .visit_field::<u8>("join", Self::VT_JOIN, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("owner", Self::VT_OWNER, false)?
+     .visit_field::<u32>("members", Self::VT_MEMBERS, false)?
+     .visit_field::<u64>("created_ms", Self::VT_CREATED_MS, false)?
+     .visit_field::<bool>("dissolved", Self::VT_DISSOLVED, false)?
+     .visit_field::<u8>("standing", Self::VT_STANDING, false)?
+     .visit_field::<u8>("role", Self::VT_ROLE, false)?
+     .visit_field::<u64>("muted_until_ms", Self::VT_MUTED_UNTIL_MS, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct GroupInfoOkArgs<'a> {
+    pub conversation: Option<&'a Id128>,
+    pub group: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub title: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub join: u8,
+    pub owner: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub members: u32,
+    pub created_ms: u64,
+    pub dissolved: bool,
+    pub standing: u8,
+    pub role: u8,
+    pub muted_until_ms: u64,
+}
+impl<'a> Default for GroupInfoOkArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    GroupInfoOkArgs {
+      conversation: None,
+      group: None,
+      title: None,
+      join: 0,
+      owner: None,
+      members: 0,
+      created_ms: 0,
+      dissolved: false,
+      standing: 0,
+      role: 0,
+      muted_until_ms: 0,
+    }
+  }
+}
+
+pub struct GroupInfoOkBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> GroupInfoOkBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_conversation(&mut self, conversation: &Id128) {
+    self.fbb_.push_slot_always::<&Id128>(GroupInfoOk::VT_CONVERSATION, conversation);
+  }
+  #[inline]
+  pub fn add_group(&mut self, group: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(GroupInfoOk::VT_GROUP, group);
+  }
+  #[inline]
+  pub fn add_title(&mut self, title: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(GroupInfoOk::VT_TITLE, title);
+  }
+  #[inline]
+  pub fn add_join(&mut self, join: u8) {
+    self.fbb_.push_slot::<u8>(GroupInfoOk::VT_JOIN, join, 0);
+  }
+  #[inline]
+  pub fn add_owner(&mut self, owner: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(GroupInfoOk::VT_OWNER, owner);
+  }
+  #[inline]
+  pub fn add_members(&mut self, members: u32) {
+    self.fbb_.push_slot::<u32>(GroupInfoOk::VT_MEMBERS, members, 0);
+  }
+  #[inline]
+  pub fn add_created_ms(&mut self, created_ms: u64) {
+    self.fbb_.push_slot::<u64>(GroupInfoOk::VT_CREATED_MS, created_ms, 0);
+  }
+  #[inline]
+  pub fn add_dissolved(&mut self, dissolved: bool) {
+    self.fbb_.push_slot::<bool>(GroupInfoOk::VT_DISSOLVED, dissolved, false);
+  }
+  #[inline]
+  pub fn add_standing(&mut self, standing: u8) {
+    self.fbb_.push_slot::<u8>(GroupInfoOk::VT_STANDING, standing, 0);
+  }
+  #[inline]
+  pub fn add_role(&mut self, role: u8) {
+    self.fbb_.push_slot::<u8>(GroupInfoOk::VT_ROLE, role, 0);
+  }
+  #[inline]
+  pub fn add_muted_until_ms(&mut self, muted_until_ms: u64) {
+    self.fbb_.push_slot::<u64>(GroupInfoOk::VT_MUTED_UNTIL_MS, muted_until_ms, 0);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> GroupInfoOkBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    GroupInfoOkBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<GroupInfoOk<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for GroupInfoOk<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("GroupInfoOk");
+      ds.field("conversation", &self.conversation());
+      ds.field("group", &self.group());
+      ds.field("title", &self.title());
+      ds.field("join", &self.join());
+      ds.field("owner", &self.owner());
+      ds.field("members", &self.members());
+      ds.field("created_ms", &self.created_ms());
+      ds.field("dissolved", &self.dissolved());
+      ds.field("standing", &self.standing());
+      ds.field("role", &self.role());
+      ds.field("muted_until_ms", &self.muted_until_ms());
+      ds.finish()
+  }
+}
+pub enum MemberOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+pub struct Member<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for Member<'a> {
+  type Inner = Member<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> Member<'a> {
+  pub const VT_USER: ::flatbuffers::VOffsetT = 4;
+  pub const VT_ROLE: ::flatbuffers::VOffsetT = 6;
+  pub const VT_STANDING: ::flatbuffers::VOffsetT = 8;
+  pub const VT_JOINED_MS: ::flatbuffers::VOffsetT = 10;
+  pub const VT_MUTED_UNTIL_MS: ::flatbuffers::VOffsetT = 12;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    Member { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args MemberArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<Member<'bldr>> {
+    let mut builder = MemberBuilder::new(_fbb);
+    builder.add_muted_until_ms(args.muted_until_ms);
+    builder.add_joined_ms(args.joined_ms);
+    if let Some(x) = args.user { builder.add_user(x); }
+    builder.add_standing(args.standing);
+    builder.add_role(args.role);
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn user(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(Member::VT_USER, None)}
+  }
+  #[inline]
+  pub fn role(&self) -> u8 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u8>(Member::VT_ROLE, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn standing(&self) -> u8 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u8>(Member::VT_STANDING, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn joined_ms(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(Member::VT_JOINED_MS, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn muted_until_ms(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(Member::VT_MUTED_UNTIL_MS, Some(0)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for Member<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("user", Self::VT_USER, false)?
+     .visit_field::<u8>("role", Self::VT_ROLE, false)?
+     .visit_field::<u8>("standing", Self::VT_STANDING, false)?
+     .visit_field::<u64>("joined_ms", Self::VT_JOINED_MS, false)?
+     .visit_field::<u64>("muted_until_ms", Self::VT_MUTED_UNTIL_MS, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct MemberArgs<'a> {
+    pub user: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub role: u8,
+    pub standing: u8,
+    pub joined_ms: u64,
+    pub muted_until_ms: u64,
+}
+impl<'a> Default for MemberArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    MemberArgs {
+      user: None,
+      role: 0,
+      standing: 0,
+      joined_ms: 0,
+      muted_until_ms: 0,
+    }
+  }
+}
+
+pub struct MemberBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> MemberBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_user(&mut self, user: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Member::VT_USER, user);
+  }
+  #[inline]
+  pub fn add_role(&mut self, role: u8) {
+    self.fbb_.push_slot::<u8>(Member::VT_ROLE, role, 0);
+  }
+  #[inline]
+  pub fn add_standing(&mut self, standing: u8) {
+    self.fbb_.push_slot::<u8>(Member::VT_STANDING, standing, 0);
+  }
+  #[inline]
+  pub fn add_joined_ms(&mut self, joined_ms: u64) {
+    self.fbb_.push_slot::<u64>(Member::VT_JOINED_MS, joined_ms, 0);
+  }
+  #[inline]
+  pub fn add_muted_until_ms(&mut self, muted_until_ms: u64) {
+    self.fbb_.push_slot::<u64>(Member::VT_MUTED_UNTIL_MS, muted_until_ms, 0);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> MemberBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    MemberBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<Member<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for Member<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("Member");
+      ds.field("user", &self.user());
+      ds.field("role", &self.role());
+      ds.field("standing", &self.standing());
+      ds.field("joined_ms", &self.joined_ms());
+      ds.field("muted_until_ms", &self.muted_until_ms());
+      ds.finish()
+  }
+}
+pub enum MembersOkOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+pub struct MembersOk<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for MembersOk<'a> {
+  type Inner = MembersOk<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> MembersOk<'a> {
+  pub const VT_MEMBERS: ::flatbuffers::VOffsetT = 4;
+  pub const VT_NEXT: ::flatbuffers::VOffsetT = 6;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    MembersOk { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args MembersOkArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<MembersOk<'bldr>> {
+    let mut builder = MembersOkBuilder::new(_fbb);
+    if let Some(x) = args.next { builder.add_next(x); }
+    if let Some(x) = args.members { builder.add_members(x); }
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn members(&self) -> Option<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<Member<'a>>>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<Member>>>>(MembersOk::VT_MEMBERS, None)}
+  }
+  #[inline]
+  pub fn next(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(MembersOk::VT_NEXT, None)}
+  }
+}
+
+impl ::flatbuffers::Verifiable for MembersOk<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<Member>>>>("members", Self::VT_MEMBERS, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("next", Self::VT_NEXT, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct MembersOkArgs<'a> {
+    pub members: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<Member<'a>>>>>,
+    pub next: Option<::flatbuffers::WIPOffset<&'a str>>,
+}
+impl<'a> Default for MembersOkArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    MembersOkArgs {
+      members: None,
+      next: None,
+    }
+  }
+}
+
+pub struct MembersOkBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> MembersOkBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_members(&mut self, members: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , ::flatbuffers::ForwardsUOffset<Member<'b >>>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(MembersOk::VT_MEMBERS, members);
+  }
+  #[inline]
+  pub fn add_next(&mut self, next: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(MembersOk::VT_NEXT, next);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> MembersOkBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    MembersOkBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<MembersOk<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for MembersOk<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("MembersOk");
+      ds.field("members", &self.members());
+      ds.field("next", &self.next());
+      ds.finish()
+  }
+}
+pub enum BroadcastOkOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// How many devices took it.
+pub struct BroadcastOk<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for BroadcastOk<'a> {
+  type Inner = BroadcastOk<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> BroadcastOk<'a> {
+  pub const VT_DEVICES: ::flatbuffers::VOffsetT = 4;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    BroadcastOk { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args BroadcastOkArgs
+  ) -> ::flatbuffers::WIPOffset<BroadcastOk<'bldr>> {
+    let mut builder = BroadcastOkBuilder::new(_fbb);
+    builder.add_devices(args.devices);
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn devices(&self) -> u32 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u32>(BroadcastOk::VT_DEVICES, Some(0)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for BroadcastOk<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<u32>("devices", Self::VT_DEVICES, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct BroadcastOkArgs {
+    pub devices: u32,
+}
+impl<'a> Default for BroadcastOkArgs {
+  #[inline]
+  fn default() -> Self {
+    BroadcastOkArgs {
+      devices: 0,
+    }
+  }
+}
+
+pub struct BroadcastOkBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> BroadcastOkBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_devices(&mut self, devices: u32) {
+    self.fbb_.push_slot::<u32>(BroadcastOk::VT_DEVICES, devices, 0);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> BroadcastOkBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    BroadcastOkBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<BroadcastOk<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for BroadcastOk<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("BroadcastOk");
+      ds.field("devices", &self.devices());
+      ds.finish()
+  }
+}
+pub enum PresenceRowOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+pub struct PresenceRow<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for PresenceRow<'a> {
+  type Inner = PresenceRow<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> PresenceRow<'a> {
+  pub const VT_USER: ::flatbuffers::VOffsetT = 4;
+  pub const VT_ONLINE: ::flatbuffers::VOffsetT = 6;
+  pub const VT_LAST_SEEN_MS: ::flatbuffers::VOffsetT = 8;
+  pub const VT_STATUS: ::flatbuffers::VOffsetT = 10;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    PresenceRow { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args PresenceRowArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<PresenceRow<'bldr>> {
+    let mut builder = PresenceRowBuilder::new(_fbb);
+    builder.add_last_seen_ms(args.last_seen_ms);
+    if let Some(x) = args.status { builder.add_status(x); }
+    if let Some(x) = args.user { builder.add_user(x); }
+    builder.add_online(args.online);
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn user(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(PresenceRow::VT_USER, None)}
+  }
+  #[inline]
+  pub fn online(&self) -> bool {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<bool>(PresenceRow::VT_ONLINE, Some(false)).unwrap()}
+  }
+  #[inline]
+  pub fn last_seen_ms(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(PresenceRow::VT_LAST_SEEN_MS, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn status(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(PresenceRow::VT_STATUS, None)}
+  }
+}
+
+impl ::flatbuffers::Verifiable for PresenceRow<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("user", Self::VT_USER, false)?
+     .visit_field::<bool>("online", Self::VT_ONLINE, false)?
+     .visit_field::<u64>("last_seen_ms", Self::VT_LAST_SEEN_MS, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("status", Self::VT_STATUS, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct PresenceRowArgs<'a> {
+    pub user: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub online: bool,
+    pub last_seen_ms: u64,
+    pub status: Option<::flatbuffers::WIPOffset<&'a str>>,
+}
+impl<'a> Default for PresenceRowArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    PresenceRowArgs {
+      user: None,
+      online: false,
+      last_seen_ms: 0,
+      status: None,
+    }
+  }
+}
+
+pub struct PresenceRowBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> PresenceRowBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_user(&mut self, user: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(PresenceRow::VT_USER, user);
+  }
+  #[inline]
+  pub fn add_online(&mut self, online: bool) {
+    self.fbb_.push_slot::<bool>(PresenceRow::VT_ONLINE, online, false);
+  }
+  #[inline]
+  pub fn add_last_seen_ms(&mut self, last_seen_ms: u64) {
+    self.fbb_.push_slot::<u64>(PresenceRow::VT_LAST_SEEN_MS, last_seen_ms, 0);
+  }
+  #[inline]
+  pub fn add_status(&mut self, status: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(PresenceRow::VT_STATUS, status);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> PresenceRowBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    PresenceRowBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<PresenceRow<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for PresenceRow<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("PresenceRow");
+      ds.field("user", &self.user());
+      ds.field("online", &self.online());
+      ds.field("last_seen_ms", &self.last_seen_ms());
+      ds.field("status", &self.status());
+      ds.finish()
+  }
+}
+pub enum PresenceOkOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+pub struct PresenceOk<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for PresenceOk<'a> {
+  type Inner = PresenceOk<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> PresenceOk<'a> {
+  pub const VT_USERS: ::flatbuffers::VOffsetT = 4;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    PresenceOk { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args PresenceOkArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<PresenceOk<'bldr>> {
+    let mut builder = PresenceOkBuilder::new(_fbb);
+    if let Some(x) = args.users { builder.add_users(x); }
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn users(&self) -> Option<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<PresenceRow<'a>>>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<PresenceRow>>>>(PresenceOk::VT_USERS, None)}
+  }
+}
+
+impl ::flatbuffers::Verifiable for PresenceOk<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<PresenceRow>>>>("users", Self::VT_USERS, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct PresenceOkArgs<'a> {
+    pub users: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<PresenceRow<'a>>>>>,
+}
+impl<'a> Default for PresenceOkArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    PresenceOkArgs {
+      users: None,
+    }
+  }
+}
+
+pub struct PresenceOkBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> PresenceOkBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_users(&mut self, users: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , ::flatbuffers::ForwardsUOffset<PresenceRow<'b >>>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(PresenceOk::VT_USERS, users);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> PresenceOkBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    PresenceOkBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<PresenceOk<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for PresenceOk<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("PresenceOk");
+      ds.field("users", &self.users());
+      ds.finish()
+  }
+}
+pub enum BlocksOkOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+pub struct BlocksOk<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for BlocksOk<'a> {
+  type Inner = BlocksOk<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> BlocksOk<'a> {
+  pub const VT_USERS: ::flatbuffers::VOffsetT = 4;
+  pub const VT_NEXT: ::flatbuffers::VOffsetT = 6;
+  pub const VT_MESSAGES_FROM: ::flatbuffers::VOffsetT = 8;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    BlocksOk { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args BlocksOkArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<BlocksOk<'bldr>> {
+    let mut builder = BlocksOkBuilder::new(_fbb);
+    if let Some(x) = args.next { builder.add_next(x); }
+    if let Some(x) = args.users { builder.add_users(x); }
+    builder.add_messages_from(args.messages_from);
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn users(&self) -> Option<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>>>(BlocksOk::VT_USERS, None)}
+  }
+  #[inline]
+  pub fn next(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(BlocksOk::VT_NEXT, None)}
+  }
+  #[inline]
+  pub fn messages_from(&self) -> u8 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u8>(BlocksOk::VT_MESSAGES_FROM, Some(0)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for BlocksOk<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<&'_ str>>>>("users", Self::VT_USERS, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("next", Self::VT_NEXT, false)?
+     .visit_field::<u8>("messages_from", Self::VT_MESSAGES_FROM, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct BlocksOkArgs<'a> {
+    pub users: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>>>,
+    pub next: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub messages_from: u8,
+}
+impl<'a> Default for BlocksOkArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    BlocksOkArgs {
+      users: None,
+      next: None,
+      messages_from: 0,
+    }
+  }
+}
+
+pub struct BlocksOkBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> BlocksOkBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_users(&mut self, users: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , ::flatbuffers::ForwardsUOffset<&'b  str>>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(BlocksOk::VT_USERS, users);
+  }
+  #[inline]
+  pub fn add_next(&mut self, next: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(BlocksOk::VT_NEXT, next);
+  }
+  #[inline]
+  pub fn add_messages_from(&mut self, messages_from: u8) {
+    self.fbb_.push_slot::<u8>(BlocksOk::VT_MESSAGES_FROM, messages_from, 0);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> BlocksOkBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    BlocksOkBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<BlocksOk<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for BlocksOk<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("BlocksOk");
+      ds.field("users", &self.users());
+      ds.field("next", &self.next());
+      ds.field("messages_from", &self.messages_from());
+      ds.finish()
+  }
+}
+pub enum ExportOkOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+pub struct ExportOk<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for ExportOk<'a> {
+  type Inner = ExportOk<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> ExportOk<'a> {
+  pub const VT_BODY: ::flatbuffers::VOffsetT = 4;
+  pub const VT_NEXT: ::flatbuffers::VOffsetT = 6;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    ExportOk { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args ExportOkArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<ExportOk<'bldr>> {
+    let mut builder = ExportOkBuilder::new(_fbb);
+    if let Some(x) = args.next { builder.add_next(x); }
+    if let Some(x) = args.body { builder.add_body(x); }
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn body(&self) -> Option<::flatbuffers::Vector<'a, u8>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, u8>>>(ExportOk::VT_BODY, None)}
+  }
+  #[inline]
+  pub fn next(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(ExportOk::VT_NEXT, None)}
+  }
+}
+
+impl ::flatbuffers::Verifiable for ExportOk<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, u8>>>("body", Self::VT_BODY, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("next", Self::VT_NEXT, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct ExportOkArgs<'a> {
+    pub body: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, u8>>>,
+    pub next: Option<::flatbuffers::WIPOffset<&'a str>>,
+}
+impl<'a> Default for ExportOkArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    ExportOkArgs {
+      body: None,
+      next: None,
+    }
+  }
+}
+
+pub struct ExportOkBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> ExportOkBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_body(&mut self, body: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , u8>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(ExportOk::VT_BODY, body);
+  }
+  #[inline]
+  pub fn add_next(&mut self, next: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(ExportOk::VT_NEXT, next);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> ExportOkBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    ExportOkBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<ExportOk<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for ExportOk<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("ExportOk");
+      ds.field("body", &self.body());
       ds.field("next", &self.next());
       ds.finish()
   }
@@ -3761,6 +8674,763 @@ impl ::core::fmt::Debug for Goaway<'_> {
     let mut ds = f.debug_struct("Goaway");
       ds.field("reason", &self.reason());
       ds.field("reconnect_after_ms", &self.reconnect_after_ms());
+      ds.finish()
+  }
+}
+pub enum GroupChangedOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// A group changed for somebody who does not see its messages (invited, kicked, refused), or somebody asks to join.
+pub struct GroupChanged<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for GroupChanged<'a> {
+  type Inner = GroupChanged<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> GroupChanged<'a> {
+  pub const VT_CONVERSATION: ::flatbuffers::VOffsetT = 4;
+  pub const VT_GROUP: ::flatbuffers::VOffsetT = 6;
+  pub const VT_TITLE: ::flatbuffers::VOffsetT = 8;
+  pub const VT_BY: ::flatbuffers::VOffsetT = 10;
+  pub const VT_TIME_MS: ::flatbuffers::VOffsetT = 12;
+  pub const VT_CHANGE: ::flatbuffers::VOffsetT = 14;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    GroupChanged { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args GroupChangedArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<GroupChanged<'bldr>> {
+    let mut builder = GroupChangedBuilder::new(_fbb);
+    builder.add_time_ms(args.time_ms);
+    if let Some(x) = args.change { builder.add_change(x); }
+    if let Some(x) = args.by { builder.add_by(x); }
+    if let Some(x) = args.title { builder.add_title(x); }
+    if let Some(x) = args.group { builder.add_group(x); }
+    if let Some(x) = args.conversation { builder.add_conversation(x); }
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn conversation(&self) -> Option<&'a Id128> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<Id128>(GroupChanged::VT_CONVERSATION, None)}
+  }
+  #[inline]
+  pub fn group(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(GroupChanged::VT_GROUP, None)}
+  }
+  #[inline]
+  pub fn title(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(GroupChanged::VT_TITLE, None)}
+  }
+  #[inline]
+  pub fn by(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(GroupChanged::VT_BY, None)}
+  }
+  #[inline]
+  pub fn time_ms(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(GroupChanged::VT_TIME_MS, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn change(&self) -> Option<GroupChange<'a>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<GroupChange>>(GroupChanged::VT_CHANGE, None)}
+  }
+}
+
+impl ::flatbuffers::Verifiable for GroupChanged<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<Id128>("conversation", Self::VT_CONVERSATION, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("group", Self::VT_GROUP, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("title", Self::VT_TITLE, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("by", Self::VT_BY, false)?
+     .visit_field::<u64>("time_ms", Self::VT_TIME_MS, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<GroupChange>>("change", Self::VT_CHANGE, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct GroupChangedArgs<'a> {
+    pub conversation: Option<&'a Id128>,
+    pub group: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub title: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub by: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub time_ms: u64,
+    pub change: Option<::flatbuffers::WIPOffset<GroupChange<'a>>>,
+}
+impl<'a> Default for GroupChangedArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    GroupChangedArgs {
+      conversation: None,
+      group: None,
+      title: None,
+      by: None,
+      time_ms: 0,
+      change: None,
+    }
+  }
+}
+
+pub struct GroupChangedBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> GroupChangedBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_conversation(&mut self, conversation: &Id128) {
+    self.fbb_.push_slot_always::<&Id128>(GroupChanged::VT_CONVERSATION, conversation);
+  }
+  #[inline]
+  pub fn add_group(&mut self, group: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(GroupChanged::VT_GROUP, group);
+  }
+  #[inline]
+  pub fn add_title(&mut self, title: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(GroupChanged::VT_TITLE, title);
+  }
+  #[inline]
+  pub fn add_by(&mut self, by: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(GroupChanged::VT_BY, by);
+  }
+  #[inline]
+  pub fn add_time_ms(&mut self, time_ms: u64) {
+    self.fbb_.push_slot::<u64>(GroupChanged::VT_TIME_MS, time_ms, 0);
+  }
+  #[inline]
+  pub fn add_change(&mut self, change: ::flatbuffers::WIPOffset<GroupChange<'b >>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<GroupChange>>(GroupChanged::VT_CHANGE, change);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> GroupChangedBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    GroupChangedBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<GroupChanged<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for GroupChanged<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("GroupChanged");
+      ds.field("conversation", &self.conversation());
+      ds.field("group", &self.group());
+      ds.field("title", &self.title());
+      ds.field("by", &self.by());
+      ds.field("time_ms", &self.time_ms());
+      ds.field("change", &self.change());
+      ds.finish()
+  }
+}
+pub enum SignalPushOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// Not stored, from one user to another or to a group.
+pub struct SignalPush<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for SignalPush<'a> {
+  type Inner = SignalPush<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> SignalPush<'a> {
+  pub const VT_CONVERSATION: ::flatbuffers::VOffsetT = 4;
+  pub const VT_FROM: ::flatbuffers::VOffsetT = 6;
+  pub const VT_TO: ::flatbuffers::VOffsetT = 8;
+  pub const VT_KIND: ::flatbuffers::VOffsetT = 10;
+  pub const VT_BODY: ::flatbuffers::VOffsetT = 12;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    SignalPush { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args SignalPushArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<SignalPush<'bldr>> {
+    let mut builder = SignalPushBuilder::new(_fbb);
+    if let Some(x) = args.body { builder.add_body(x); }
+    if let Some(x) = args.to { builder.add_to(x); }
+    if let Some(x) = args.from { builder.add_from(x); }
+    if let Some(x) = args.conversation { builder.add_conversation(x); }
+    builder.add_kind(args.kind);
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn conversation(&self) -> Option<&'a Id128> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<Id128>(SignalPush::VT_CONVERSATION, None)}
+  }
+  #[inline]
+  pub fn from(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(SignalPush::VT_FROM, None)}
+  }
+  #[inline]
+  pub fn to(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(SignalPush::VT_TO, None)}
+  }
+  #[inline]
+  pub fn kind(&self) -> u8 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u8>(SignalPush::VT_KIND, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn body(&self) -> Option<::flatbuffers::Vector<'a, u8>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, u8>>>(SignalPush::VT_BODY, None)}
+  }
+}
+
+impl ::flatbuffers::Verifiable for SignalPush<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<Id128>("conversation", Self::VT_CONVERSATION, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("from", Self::VT_FROM, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("to", Self::VT_TO, false)?
+     .visit_field::<u8>("kind", Self::VT_KIND, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, u8>>>("body", Self::VT_BODY, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct SignalPushArgs<'a> {
+    pub conversation: Option<&'a Id128>,
+    pub from: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub to: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub kind: u8,
+    pub body: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, u8>>>,
+}
+impl<'a> Default for SignalPushArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    SignalPushArgs {
+      conversation: None,
+      from: None,
+      to: None,
+      kind: 0,
+      body: None,
+    }
+  }
+}
+
+pub struct SignalPushBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> SignalPushBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_conversation(&mut self, conversation: &Id128) {
+    self.fbb_.push_slot_always::<&Id128>(SignalPush::VT_CONVERSATION, conversation);
+  }
+  #[inline]
+  pub fn add_from(&mut self, from: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(SignalPush::VT_FROM, from);
+  }
+  #[inline]
+  pub fn add_to(&mut self, to: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(SignalPush::VT_TO, to);
+  }
+  #[inline]
+  pub fn add_kind(&mut self, kind: u8) {
+    self.fbb_.push_slot::<u8>(SignalPush::VT_KIND, kind, 0);
+  }
+  #[inline]
+  pub fn add_body(&mut self, body: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , u8>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(SignalPush::VT_BODY, body);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> SignalPushBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    SignalPushBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<SignalPush<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for SignalPush<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("SignalPush");
+      ds.field("conversation", &self.conversation());
+      ds.field("from", &self.from());
+      ds.field("to", &self.to());
+      ds.field("kind", &self.kind());
+      ds.field("body", &self.body());
+      ds.finish()
+  }
+}
+pub enum PresenceChangedOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// Presence of watched users that changed; coalesced.
+pub struct PresenceChanged<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for PresenceChanged<'a> {
+  type Inner = PresenceChanged<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> PresenceChanged<'a> {
+  pub const VT_USERS: ::flatbuffers::VOffsetT = 4;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    PresenceChanged { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args PresenceChangedArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<PresenceChanged<'bldr>> {
+    let mut builder = PresenceChangedBuilder::new(_fbb);
+    if let Some(x) = args.users { builder.add_users(x); }
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn users(&self) -> Option<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<PresenceRow<'a>>>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<PresenceRow>>>>(PresenceChanged::VT_USERS, None)}
+  }
+}
+
+impl ::flatbuffers::Verifiable for PresenceChanged<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<PresenceRow>>>>("users", Self::VT_USERS, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct PresenceChangedArgs<'a> {
+    pub users: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<PresenceRow<'a>>>>>,
+}
+impl<'a> Default for PresenceChangedArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    PresenceChangedArgs {
+      users: None,
+    }
+  }
+}
+
+pub struct PresenceChangedBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> PresenceChangedBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_users(&mut self, users: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , ::flatbuffers::ForwardsUOffset<PresenceRow<'b >>>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(PresenceChanged::VT_USERS, users);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> PresenceChangedBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    PresenceChangedBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<PresenceChanged<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for PresenceChanged<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("PresenceChanged");
+      ds.field("users", &self.users());
+      ds.finish()
+  }
+}
+pub enum ReceiptUptoOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// How far `user` has a conversation; cumulative, coalesced. In a group `user` is empty and counts are asked for.
+pub struct ReceiptUpto<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for ReceiptUpto<'a> {
+  type Inner = ReceiptUpto<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> ReceiptUpto<'a> {
+  pub const VT_CONVERSATION: ::flatbuffers::VOffsetT = 4;
+  pub const VT_WITH: ::flatbuffers::VOffsetT = 6;
+  pub const VT_USER: ::flatbuffers::VOffsetT = 8;
+  pub const VT_DELIVERED: ::flatbuffers::VOffsetT = 10;
+  pub const VT_READ: ::flatbuffers::VOffsetT = 12;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    ReceiptUpto { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args ReceiptUptoArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<ReceiptUpto<'bldr>> {
+    let mut builder = ReceiptUptoBuilder::new(_fbb);
+    builder.add_read(args.read);
+    builder.add_delivered(args.delivered);
+    if let Some(x) = args.user { builder.add_user(x); }
+    if let Some(x) = args.with { builder.add_with(x); }
+    if let Some(x) = args.conversation { builder.add_conversation(x); }
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn conversation(&self) -> Option<&'a Id128> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<Id128>(ReceiptUpto::VT_CONVERSATION, None)}
+  }
+  #[inline]
+  pub fn with(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(ReceiptUpto::VT_WITH, None)}
+  }
+  #[inline]
+  pub fn user(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(ReceiptUpto::VT_USER, None)}
+  }
+  #[inline]
+  pub fn delivered(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(ReceiptUpto::VT_DELIVERED, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn read(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(ReceiptUpto::VT_READ, Some(0)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for ReceiptUpto<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<Id128>("conversation", Self::VT_CONVERSATION, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("with", Self::VT_WITH, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("user", Self::VT_USER, false)?
+     .visit_field::<u64>("delivered", Self::VT_DELIVERED, false)?
+     .visit_field::<u64>("read", Self::VT_READ, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct ReceiptUptoArgs<'a> {
+    pub conversation: Option<&'a Id128>,
+    pub with: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub user: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub delivered: u64,
+    pub read: u64,
+}
+impl<'a> Default for ReceiptUptoArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    ReceiptUptoArgs {
+      conversation: None,
+      with: None,
+      user: None,
+      delivered: 0,
+      read: 0,
+    }
+  }
+}
+
+pub struct ReceiptUptoBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> ReceiptUptoBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_conversation(&mut self, conversation: &Id128) {
+    self.fbb_.push_slot_always::<&Id128>(ReceiptUpto::VT_CONVERSATION, conversation);
+  }
+  #[inline]
+  pub fn add_with(&mut self, with: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(ReceiptUpto::VT_WITH, with);
+  }
+  #[inline]
+  pub fn add_user(&mut self, user: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(ReceiptUpto::VT_USER, user);
+  }
+  #[inline]
+  pub fn add_delivered(&mut self, delivered: u64) {
+    self.fbb_.push_slot::<u64>(ReceiptUpto::VT_DELIVERED, delivered, 0);
+  }
+  #[inline]
+  pub fn add_read(&mut self, read: u64) {
+    self.fbb_.push_slot::<u64>(ReceiptUpto::VT_READ, read, 0);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> ReceiptUptoBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    ReceiptUptoBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<ReceiptUpto<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for ReceiptUpto<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("ReceiptUpto");
+      ds.field("conversation", &self.conversation());
+      ds.field("with", &self.with());
+      ds.field("user", &self.user());
+      ds.field("delivered", &self.delivered());
+      ds.field("read", &self.read());
+      ds.finish()
+  }
+}
+pub enum NoticeOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// A broadcast of an administrator.
+pub struct Notice<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for Notice<'a> {
+  type Inner = Notice<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> Notice<'a> {
+  pub const VT_FROM: ::flatbuffers::VOffsetT = 4;
+  pub const VT_TIME_MS: ::flatbuffers::VOffsetT = 6;
+  pub const VT_KIND: ::flatbuffers::VOffsetT = 8;
+  pub const VT_BODY: ::flatbuffers::VOffsetT = 10;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    Notice { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args NoticeArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<Notice<'bldr>> {
+    let mut builder = NoticeBuilder::new(_fbb);
+    builder.add_time_ms(args.time_ms);
+    if let Some(x) = args.body { builder.add_body(x); }
+    if let Some(x) = args.from { builder.add_from(x); }
+    builder.add_kind(args.kind);
+    builder.finish()
+  }
+
+
+  #[inline]
+  pub fn from(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(Notice::VT_FROM, None)}
+  }
+  #[inline]
+  pub fn time_ms(&self) -> u64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u64>(Notice::VT_TIME_MS, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn kind(&self) -> u8 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u8>(Notice::VT_KIND, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn body(&self) -> Option<::flatbuffers::Vector<'a, u8>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, u8>>>(Notice::VT_BODY, None)}
+  }
+}
+
+impl ::flatbuffers::Verifiable for Notice<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("from", Self::VT_FROM, false)?
+     .visit_field::<u64>("time_ms", Self::VT_TIME_MS, false)?
+     .visit_field::<u8>("kind", Self::VT_KIND, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, u8>>>("body", Self::VT_BODY, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct NoticeArgs<'a> {
+    pub from: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub time_ms: u64,
+    pub kind: u8,
+    pub body: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, u8>>>,
+}
+impl<'a> Default for NoticeArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    NoticeArgs {
+      from: None,
+      time_ms: 0,
+      kind: 0,
+      body: None,
+    }
+  }
+}
+
+pub struct NoticeBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> NoticeBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_from(&mut self, from: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Notice::VT_FROM, from);
+  }
+  #[inline]
+  pub fn add_time_ms(&mut self, time_ms: u64) {
+    self.fbb_.push_slot::<u64>(Notice::VT_TIME_MS, time_ms, 0);
+  }
+  #[inline]
+  pub fn add_kind(&mut self, kind: u8) {
+    self.fbb_.push_slot::<u8>(Notice::VT_KIND, kind, 0);
+  }
+  #[inline]
+  pub fn add_body(&mut self, body: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , u8>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Notice::VT_BODY, body);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> NoticeBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    NoticeBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<Notice<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for Notice<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("Notice");
+      ds.field("from", &self.from());
+      ds.field("time_ms", &self.time_ms());
+      ds.field("kind", &self.kind());
+      ds.field("body", &self.body());
       ds.finish()
   }
 }

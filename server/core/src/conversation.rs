@@ -196,6 +196,7 @@ impl Shard {
             time_ms,
             kind: submit.kind,
             body: submit.body,
+            extra: None,
         };
         if let Some(filter) = conversation.filter(submit.device_key) {
             filter.insert(message.accepted());
@@ -296,7 +297,14 @@ impl Shard {
                 Some(true)
             }
             Answer::User(None) => Some(false),
-            Answer::Head(_) | Answer::Messages { .. } | Answer::Conversations(_) | Answer::Failed => None,
+            Answer::Head(_)
+            | Answer::Messages { .. }
+            | Answer::NotReadable
+            | Answer::Conversations(_)
+            | Answer::Row(_)
+            | Answer::Rows(_)
+            | Answer::Count(_)
+            | Answer::Failed => None,
         };
         self.tell_user_known(asker, conversation, known, fx);
     }

@@ -133,7 +133,7 @@ impl Shard {
         if !self.may_load() {
             return Err(ErrorCode::Busy);
         }
-        UserName::new(user)
+        UserName::of_user(user)
     }
 
     fn attempt_refused(&mut self, conn: ConnId, request_id: u32, code: ErrorCode, fx: &mut Effects) -> Verdict {
@@ -350,6 +350,8 @@ impl Shard {
         let detail = match reason {
             KickReason::Replaced => "this device logged in again",
             KickReason::DevicePolicy => "another device of this user logged in",
+            KickReason::LoggedOut => "another device of this user logged this one out",
+            KickReason::UserDeleted => "this user was deleted",
         };
         self.sessions.counters.kicked += 1;
         self.sessions.push(conn, &Reply::Kicked { reason, detail }, fx);

@@ -37,7 +37,7 @@ impl Shard {
 
     fn try_fetch(&mut self, origin: Origin, fetch: &Fetch<'_>, fx: &mut Effects) -> Result<(), ErrorCode> {
         self.may_page(origin.conn)?;
-        let with = UserName::new(fetch.with)?;
+        let with = UserName::of_user(fetch.with)?;
         let login = self.sessions.login_mut(origin.conn).ok_or(ErrorCode::NotLoggedIn)?;
         // The id is made from the session's own name, so nobody reads a conversation of others.
         let conversation = ConversationId::direct(&login.user, &with);
@@ -50,7 +50,7 @@ impl Shard {
         };
         let owner = self.owner(conversation.partition());
         if self.is_here(owner) {
-            self.load(Question::Fetch(origin, conversation), Query::Messages { conversation, range }, fx);
+            self.load(Question::Fetch(origin, conversation), Query::Messages { conversation, range, reader: None }, fx);
         } else if self.is_blocked(owner) {
             return Err(ErrorCode::Busy);
         } else {
@@ -111,6 +111,12 @@ impl Shard {
                 head: row.head,
                 last_time_ms: row.last_time_ms,
                 acked: row.acked.max(acked(&row.conversation)),
+                read: row.read,
+                pinned: row.pinned,
+                muted_until_ms: row.muted_until_ms,
+                standing: row.standing,
+                title: &row.title,
+                last: None,
             })
             .collect();
         // A short page is not the last one for sure, an empty one is.

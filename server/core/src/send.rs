@@ -4,7 +4,7 @@ use bytes::{Bytes, BytesMut};
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, Seq, UserName};
 use ringline_schema::limits;
-use ringline_schema::message::{Class, Message, Reply, Send, SendAck};
+use ringline_schema::message::{Class, Extra, Message, Reply, Send, SendAck};
 use ringline_schema::record::StoredMessage;
 
 use crate::deliver::DeliveryWait;
@@ -51,7 +51,8 @@ impl Shard {
         } else if send.body.len() > body_bytes_max as usize {
             Err(ErrorCode::BodyTooLarge)
         } else {
-            UserName::new(send.to)
+            // Groups are not served yet.
+            UserName::of_user(send.to)
         };
         let sent = checked.and_then(|to| match send.class {
             Class::Durable => self.send_durable(conn, request_id, (to, send), fx),
@@ -138,6 +139,7 @@ impl Shard {
                 kind: send.kind,
                 delivery: 0,
                 body: send.body,
+                extra: Extra::default(),
             };
             let wanted = ack_timeout_ms.map(|timeout_ms| Wanted { origin, timeout_ms });
             let result = self.deliver_transient(&to, message, wanted, fx);
@@ -165,6 +167,7 @@ impl Shard {
             kind: send.kind,
             delivery: 0,
             body: &send.body,
+            extra: Extra::default(),
         };
         let wanted = send.ack_timeout_ms.map(|timeout_ms| Wanted { origin: send.origin, timeout_ms });
         let result = self.deliver_transient(&send.to, message, wanted, fx);

@@ -244,6 +244,9 @@ impl Shard {
             Request::Fetch(fetch) => self.fetch(conn, request_id, &fetch, fx),
             Request::Online { cursor, limit } => self.online(conn, request_id, (cursor, limit), fx),
             Request::Conversations { cursor, limit } => self.conversations(conn, request_id, (cursor, limit), fx),
+            Request::Group { .. } | Request::Chat(_) => {
+                self.sessions.fail(conn, request_id, ErrorCode::Unsupported, fx);
+            }
         }
         match self.sessions.get(conn) {
             Some(session) if !session.is_draining() => Verdict::Continue,
@@ -263,7 +266,11 @@ impl Shard {
             ShardMessage::AskUser { conversation, user } => self.know_user(from, conversation, user, fx),
             ShardMessage::UserKnown { conversation, known } => self.user_known(conversation, known, fx),
             ShardMessage::Fetch { origin, conversation, range } => {
-                self.load(Question::Fetch(origin, conversation), Query::Messages { conversation, range }, fx);
+                self.load(
+                    Question::Fetch(origin, conversation),
+                    Query::Messages { conversation, range, reader: None },
+                    fx,
+                );
             }
             ShardMessage::Fetched { origin, conversation, answer } => {
                 self.fetched(origin, conversation, answer, fx);

@@ -149,7 +149,15 @@ impl Node {
 
     fn send(&mut self, conn: ConnId, to: &str, class: Class, client_seq: u64) {
         let body = b"hello";
-        let send = Send { to, class, kind: BodyKind::Text, client_seq, ack_timeout_ms: None, body };
+        let send = Send {
+            to,
+            class,
+            kind: BodyKind::Text,
+            client_seq,
+            ack_timeout_ms: None,
+            body,
+            mentions: Mentions::default(),
+        };
         let _ = self.ask(conn, Request::Send(send));
     }
 
@@ -296,7 +304,15 @@ fn absent_targets_have_named_answers() {
     assert_eq!(node.told_codes(ann), codes);
     let body = vec![0; limits::FRAME_BYTES_MAX as usize];
     let (class, kind) = (Class::Durable, BodyKind::Text);
-    let send = Send { to: "ann", class, kind, client_seq: 4, ack_timeout_ms: None, body: &body };
+    let send = Send {
+        to: "ann",
+        class,
+        kind,
+        client_seq: 4,
+        ack_timeout_ms: None,
+        body: &body,
+        mentions: Mentions::default(),
+    };
     let _ = node.ask(ann, Request::Send(send));
     assert_eq!(node.told_codes(ann), [ErrorCode::BodyTooLarge]);
 }
@@ -307,7 +323,15 @@ fn a_transient_send_without_reply_is_silent_unless_it_fails() {
     let (ann, bob) = (node.login("ann"), node.login("bob"));
     let send = |to, class| {
         let (kind, client_seq) = (BodyKind::Text, 1);
-        Request::Send(Send { to, class, kind, client_seq, ack_timeout_ms: None, body: b"x" })
+        Request::Send(Send {
+            to,
+            class,
+            kind,
+            client_seq,
+            ack_timeout_ms: None,
+            body: b"x",
+            mentions: Mentions::default(),
+        })
     };
     let _ = node.ask_flagged(ann, Flags::NO_REPLY, send("bob", Class::Transient));
     assert!(node.told(ann).is_empty());
@@ -329,7 +353,15 @@ fn a_repeat_gets_its_old_seq_and_another_body_is_a_conflict() {
     assert_eq!(told.len(), 1, "a repeat is not delivered again");
     assert!(matches!(decode(&told[0]), Reply::SendAck(ack) if ack.seq == Seq(1) && ack.dup));
     let (class, kind) = (Class::Durable, BodyKind::Text);
-    let send = Send { to: "ann", class, kind, client_seq: 5, ack_timeout_ms: None, body: b"other" };
+    let send = Send {
+        to: "ann",
+        class,
+        kind,
+        client_seq: 5,
+        ack_timeout_ms: None,
+        body: b"other",
+        mentions: Mentions::default(),
+    };
     let _ = node.ask(ann, Request::Send(send));
     assert_eq!(node.told_codes(ann), [ErrorCode::Conflict]);
 }
@@ -419,7 +451,15 @@ fn a_delivery_acknowledgement_tells_of_the_first_ack_or_of_the_timeout() {
     let (ann, bob) = (node.login("ann"), node.login("bob"));
     let send = |class, client_seq| {
         let (kind, ack_timeout_ms) = (BodyKind::Text, Some(1_000));
-        Request::Send(Send { to: "bob", class, kind, client_seq, ack_timeout_ms, body: b"x" })
+        Request::Send(Send {
+            to: "bob",
+            class,
+            kind,
+            client_seq,
+            ack_timeout_ms,
+            body: b"x",
+            mentions: Mentions::default(),
+        })
     };
     for (class, client_seq) in [(Class::Durable, 1), (Class::Transient, 2), (Class::Durable, 3), (Class::Transient, 4)]
     {

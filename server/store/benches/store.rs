@@ -54,6 +54,7 @@ impl Traffic {
                 time_ms: 1_700_000_000_000,
                 kind: BodyKind::Text,
                 body: vec![b'x'; BODY_BYTES].into(),
+                extra: None,
             }
         });
         Self { messages: messages.collect(), turn: 0 }

@@ -3,6 +3,8 @@
 //! A backend's tests run each of [`CASES`] with an opener of its own: its first call opens a new store, each later call
 //! opens the same store again after its handles were closed. Runs on the caller's thread, which plays all shards.
 
+mod keyed;
+
 use ringline_schema::ids::{ConversationId, DeviceId, DeviceKey, Partition, Seq, UserName};
 use ringline_schema::limits::DUPLICATE_WINDOW;
 use ringline_schema::message::BodyKind;
@@ -31,6 +33,11 @@ pub const CASES: &[Case] = &[
     Case { name: "users are found by name", check: users },
     Case { name: "conversation lists span shards and come in pages", check: conversation_lists },
     Case { name: "cursors keep the highest, for each device", check: cursors },
+    Case { name: "of keyed rows the highest stamp counts, in lists and alone", check: keyed::stamps },
+    Case { name: "lists of keyed rows come in pages, whatever was flushed", check: keyed::pages },
+    Case { name: "a member reads between joining and leaving", check: keyed::memberships },
+    Case { name: "groups are in the lists of their members and are counted", check: keyed::group_lists },
+    Case { name: "a message keeps what it carries", check: keyed::extras },
     Case { name: "full queues refuse and recover", check: full },
     Case { name: "a record that is too large is refused", check: too_large },
     Case { name: "everything is there after a restart", check: restart },
@@ -96,7 +103,7 @@ impl Node {
     }
 
     pub fn messages(&mut self, conversation: ConversationId, range: Range) -> (Seq, Seq, Vec<StoredMessage>) {
-        match self.ask(conversation.partition(), Query::Messages { conversation, range }) {
+        match self.ask(conversation.partition(), Query::Messages { conversation, range, reader: None }) {
             Answer::Messages { first, head, messages } => (first, head, messages),
             other => panic!("{other:?}"),
         }
@@ -216,6 +223,7 @@ impl Pair {
             time_ms: 2_000 + seq,
             kind: BodyKind::Text,
             body: vec![b'a' + (seq % 26) as u8; 1 + (seq * 7 % 100) as usize].into(),
+            extra: None,
         }
     }
 
@@ -233,6 +241,11 @@ impl Pair {
             head: Seq(head),
             last_time_ms: if head == 0 { 1_000 } else { 2_000 + head },
             acked: Seq(acked),
+            read: Seq(0),
+            pinned: false,
+            muted_until_ms: 0,
+            standing: None,
+            title: String::new(),
         }
     }
 }

@@ -15,8 +15,10 @@ mod write;
 use std::os::fd::BorrowedFd;
 
 use hdrhistogram::Histogram;
+use ringline_schema::ids::Seq;
 use ringline_schema::limits;
-use ringline_schema::record::{Accepted, Answer, Query, Record};
+use ringline_schema::record::{Accepted, Answer, Query, Range, Record};
+use ringline_schema::rows::MemberRow;
 
 pub use write::FileWrite;
 
@@ -25,6 +27,9 @@ pub const RECORD_BYTES_MAX: usize = 2 * limits::FRAME_BYTES_CEILING as usize;
 
 /// Longest latency of a commit that statistics tell apart, in microseconds.
 pub const COMMIT_US_MAX: u64 = 60_000_000;
+
+/// A keyed row in a record, about: two names, numbers, a text.
+const ROW_BYTES_MAX: usize = 512;
 
 /// Numbers the records a shard has appended since it was opened: 1, 2, 3 …
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -152,7 +157,41 @@ fn large_bytes(record: &Record) -> usize {
         Record::Message(message) => message.body.len(),
         Record::User(user) => user.password_hash.as_ref().map_or(0, String::len),
         Record::Conversation { .. } | Record::Cursor { .. } => 0,
+        Record::Change(change) => {
+            let body = change.message.as_ref().map_or(0, |message| message.body.len());
+            body + ROW_BYTES_MAX * change.rows.len()
+        }
     }
+}
+
+/// What of a group a reader is given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Readable {
+    /// Where the membership begins that the page is from; the lowest readable seq when nothing is in the range.
+    first: Seq,
+    /// The highest readable seq; 0: nothing is.
+    head: Seq,
+    range: Range,
+}
+
+/// Narrows a range to what a member may read of `first`..=`head`: to one membership, the first that has something in
+/// the range from the end that is asked for. So a page never spans messages that are not for the reader, and the next
+/// page begins behind them.
+fn readable(member: &MemberRow, (first, head): (Seq, Seq), range: &Range) -> Readable {
+    let inside = |&(start, end): &(Seq, Seq)| end > range.after && range.before.is_none_or(|before| start < before);
+    let parts: Vec<_> = member.readable(first, head).collect();
+    let mut matching = parts.iter().copied().filter(inside);
+    let part = if range.newest { matching.next_back() } else { matching.next() };
+    let lowest = parts.first().map_or(Seq::ZERO, |(start, _)| *start);
+    let head = parts.last().map_or(Seq::ZERO, |(_, end)| *end);
+    let Some((start, end)) = part else {
+        return Readable { first: lowest, head, range: Range { limit: 0, ..*range } };
+    };
+    let end = Seq(end.0.saturating_add(1));
+    let after = range.after.max(Seq(start.0.saturating_sub(1)));
+    let before = Some(range.before.map_or(end, |before| before.min(end)));
+    let first = if range.newest { lowest } else { start };
+    Readable { first, head, range: Range { after, before, ..*range } }
 }
 
 /// Adds an accepted send to a duplicate filter: rising by client_seq, no number twice.

@@ -7,11 +7,14 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use ringline_schema::ids::{ConversationId, DeviceKey, Seq, UserName};
+use ringline_schema::ids::{ConversationId, ConversationKind, DeviceKey, Seq, UserName};
+use ringline_schema::message::Standing;
 use ringline_schema::record::{Accepted, Answer, ConversationRow, Head, Query, Range, Record, StoredMessage, User};
+use ringline_schema::rows::{GroupRow, MarkRow, MemberRow, ReceiptRow, Row, RowKey, RowList, RowValue};
 
 use crate::{
-    LoadToken, Lsn, RECORD_BYTES_MAX, Store, StoreError, StoreEvent, StoreStats, large_bytes, newest, remember,
+    LoadToken, Lsn, RECORD_BYTES_MAX, Store, StoreError, StoreEvent, StoreStats, large_bytes, newest, readable,
+    remember,
 };
 
 /// Bytes (by `Record::weight`) that wait for a submit; more is `Full`. Always room for one largest record.
@@ -156,6 +159,8 @@ struct Tables {
     conversations: HashMap<ConversationId, Conversation>,
     lists: BTreeMap<(UserName, ConversationId), ()>,
     cursors: HashMap<(DeviceKey, ConversationId), Seq>,
+    /// By the bytes of their keys.
+    rows: BTreeMap<Vec<u8>, Row>,
 }
 
 #[derive(Default)]
@@ -183,11 +188,12 @@ impl Conversation {
 impl Tables {
     fn apply(&mut self, record: Record) {
         match record {
-            Record::Message(message) => {
-                let conversation = self.conversations.entry(message.conversation).or_default();
-                let device = DeviceKey::new(&message.from, message.device);
-                remember(conversation.filters.entry(device).or_default(), message.accepted());
-                conversation.messages.insert(message.seq, message);
+            Record::Message(message) => self.add(message),
+            Record::Change(change) => {
+                if let Some(message) = change.message {
+                    self.add(message);
+                }
+                change.rows.into_iter().for_each(|row| self.put(row));
             }
             Record::User(user) => {
                 self.users.insert(user.name.clone(), user);
@@ -207,11 +213,69 @@ impl Tables {
         }
     }
 
+    fn add(&mut self, message: StoredMessage) {
+        let conversation = self.conversations.entry(message.conversation).or_default();
+        let device = DeviceKey::new(&message.from, message.device);
+        remember(conversation.filters.entry(device).or_default(), message.accepted());
+        conversation.messages.insert(message.seq, message);
+    }
+
+    fn put(&mut self, row: Row) {
+        if let RowKey::Member(conversation, user) = &row.key {
+            self.lists.insert((user.clone(), *conversation), ());
+        }
+        let key = row.key.encode();
+        if self.rows.get(&key).is_none_or(|kept| kept.stamp <= row.stamp) {
+            self.rows.insert(key, row);
+        }
+    }
+
+    fn value(&self, key: &RowKey) -> Option<&RowValue> {
+        self.rows.get(&key.encode()).and_then(|row| row.value.as_ref())
+    }
+
+    fn member(&self, conversation: ConversationId, user: &UserName) -> Option<&MemberRow> {
+        match self.value(&RowKey::Member(conversation, user.clone())) {
+            Some(RowValue::Member(member)) => Some(member),
+            _ => None,
+        }
+    }
+
+    fn group(&self, conversation: ConversationId) -> Option<&GroupRow> {
+        match self.value(&RowKey::Group(conversation)) {
+            Some(RowValue::Group(group)) => Some(group),
+            _ => None,
+        }
+    }
+
+    fn list(&self, list: &RowList, after: Option<&RowKey>, limit: u16) -> Vec<Row> {
+        let prefix = list.prefix();
+        let rows = self.rows.range(prefix.clone()..).take_while(|(key, _)| key.starts_with(&prefix));
+        let after = after.map(RowKey::encode);
+        let rows = rows.filter(|(key, row)| row.value.is_some() && after.as_ref().is_none_or(|after| *key > after));
+        rows.map(|(_, row)| row.clone()).take(usize::from(limit)).collect()
+    }
+
+    fn group_count(&self, user: &UserName) -> u32 {
+        let own = self.lists.keys().filter(|(owner, _)| owner == user);
+        let present = own.filter(|(user, conversation)| {
+            self.member(*conversation, user).is_some_and(|member| member.standing == Standing::Member)
+                && self.group(*conversation).is_some_and(|group| group.dissolved == Seq::ZERO)
+        });
+        present.count() as u32
+    }
+
     fn answer(&self, query: &Query) -> Answer {
         match query {
             Query::User { name } => Answer::User(self.users.get(name).cloned()),
             Query::Head { conversation, device } => Answer::Head(self.head(*conversation, *device)),
-            Query::Messages { conversation, range } => self.messages(*conversation, range),
+            Query::Messages { conversation, range, reader: None } => self.messages(*conversation, range),
+            Query::Messages { conversation, range, reader: Some(reader) } => {
+                self.messages_for(*conversation, range, reader)
+            }
+            Query::Row { key } => Answer::Row(self.rows.get(&key.encode()).filter(|row| row.value.is_some()).cloned()),
+            Query::Rows { list, after, limit } => Answer::Rows(self.list(list, after.as_ref(), *limit)),
+            Query::GroupCount { user } => Answer::Count(self.group_count(user)),
             Query::Conversations { user, device, cursor, limit } => {
                 let after = (std::ops::Bound::Excluded((user.clone(), *cursor)), std::ops::Bound::Unbounded);
                 let rows = self.lists.range(after).take_while(|((owner, _), ())| owner == user);
@@ -252,18 +316,59 @@ impl Tables {
         Answer::Messages { first: found.first(), head: found.head(), messages }
     }
 
+    fn messages_for(&self, conversation: ConversationId, range: &Range, reader: &UserName) -> Answer {
+        if conversation.kind() != Some(ConversationKind::Group) {
+            return self.messages(conversation, range);
+        }
+        let member = self.member(conversation, reader).filter(|member| !member.ranges.is_empty());
+        let (Some(member), Some(found)) = (member, self.conversations.get(&conversation)) else {
+            return Answer::NotReadable;
+        };
+        let part = readable(member, (found.first(), found.head()), range);
+        match self.messages(conversation, &part.range) {
+            Answer::Messages { messages, .. } => Answer::Messages { first: part.first, head: part.head, messages },
+            other => other,
+        }
+    }
+
     fn row(&self, user: &UserName, device: DeviceKey, conversation: ConversationId) -> Option<ConversationRow> {
-        let found = self.conversations.get(&conversation)?;
-        let [one, other] = found.members.as_ref()?;
-        let with = if one == user { other } else { one };
-        Some(ConversationRow {
+        let nothing = Conversation::default();
+        let mark = match self.value(&RowKey::Mark(user.clone(), conversation)) {
+            Some(RowValue::Mark(mark)) => *mark,
+            _ => MarkRow::default(),
+        };
+        let receipt = match self.value(&RowKey::Receipt(conversation, user.clone())) {
+            Some(RowValue::Receipt(receipt)) => *receipt,
+            _ => ReceiptRow::default(),
+        };
+        let found = self.conversations.get(&conversation).unwrap_or(&nothing);
+        let mut row = ConversationRow {
             conversation,
-            with: with.clone(),
+            with: user.clone(),
             first: found.first(),
             head: found.head(),
             last_time_ms: found.last_time_ms(),
             acked: self.cursors.get(&(device, conversation)).copied().unwrap_or_default(),
-        })
+            read: receipt.read,
+            pinned: mark.pinned,
+            muted_until_ms: mark.muted_until_ms,
+            standing: None,
+            title: String::new(),
+        };
+        if conversation.kind() == Some(ConversationKind::Group) {
+            let (group, member) = (self.group(conversation)?, self.member(conversation, user)?);
+            let parts: Vec<_> = member.readable(row.first, row.head).collect();
+            row.first = parts.first().map_or(Seq::ZERO, |(start, _)| *start);
+            row.head = parts.last().map_or(Seq::ZERO, |(_, end)| *end);
+            if member.standing != Standing::Member {
+                row.last_time_ms = member.since_ms;
+            }
+            (row.with, row.title, row.standing) = (group.name.clone(), group.title.clone(), Some(member.standing));
+        } else {
+            let [one, other] = found.members.as_ref()?;
+            row.with = if one == user { other.clone() } else { one.clone() };
+        }
+        Some(row)
     }
 }
 

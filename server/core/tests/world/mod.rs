@@ -14,7 +14,7 @@ use ringline_schema::errors::ErrorCode;
 use ringline_schema::frame::{Flags, FrameDecoder};
 use ringline_schema::ids::{ConversationId, DeviceId, Partition, Seq, UserName};
 use ringline_schema::message::{
-    Ack, BodyKind, Class, Credential, DeviceKind, Fetch, Login, Reply, Request, Secret, Send,
+    Ack, BodyKind, Class, Credential, DeviceKind, Fetch, Login, Mentions, Reply, Request, Secret, Send,
 };
 use ringline_store::memory::{self, MemoryStore};
 use ringline_store::{LoadToken, Store, StoreEvent};
@@ -277,6 +277,7 @@ impl World {
             client_seq,
             ack_timeout_ms: Some(500),
             body: body.as_bytes(),
+            mentions: Mentions::default(),
         };
         self.request(who, request_id, Request::Send(send));
     }

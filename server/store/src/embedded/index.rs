@@ -9,6 +9,7 @@ use std::path::Path;
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode, Slice};
 use ringline_schema::ids::{ConversationId, DeviceKey, Seq, UserName};
 use ringline_schema::record::{Accepted, User};
+use ringline_schema::rows::{Row, RowKey};
 
 use super::EmbeddedOptions;
 use super::overlay::{Overlay, Recent};
@@ -126,10 +127,34 @@ impl Index {
         Ok(found)
     }
 
+    /// A keyed row, also one without a value.
+    pub fn keyed(&self, key: &RowKey) -> Result<Option<Row>, IndexError> {
+        self.get(&rows::keyed_key(&key.encode()), |bytes| rows::decode_keyed(key.clone(), bytes))
+    }
+
+    /// Keyed rows with a key above `after` that begins with `prefix`, rising, until `more` says that it is enough.
+    pub fn keyed_above(
+        &self,
+        (prefix, after): (&[u8], &[u8]),
+        more: &mut dyn FnMut(Vec<u8>, Row) -> bool,
+    ) -> Result<(), IndexError> {
+        let (prefix, after) = (rows::keyed_key(prefix), rows::keyed_key(after));
+        for row in self.rows.range((std::ops::Bound::Excluded(after), std::ops::Bound::Unbounded)) {
+            let (key, value) = row.into_inner()?;
+            let Some(own) = key.get(1..).filter(|_| key.starts_with(&prefix)) else { break };
+            let typed = RowKey::decode(own).map_err(|_| BadRow("row key"))?;
+            if !more(own.to_vec(), rows::decode_keyed(typed, &value)?) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
     /// Moves an overlay's rows in, with the watermark of its log: one atomic, synced batch. The overlay is cleared by
     /// the caller, afterwards.
     pub fn flush(&self, overlay: &Overlay, log: u16, watermark: Watermark) -> Result<(), IndexError> {
-        let rows_about = overlay.conversations.len() * 4 + overlay.users.len() + overlay.cursors.len();
+        let rows_about =
+            overlay.conversations.len() * 4 + overlay.users.len() + overlay.cursors.len() + overlay.rows.len();
         let mut flush = Flush { index: self, rows: Vec::with_capacity(rows_about) };
         for (&conversation, recent) in &overlay.conversations {
             flush.conversation(conversation, recent)?;
@@ -146,6 +171,11 @@ impl Index {
         for (&(device, conversation), &seq) in &overlay.cursors {
             if seq > self.cursor(device, conversation)? {
                 flush.put(rows::cursor_key(device, conversation), rows::encode_seq(seq));
+            }
+        }
+        for row in overlay.rows.values() {
+            if self.keyed(&row.key)?.is_none_or(|kept| kept.stamp <= row.stamp) {
+                flush.put(rows::keyed_key(&row.key.encode()), rows::encode_keyed(row));
             }
         }
         flush.put(rows::watermark_key(log), watermark.encode());

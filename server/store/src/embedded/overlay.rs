@@ -6,12 +6,13 @@
 //! Who reads both must read the overlay *before* the index: a flush makes rows visible in the index first and only then
 //! removes them here, so the other order could miss them in both.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use foldhash::HashMap;
 use ringline_schema::disk::{Indexed, IndexedMessage};
 use ringline_schema::ids::{ConversationId, DeviceId, DeviceKey, Seq, UserName};
 use ringline_schema::record::{Accepted, Record, User};
+use ringline_schema::rows::{Row, RowKey};
 
 use super::format::Place;
 use super::rows::{Created, HeadRow};
@@ -24,6 +25,8 @@ pub(super) struct Overlay {
     pub users: HashMap<UserName, (u64, User)>,
     pub lists: BTreeSet<(UserName, ConversationId)>,
     pub cursors: HashMap<(DeviceKey, ConversationId), Seq>,
+    /// By the bytes of their keys.
+    pub rows: BTreeMap<Vec<u8>, Row>,
     /// Records taken in since the last flush.
     pub records: usize,
     /// The run whose records are being taken in; stays when the rest is cleared.
@@ -55,13 +58,20 @@ impl Overlay {
             Indexed::Message(message) => {
                 self.conversations.entry(message.conversation).or_default().add(message, place);
             }
+            Indexed::Change { message, rows } => {
+                if let Some(message) = message {
+                    self.conversations.entry(message.conversation).or_default().add(message, place);
+                }
+                self.records += rows.len();
+                rows.into_iter().for_each(|row| self.put(row));
+            }
             Indexed::Other(record) => self.apply_other(record),
         }
     }
 
     fn apply_other(&mut self, record: Record) {
         match record {
-            Record::Message(_) => debug_assert!(false, "a message is indexed without its body"),
+            Record::Message(_) | Record::Change(_) => debug_assert!(false, "a message is indexed without its body"),
             Record::User(user) => {
                 self.users.insert(user.name.clone(), (self.run, user));
             }
@@ -77,6 +87,28 @@ impl Overlay {
                 *cursor = seq.max(*cursor);
             }
         }
+    }
+
+    fn put(&mut self, row: Row) {
+        if let RowKey::Member(conversation, user) = &row.key {
+            self.lists.insert((user.clone(), *conversation));
+        }
+        let key = row.key.encode();
+        if self.rows.get(&key).is_none_or(|kept| kept.stamp <= row.stamp) {
+            self.rows.insert(key, row);
+        }
+    }
+
+    /// Rows with a key above `after` that begin with `prefix`, up to the `limit`-th that has a value.
+    pub fn rows_above(&self, prefix: &[u8], after: &[u8], limit: usize) -> Vec<(Vec<u8>, Row)> {
+        use std::ops::Bound::{Excluded, Unbounded};
+        let mut values = 0;
+        let all = self.rows.range::<[u8], _>((Excluded(after), Unbounded));
+        let own = all.take_while(|(key, row)| {
+            values += usize::from(row.value.is_some());
+            key.starts_with(prefix) && values <= limit
+        });
+        own.map(|(key, row)| (key.clone(), row.clone())).collect()
     }
 
     /// Forgets all rows. Only after a flush made it all visible in the index.

@@ -5,22 +5,35 @@
 use std::collections::BTreeMap;
 use std::sync::{PoisonError, RwLockReadGuard};
 
-use ringline_schema::ids::{ConversationId, DeviceKey, Seq, UserName};
-use ringline_schema::record::{Answer, ConversationRow, Head, Query, Range, Record, StoredMessage, User};
+use ringline_schema::ids::{ConversationId, ConversationKind, DeviceKey, Seq, UserName};
+use ringline_schema::message::Standing;
+use ringline_schema::record::{Answer, ConversationRow, Head, Query, Range, StoredMessage, User};
+use ringline_schema::rows::{GroupRow, MarkRow, MemberRow, ReceiptRow, Row, RowKey, RowList, RowValue};
 
 use super::Node;
 use super::format::Place;
 use super::index::IndexError;
 use super::overlay::Overlay;
 use super::rows::{self, HeadRow};
-use crate::{newest, remember};
+use crate::{newest, readable, remember};
+
+/// Entries of a user's list that are read at a time to count groups.
+const COUNT_PAGE: usize = 256;
 
 /// Answers a question; what can't be read is said loudly in the log and answered `Failed`.
 pub(super) fn answer(node: &Node, query: &Query) -> Answer {
     let answer = match query {
         Query::User { name } => node.user(name).map(Answer::User),
         Query::Head { conversation, device } => node.head(*conversation, *device).map(Answer::Head),
-        Query::Messages { conversation, range } => node.messages(*conversation, range),
+        Query::Messages { conversation, range, reader } => match reader {
+            Some(reader) if conversation.kind() == Some(ConversationKind::Group) => {
+                node.messages_for(*conversation, range, reader)
+            }
+            Some(_) | None => node.messages(*conversation, range),
+        },
+        Query::Row { key } => node.row(key).map(Answer::Row),
+        Query::Rows { list, after, limit } => node.rows(list, after.as_ref(), usize::from(*limit)).map(Answer::Rows),
+        Query::GroupCount { user } => node.group_count(user).map(Answer::Count),
         Query::Conversations { user, device, cursor, limit } => {
             node.conversations(user, *device, (*cursor, usize::from(*limit))).map(Answer::Conversations)
         }
@@ -88,12 +101,10 @@ impl Node {
         for seq in wanted {
             let place = places.get(&seq).ok_or(IndexError::Missing(conversation, seq))?;
             let segment = self.segments.get(place.log, place.segment)?;
-            let message = match segment.read(*place)? {
-                Record::Message(message) if (message.conversation, message.seq) == (conversation, seq) => message,
-                Record::Message(_) | Record::User(_) | Record::Conversation { .. } | Record::Cursor { .. } => {
-                    return Err(IndexError::Wrong(conversation, seq));
-                }
-            };
+            let found = segment.read(*place)?.into_message();
+            let message = found
+                .filter(|message| (message.conversation, message.seq) == (conversation, seq))
+                .ok_or(IndexError::Wrong(conversation, seq))?;
             bytes += message.body.len().max(1);
             if bytes > range.bytes_max as usize && !messages.is_empty() {
                 break;
@@ -148,24 +159,180 @@ impl Node {
         ids.truncate(limit);
         let mut found = Vec::with_capacity(ids.len());
         for conversation in ids {
-            let Some(row) = self.head_row(conversation)? else { continue };
-            let Some(created) = row.created else { continue };
-            let [one, other] = created.members;
+            let place = match conversation.kind() {
+                Some(ConversationKind::Group) => self.group_place(user, conversation)?,
+                Some(ConversationKind::Direct) | None => self.direct_place(user, conversation)?,
+            };
+            let Some(place) = place else { continue };
+            let mark = match self.value(&RowKey::Mark(user.clone(), conversation))? {
+                Some(RowValue::Mark(mark)) => mark,
+                Some(_) | None => MarkRow::default(),
+            };
+            let receipt = match self.value(&RowKey::Receipt(conversation, user.clone()))? {
+                Some(RowValue::Receipt(receipt)) => receipt,
+                Some(_) | None => ReceiptRow::default(),
+            };
             found.push(ConversationRow {
-                conversation,
-                with: if one == *user { other } else { one },
-                first: row.first,
-                head: row.head,
-                last_time_ms: if row.head == Seq::ZERO { created.created_ms } else { row.last_time_ms },
                 acked: self.cursor(device, conversation)?,
+                read: receipt.read,
+                pinned: mark.pinned,
+                muted_until_ms: mark.muted_until_ms,
+                ..place
             });
         }
         Ok(found)
     }
 
+    /// The row of a conversation with another user, without what is only this user's.
+    fn direct_place(&self, user: &UserName, id: ConversationId) -> Result<Option<ConversationRow>, IndexError> {
+        let Some(HeadRow { created: Some(created), first, head, last_time_ms }) = self.head_row(id)? else {
+            return Ok(None);
+        };
+        let [one, other] = created.members;
+        let with = if one == *user { other } else { one };
+        let last_time_ms = if head == Seq::ZERO { created.created_ms } else { last_time_ms };
+        Ok(Some(blank_row(id, with, (first, head), last_time_ms)))
+    }
+
+    /// The row of a group, as far as the user may read it.
+    fn group_place(&self, user: &UserName, id: ConversationId) -> Result<Option<ConversationRow>, IndexError> {
+        let (Some(group), Some(member)) = (self.group(id)?, self.member(id, user)?) else { return Ok(None) };
+        let row = self.head_row(id)?.unwrap_or_default();
+        let parts: Vec<_> = member.readable(row.first, row.head).collect();
+        let first = parts.first().map_or(Seq::ZERO, |(start, _)| *start);
+        let head = parts.last().map_or(Seq::ZERO, |(_, end)| *end);
+        let last_time_ms = if member.standing == Standing::Member { row.last_time_ms } else { member.since_ms };
+        let place = blank_row(id, group.name, (first, head), last_time_ms);
+        Ok(Some(ConversationRow { standing: Some(member.standing), title: group.title, ..place }))
+    }
+
+    fn messages_for(
+        &self,
+        conversation: ConversationId,
+        range: &Range,
+        reader: &UserName,
+    ) -> Result<Answer, IndexError> {
+        let member = self.member(conversation, reader)?.filter(|member| !member.ranges.is_empty());
+        let (Some(member), Some(row)) = (member, self.head_row(conversation)?) else {
+            return Ok(Answer::NotReadable);
+        };
+        let part = readable(&member, (row.first, row.head), range);
+        Ok(match self.messages(conversation, &part.range)? {
+            Answer::Messages { messages, .. } => Answer::Messages { first: part.first, head: part.head, messages },
+            other => other,
+        })
+    }
+
+    fn row(&self, key: &RowKey) -> Result<Option<Row>, IndexError> {
+        let bytes = key.encode();
+        let mut found: Option<Row> = None;
+        for overlay in self.overlays() {
+            if let Some(row) = overlay.rows.get(&bytes)
+                && found.as_ref().is_none_or(|kept| kept.stamp <= row.stamp)
+            {
+                found = Some(row.clone());
+            }
+        }
+        // Rows of one key are in one overlay, or in several after the number of shards changed; the index may hold a
+        // newer one than an overlay that is being flushed.
+        if let Some(row) = self.index.keyed(key)?
+            && found.as_ref().is_none_or(|kept| kept.stamp < row.stamp)
+        {
+            found = Some(row);
+        }
+        Ok(found.filter(|row| row.value.is_some()))
+    }
+
+    fn value(&self, key: &RowKey) -> Result<Option<RowValue>, IndexError> {
+        Ok(self.row(key)?.and_then(|row| row.value))
+    }
+
+    fn group(&self, id: ConversationId) -> Result<Option<GroupRow>, IndexError> {
+        Ok(match self.value(&RowKey::Group(id))? {
+            Some(RowValue::Group(group)) => Some(group),
+            Some(_) | None => None,
+        })
+    }
+
+    fn member(&self, id: ConversationId, user: &UserName) -> Result<Option<MemberRow>, IndexError> {
+        Ok(match self.value(&RowKey::Member(id, user.clone()))? {
+            Some(RowValue::Member(member)) => Some(member),
+            Some(_) | None => None,
+        })
+    }
+
+    fn rows(&self, list: &RowList, after: Option<&RowKey>, limit: usize) -> Result<Vec<Row>, IndexError> {
+        let prefix = list.prefix();
+        // Every key of the list is longer than its prefix.
+        let after = after.map_or_else(|| prefix.clone(), RowKey::encode).max(prefix.clone());
+        let mut found: BTreeMap<Vec<u8>, Row> = BTreeMap::new();
+        let mut keep = |key: Vec<u8>, row: Row| match found.get_mut(&key) {
+            Some(kept) if kept.stamp >= row.stamp => {}
+            Some(kept) => *kept = row,
+            None => drop(found.insert(key, row)),
+        };
+        for overlay in self.overlays() {
+            overlay.rows_above(&prefix, &after, limit).into_iter().for_each(|(key, row)| keep(key, row));
+        }
+        let gone: Vec<_> = found.iter().filter(|(_, row)| row.value.is_none()).map(|(key, _)| key.clone()).collect();
+        let mut values = 0;
+        self.index.keyed_above((&prefix, &after), &mut |key, row| {
+            values += usize::from(row.value.is_some() && gone.binary_search(&key).is_err());
+            match found.get_mut(&key) {
+                Some(kept) if kept.stamp >= row.stamp => {}
+                Some(kept) => *kept = row,
+                None => drop(found.insert(key, row)),
+            }
+            values < limit
+        })?;
+        Ok(found.into_values().filter(|row| row.value.is_some()).take(limit).collect())
+    }
+
+    fn group_count(&self, user: &UserName) -> Result<u32, IndexError> {
+        let (mut count, mut cursor) = (0, ConversationId(0));
+        loop {
+            let mut ids = Vec::new();
+            for overlay in self.overlays() {
+                ids.extend(overlay.conversations_of(user, cursor, COUNT_PAGE));
+            }
+            ids.extend(self.index.conversations_of(user, cursor, COUNT_PAGE)?);
+            ids.sort_unstable();
+            ids.dedup();
+            ids.truncate(COUNT_PAGE);
+            let Some(&last) = ids.last() else { return Ok(count) };
+            cursor = last;
+            for id in ids.into_iter().filter(|id| id.kind() == Some(ConversationKind::Group)) {
+                let member = self.member(id, user)?.is_some_and(|member| member.standing == Standing::Member);
+                let lives = self.group(id)?.is_some_and(|group| group.dissolved == Seq::ZERO);
+                count += u32::from(member && lives);
+            }
+        }
+    }
+
     fn cursor(&self, device: DeviceKey, conversation: ConversationId) -> Result<Seq, IndexError> {
         let recent = self.overlays().filter_map(|overlay| overlay.cursors.get(&(device, conversation)).copied()).max();
         Ok(self.index.cursor(device, conversation)?.max(recent.unwrap_or_default()))
+    }
+}
+
+fn blank_row(
+    conversation: ConversationId,
+    with: UserName,
+    (first, head): (Seq, Seq),
+    last_time_ms: u64,
+) -> ConversationRow {
+    ConversationRow {
+        conversation,
+        with,
+        first,
+        head,
+        last_time_ms,
+        acked: Seq::ZERO,
+        read: Seq::ZERO,
+        pinned: false,
+        muted_until_ms: 0,
+        standing: None,
+        title: String::new(),
     }
 }
 

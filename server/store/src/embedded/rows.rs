@@ -6,7 +6,9 @@
 
 use ringline_schema::ids::{ConversationId, DeviceKey, Seq, UserName};
 use ringline_schema::limits::DUPLICATE_WINDOW;
+use ringline_schema::pack;
 use ringline_schema::record::{Accepted, User};
+use ringline_schema::rows::{Row, RowKey, RowValue};
 
 use super::format::{Place, Position};
 
@@ -85,6 +87,34 @@ pub(super) fn list_key(user: &UserName, conversation: ConversationId) -> Vec<u8>
 pub(super) fn conversation_of_list_key(key: &[u8]) -> Result<ConversationId, BadRow> {
     let id = key.last_chunk::<16>().ok_or(BadRow("conversation list key"))?;
     Ok(ConversationId(u128::from_be_bytes(*id)))
+}
+
+/// Prefix of the keyed rows; behind it stand the bytes of their own keys.
+pub(super) const KEYED_PREFIX: u8 = b'r';
+
+pub(super) fn keyed_key(key: &[u8]) -> Vec<u8> {
+    [&[KEYED_PREFIX], key].concat()
+}
+
+pub(super) fn encode_keyed(row: &Row) -> Vec<u8> {
+    let mut out = pack::Writer::default();
+    out.number(row.stamp);
+    out.number(u64::from(row.value.is_some()));
+    if let Some(value) = &row.value {
+        out.bytes(&value.encode());
+    }
+    out.0
+}
+
+pub(super) fn decode_keyed(key: RowKey, bytes: &[u8]) -> Result<Row, BadRow> {
+    let read = || {
+        let mut row = pack::Reader(bytes);
+        let (stamp, there) = (row.number()?, row.number()?);
+        let value = if there == 0 { None } else { Some(RowValue::decode(&key, row.bytes()?)?) };
+        Ok((stamp, value))
+    };
+    let (stamp, value) = read().map_err(|pack::BadPack(what)| BadRow(what))?;
+    Ok(Row { key, stamp, value })
 }
 
 /// The block of a seq and its slot in it. Seqs begin at 1.

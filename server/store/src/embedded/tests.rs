@@ -180,7 +180,7 @@ impl Twins {
                     bytes_max: self.rng.random_range(0..5000),
                     newest: self.rng.random(),
                 };
-                (pair.id.partition(), Query::Messages { conversation: pair.id, range })
+                (pair.id.partition(), Query::Messages { conversation: pair.id, range, reader: None })
             }
         }
     }
@@ -334,7 +334,7 @@ fn damage_that_the_index_has_passed_is_answered_failed_and_found_at_a_rebuild() 
     let offset = record_offsets(&path)[11];
     flip(&path, u64::from(offset) + 40);
     let (mut node, _) = open(dir.path(), 1, &lazy());
-    let query = |range| Query::Messages { conversation: pair.id, range };
+    let query = |range| Query::Messages { conversation: pair.id, range, reader: None };
     assert_eq!(node.ask(pair.id.partition(), query(ALL)), Answer::Failed);
     assert_eq!(node.messages(pair.id, Range { limit: 9, ..ALL }).2.len(), 9, "the rest stays readable");
     node.close();
@@ -492,7 +492,7 @@ fn a_failed_write_poisons_and_nothing_is_acknowledged_after_it() {
         assert_eq!(events, [StoreEvent::Failed]);
         assert!(matches!(store.append(&pair.record()), Err(StoreError::Poisoned)));
         store.submit();
-        let query = Query::Messages { conversation: pair.id, range: ALL };
+        let query = Query::Messages { conversation: pair.id, range: ALL, reader: None };
         store.load(LoadToken(1), query).unwrap();
         let Answer::Messages { messages, .. } = answers(&mut store, 1).remove(0).1 else { panic!() };
         assert_eq!(messages.len(), 3, "what was committed is still answered, and nothing else");
