@@ -1,7 +1,8 @@
 //! `idle`: what a logged-in connection costs that says nothing: memory of the server, memory of the kernel, CPU.
 //!
 //! Owned by the main thread. Clients log in by steps; each step is held and then sampled, and the cost of a connection
-//! is the slope over the steps, so that what the server holds without clients is not counted. Invariant: the server's own
+//! is the slope over the steps, so that what the server holds without clients is not counted. A server started here has
+//! seen all users before and was started again: what a new user costs its store is no cost of a connection. Invariant: the server's own
 //! memory and the kernel's are told apart, and the kernel's says how many ends of each connection it holds.
 
 use std::collections::BTreeMap;
@@ -145,15 +146,29 @@ impl IdleArgs {
         let Cores(cores) = &self.server_cores;
         // It inherits the limit: one socket a client on its side too.
         raise_file_limit(u64::from(self.clients()) + FILES_EXTRA)?;
-        let server = peers::start(row, &program, (cores, &folder))?;
+        let mut server = peers::start(row, &program, (cores, &folder))?;
         server.issuer()?;
-        let fleet = FleetArgs {
+        self.make_users(&self.fleet_of(&server))?;
+        server.restart()?;
+        let fleet = self.fleet_of(&server);
+        Ok((server, fleet))
+    }
+
+    /// A first login makes a user, which the store keeps for ever: that is no cost of a connection.
+    fn make_users(&self, fleet: &FleetArgs) -> Result<(), Failure> {
+        let mut fleet = Fleet::start(fleet, &Arc::new(self.plan()?), 0)?;
+        fleet.admit(self.clients());
+        fleet.wait_for_logins(u64::from(self.clients()))?;
+        fleet.finish().map(drop)
+    }
+
+    fn fleet_of(&self, server: &Running) -> FleetArgs {
+        FleetArgs {
             target: Some(server.target),
             issuer_key: Some(server.issuer_key()),
             server_pid: Some(server.pid),
             ..self.fleet.clone()
-        };
-        Ok((server, fleet))
+        }
     }
 }
 

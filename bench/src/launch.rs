@@ -5,6 +5,7 @@
 //! ends; a signal that comes while one is being started waits until it is there. A kill that cannot be caught (SIGKILL)
 //! ends them too, because the kernel tells each child (`PR_SET_PDEATHSIG`, set by `setpriv`); only folders stay then.
 
+use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -24,6 +25,8 @@ use crate::{Failure, server_process};
 /// How long a server may take until it listens, and until it has ended.
 const START_TIME: Duration = Duration::from_secs(30);
 const STOP_TIME: Duration = Duration::from_secs(10);
+/// What a server prints, in its folder.
+const LOG: &str = "output.log";
 const BETWEEN_TRIES: Duration = Duration::from_millis(20);
 /// A shell's exit code for "ended by signal n" is this plus n.
 const SIGNAL_EXIT_BASE: i32 = 128;
@@ -81,6 +84,15 @@ pub struct Running {
     /// The process that listens; CPU time and memory are its.
     pub pid: u32,
     folder: PathBuf,
+    again: Again,
+}
+
+/// What starts the same server once more.
+struct Again {
+    name: String,
+    program: PathBuf,
+    cores: Vec<usize>,
+    recipe: Recipe,
 }
 
 /// Starts a server and waits until it listens.
@@ -93,7 +105,6 @@ pub fn start(order: Order<'_>, recipe: impl FnOnce(&Place<'_>) -> Recipe) -> Res
     // The server works in its own folder, where a relative path would mean something else.
     let absolute = |path: &Path| std::path::absolute(path).map_err(|error| failed("its path", &error));
     let (program, parent) = (absolute(order.program)?, absolute(order.parent)?);
-    let order = Order { program: &program, ..order };
     let folder = tempfile::Builder::new().prefix("ringline-bench-").tempdir_in(parent);
     let folder = folder.map_err(|error| failed("cannot make a data folder", &error))?;
     let [target, admin] = free_addresses().map_err(|error| failed("no free port", &error))?;
@@ -104,35 +115,30 @@ pub fn start(order: Order<'_>, recipe: impl FnOnce(&Place<'_>) -> Recipe) -> Res
     if let Some((name, text)) = &recipe.file {
         std::fs::write(path.join(name), text).map_err(|error| failed("cannot write its settings", &error))?;
     }
-    let log = std::fs::File::create(path.join("output.log")).and_then(|log| Ok((log.try_clone()?, log)));
+    let log = File::create(path.join(LOG)).and_then(|log| Ok((log.try_clone()?, log)));
     let log = log.map_err(|error| failed("cannot write its log", &error))?;
     let mut list = started();
-    let child = command(&order, &recipe, (&path, log)).spawn();
+    let again = Again { name: order.name.to_owned(), program, cores: order.cores.to_vec(), recipe };
+    let child = command(&again, (&path, log)).spawn();
     let child = child.map_err(|error| failed("cannot start setpriv (util-linux)", &error))?;
-    let mut running = Running { child_id: child.id(), target, admin, pid: child.id(), metrics: None, folder: path };
+    let pid = child.id();
+    let mut running = Running { child_id: pid, target, admin, pid, metrics: None, folder: path, again };
     list.push(Started { child, _folder: folder });
     drop(list);
-    if !running.listens() {
-        return Err(failed("did not start", &running.last_words()));
-    }
-    running.pid = server_process::listening_on(target.port()).unwrap_or(running.child_id);
+    running.wait_until_it_listens()?;
     Ok(running)
 }
 
 /// `setpriv` has the kernel end the server with the thread that started it; `taskset` pins it. Both become the server by
 /// `exec`. A process group of its own: what the server starts itself is reached through it, and Ctrl-C is for us only.
-fn command(
-    order: &Order<'_>,
-    recipe: &Recipe,
-    (folder, (out, err)): (&Path, (std::fs::File, std::fs::File)),
-) -> Command {
-    let cores = order.cores.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+fn command(again: &Again, (folder, (out, err)): (&Path, (File, File))) -> Command {
+    let cores = again.cores.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
     let mut command = Command::new("setpriv");
     command
         .args(["--pdeathsig", "TERM", "taskset", "--cpu-list", &cores])
-        .arg(order.program)
-        .args(&recipe.arguments)
-        .envs(recipe.environment.iter().map(|(name, value)| (*name, value)))
+        .arg(&again.program)
+        .args(&again.recipe.arguments)
+        .envs(again.recipe.environment.iter().map(|(name, value)| (*name, value)))
         .current_dir(folder)
         .process_group(0)
         .stdin(Stdio::null())
@@ -168,6 +174,33 @@ fn watch_signals() -> std::io::Result<()> {
 }
 
 impl Running {
+    /// Stops it and starts it again on the same folder and port: what it held in memory alone is gone.
+    ///
+    /// Errors: as from [`start`].
+    pub fn restart(&mut self) -> Result<(), Failure> {
+        let name = self.again.name.clone();
+        let failed = |error: &dyn std::fmt::Display| Failure::Failed(format!("{name}: cannot start again: {error}"));
+        let log = File::options().append(true).open(self.folder.join(LOG));
+        let log = log.and_then(|log| Ok((log.try_clone()?, log))).map_err(|error| failed(&error))?;
+        let mut list = started();
+        let Some(own) = list.iter_mut().find(|started| started.child.id() == self.child_id) else {
+            return Err(failed(&"it was stopped"));
+        };
+        own.stop();
+        own.child = command(&self.again, (&self.folder, log)).spawn().map_err(|error| failed(&error))?;
+        self.child_id = own.child.id();
+        drop(list);
+        self.wait_until_it_listens()
+    }
+
+    fn wait_until_it_listens(&mut self) -> Result<(), Failure> {
+        if !self.listens() {
+            return Err(Failure::Failed(format!("{}: did not start: {}", self.again.name, self.last_words())));
+        }
+        self.pid = server_process::listening_on(self.target.port()).unwrap_or(self.child_id);
+        Ok(())
+    }
+
     /// Waits until it listens; not longer than it lives.
     fn listens(&self) -> bool {
         let deadline = Instant::now() + START_TIME;
@@ -189,7 +222,7 @@ impl Running {
     /// The end of what the server has printed.
     pub fn last_words(&self) -> String {
         const LINES: usize = 3;
-        let text = std::fs::read(self.folder.join("output.log")).unwrap_or_default();
+        let text = std::fs::read(self.folder.join(LOG)).unwrap_or_default();
         let text = String::from_utf8_lossy(&text).into_owned();
         let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
         lines.get(lines.len().saturating_sub(LINES)..).unwrap_or_default().join(" | ")
@@ -219,8 +252,8 @@ impl Drop for Running {
     }
 }
 
-impl Drop for Started {
-    fn drop(&mut self) {
+impl Started {
+    fn stop(&mut self) {
         let group = Pid::from_child(&self.child);
         // Each fails only when there is nobody left.
         let _ = kill_process(group, Signal::TERM);
@@ -231,6 +264,12 @@ impl Drop for Started {
         // And what it has started itself, if any of that is left.
         let _ = kill_process_group(group, Signal::KILL);
         let _ = self.child.wait();
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        self.stop();
     }
 }
 

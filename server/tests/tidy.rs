@@ -25,6 +25,8 @@ const UNSAFE_FILES: &[&str] = &[
     "server/src/net/ring.rs",
     "server/src/net/buffers.rs",
     "bench/src/floor_ring.rs",
+    // A prototype beside the server's own wake, to compare.
+    "server/benches/lane_hop.rs",
     // Not the data path: the trait of allocators is unsafe, and counting allocations is a feature for measuring.
     "server/src/allocations.rs",
 ];

@@ -45,11 +45,12 @@ pub struct Login {
     /// Durable sends without an answer.
     pub sends_in_flight: u32,
     /// The conversation of the last durable send, whose id is a hash of two names.
-    pub last_sent: Option<(UserName, ConversationId)>,
+    /// Behind a pointer, like `lagged`: most connections of a server are idle, and pay for both with a word.
+    pub last_sent: Option<Box<(UserName, ConversationId)>>,
     /// Conversations this device has seen something of.
     pub known: BTreeMap<ConversationId, Known>,
     /// Dropped durable deliveries that LAGGED has yet to tell.
-    pub lagged: BTreeMap<ConversationId, Lag>,
+    pub lagged: Option<Box<BTreeMap<ConversationId, Lag>>>,
 }
 
 /// What a device has been given of a conversation, and what it says it has.
@@ -72,11 +73,17 @@ pub struct Lag {
 impl Login {
     /// The id of the conversation with `to`.
     pub fn direct(&mut self, to: &UserName) -> ConversationId {
-        if let Some((_, conversation)) = self.last_sent.as_ref().filter(|(name, _)| name == to) {
+        if let Some((name, conversation)) = self.last_sent.as_deref()
+            && name == to
+        {
             return *conversation;
         }
         let conversation = ConversationId::direct(&self.user, to);
-        self.last_sent = Some((to.clone(), conversation));
+        let sent = (to.clone(), conversation);
+        match &mut self.last_sent {
+            Some(last) => **last = sent,
+            None => self.last_sent = Some(Box::new(sent)),
+        }
         conversation
     }
 
@@ -324,15 +331,16 @@ impl Sessions {
         let Some(login) = self.login_mut(conn) else { return };
         login.show(message.conversation, message.seq);
         // Once told to fetch from a place, what follows is part of that range until it has been told.
-        let lagging = login.lagged.contains_key(&message.conversation);
+        let lagging = login.lagged.as_ref().is_some_and(|lagged| lagged.contains_key(&message.conversation));
         if room && !lagging {
             self.counters.delivered += 1;
             self.write(conn, 0, &Reply::Deliver(*message), fx);
             return;
         }
         let lag = Lag { with: with.clone(), from: message.seq, to: message.seq };
-        login.lagged.entry(message.conversation).or_insert(lag).to = message.seq;
-        let too_many = login.lagged.len() > LAGGED_CONVERSATIONS_MAX;
+        let lagged = login.lagged.get_or_insert_default();
+        lagged.entry(message.conversation).or_insert(lag).to = message.seq;
+        let too_many = lagged.len() > LAGGED_CONVERSATIONS_MAX;
         self.counters.dropped_durable += 1;
         if too_many {
             self.fail(conn, 0, ErrorCode::SlowReader, fx);
@@ -361,10 +369,8 @@ impl Sessions {
             return;
         }
         let Some(login) = session.login_mut() else { return };
-        if login.lagged.is_empty() {
-            return;
-        }
-        for (conversation, lag) in std::mem::take(&mut login.lagged) {
+        let Some(lagged) = login.lagged.take() else { return };
+        for (conversation, lag) in *lagged {
             let reply = Reply::Lagged { conversation, with: lag.with.as_str(), from: lag.from, to: lag.to };
             self.counters.lagged += 1;
             self.push(conn, &reply, fx);
