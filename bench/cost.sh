@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a message costs the server's core: system calls, switches, allocations, and with valgrind instructions and copies.
 #
-#   bench/cost.sh                  counts, over the ring: each load, transient, transient without reply, durable
+#   bench/cost.sh                  counts, over the ring: each load, transient and durable
 #   bench/cost.sh --net epoll      the same over epoll
 #   bench/cost.sh --instructions   the same loads small, under callgrind: instructions and calls of memcpy a message
 #
@@ -165,8 +165,5 @@ printf '%-28s %11s %8s %9s %8s %8s %8s %8s\n' "a delivered message" rate syscall
 for load in "200 16" "5000 8"; do
   read -r clients window <<<"$load"
   counts "${clients}x${window} transient" "$clients" "$window" --class transient
-  if "$BENCH" run --help | grep -q -- --no-reply; then
-    counts "${clients}x${window} transient no-reply" "$clients" "$window" --class transient --no-reply
-  fi
   counts "${clients}x${window} durable" "$clients" "$window" --class durable
 done
