@@ -156,7 +156,7 @@ impl IdleArgs {
 
     /// A first login makes a user, which the store keeps for ever: that is no cost of a connection.
     fn make_users(&self, fleet: &FleetArgs) -> Result<(), Failure> {
-        let mut fleet = Fleet::start(fleet, &Arc::new(self.plan()?), 0)?;
+        let fleet = Fleet::start(fleet, &Arc::new(self.plan()?), 0)?;
         fleet.admit(self.clients());
         fleet.wait_for_logins(u64::from(self.clients()))?;
         fleet.finish().map(drop)
