@@ -10,6 +10,7 @@
 //! | group | conversation | partition of the group | title, policy, owner |
 //! | member | conversation, user | partition of the group | standing, role, what may be read |
 //! | receipt | conversation, user | partition of the conversation | how far it was delivered and read |
+//! | wrote | conversation, user | partition of the conversation | that the user has written in it |
 //! | device | user, device | partition of the user | kind, agent, logins |
 //! | setting | user | partition of the user | who may write, presence |
 //! | block | user, user | partition of the first | that the first blocks the second |
@@ -29,6 +30,8 @@ pub enum RowKey {
     Group(ConversationId),
     Member(ConversationId, UserName),
     Receipt(ConversationId, UserName),
+    /// In a conversation of two.
+    Wrote(ConversationId, UserName),
     Device(UserName, DeviceId),
     Setting(UserName),
     Block(UserName, UserName),
@@ -51,9 +54,10 @@ impl RowKey {
     /// The partition whose owner writes this row.
     pub fn partition(&self) -> Partition {
         match self {
-            Self::Group(conversation) | Self::Member(conversation, _) | Self::Receipt(conversation, _) => {
-                conversation.partition()
-            }
+            Self::Group(conversation)
+            | Self::Member(conversation, _)
+            | Self::Receipt(conversation, _)
+            | Self::Wrote(conversation, _) => conversation.partition(),
             Self::Device(user, _)
             | Self::Setting(user)
             | Self::Block(user, _)
@@ -69,6 +73,7 @@ impl RowKey {
             Self::Group(conversation) => [&b"g"[..], &id(*conversation)].concat(),
             Self::Member(conversation, user) => [&b"m"[..], &id(*conversation), user.as_str().as_bytes()].concat(),
             Self::Receipt(conversation, user) => [&b"r"[..], &id(*conversation), user.as_str().as_bytes()].concat(),
+            Self::Wrote(conversation, user) => [&b"w"[..], &id(*conversation), user.as_str().as_bytes()].concat(),
             Self::Device(user, device) => [&b"d"[..], user.as_str().as_bytes(), &[0], &device.0.to_be_bytes()].concat(),
             Self::Setting(user) => [&b"s"[..], user.as_str().as_bytes()].concat(),
             Self::Block(user, other) => [&b"b"[..], user.as_str().as_bytes(), &[0], other.as_str().as_bytes()].concat(),
@@ -95,6 +100,7 @@ impl RowKey {
             b'g' => Self::Group(conversation(rest)?),
             b'm' => Self::Member(conversation(rest)?, name(rest.get(16..).ok_or(BAD)?)?),
             b'r' => Self::Receipt(conversation(rest)?, name(rest.get(16..).ok_or(BAD)?)?),
+            b'w' => Self::Wrote(conversation(rest)?, name(rest.get(16..).ok_or(BAD)?)?),
             b'd' => of_user().and_then(|(user, rest)| Ok(Self::Device(user, DeviceId(number(rest)?))))?,
             b's' => Self::Setting(name(rest)?),
             b'b' => of_user().and_then(|(user, rest)| Ok(Self::Block(user, name(rest)?)))?,
@@ -144,6 +150,7 @@ pub enum RowValue {
     Group(GroupRow),
     Member(MemberRow),
     Receipt(ReceiptRow),
+    Wrote,
     Device(DeviceRow),
     Setting(SettingRow),
     Block,
@@ -303,7 +310,7 @@ impl RowValue {
                 out.number(u64::from(mark.pinned));
                 out.number(mark.muted_until_ms);
             }
-            Self::Block | Self::Hidden => {}
+            Self::Wrote | Self::Block | Self::Hidden => {}
         }
         out.0
     }
@@ -338,6 +345,7 @@ impl RowValue {
                 deleted_ms: row.number()?,
             }),
             RowKey::Mark(..) => Self::Mark(MarkRow { pinned: row.number()? != 0, muted_until_ms: row.number()? }),
+            RowKey::Wrote(..) => Self::Wrote,
             RowKey::Block(..) => Self::Block,
             RowKey::Hidden(..) => Self::Hidden,
         })
@@ -410,6 +418,7 @@ pub(crate) fn samples() -> Vec<Row> {
         row(RowKey::Member(id, bob.clone()), Some(RowValue::Member(member))),
         row(RowKey::Member(id, ann.clone()), None),
         row(RowKey::Receipt(id, ann.clone()), Some(RowValue::Receipt(ReceiptRow { delivered: Seq(9), read: Seq(4) }))),
+        row(RowKey::Wrote(id, ann.clone()), Some(RowValue::Wrote)),
         row(RowKey::Device(ann.clone(), DeviceId(u64::MAX)), Some(RowValue::Device(device))),
         row(RowKey::Setting(bob.clone()), Some(RowValue::Setting(SettingRow::default()))),
         row(RowKey::Block(ann.clone(), bob.clone()), Some(RowValue::Block)),
@@ -431,7 +440,7 @@ mod tests {
             let key = row.key.encode();
             assert_eq!(RowKey::decode(&key), Ok(row.key.clone()));
             let list = match row.key.clone() {
-                RowKey::Group(_) | RowKey::Setting(_) => continue,
+                RowKey::Group(_) | RowKey::Setting(_) | RowKey::Wrote(..) => continue,
                 RowKey::Member(conversation, _) => RowList::Members(conversation),
                 RowKey::Receipt(conversation, _) => RowList::Receipts(conversation),
                 RowKey::Device(user, _) => RowList::Devices(user),

@@ -10,14 +10,15 @@ use ringline::lanes::{LaneEnd, LaneItem, mesh};
 use ringline::wake::Waker;
 use ringline_cluster::placement::ShardIndex;
 use ringline_core::event::ShardMessage;
-use ringline_schema::ids::ConversationId;
+use ringline_schema::ids::{ConversationId, UserName};
 use rustix::event::{PollFd, PollFlags, poll};
 
 const NEAR: ShardIndex = ShardIndex(0);
 const FAR: ShardIndex = ShardIndex(1);
 
 fn item() -> LaneItem {
-    LaneItem::Core(ShardMessage::UserKnown { conversation: ConversationId(1), known: None })
+    let user = UserName::new("ann").unwrap();
+    LaneItem::Core(ShardMessage::UserKnown { conversation: ConversationId(1), user, known: Ok(()) })
 }
 
 /// Takes what is there; sleeps first if asked to and nothing is. Returns the number of items.

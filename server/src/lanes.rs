@@ -176,13 +176,13 @@ mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::time::{Duration, Instant};
 
-    use ringline_schema::ids::ConversationId;
+    use ringline_schema::ids::{ConversationId, UserName};
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
     /// A message that carries a number.
     fn item(number: u32) -> LaneItem {
         let conversation = ConversationId(u128::from(number));
-        LaneItem::Core(ShardMessage::UserKnown { conversation, known: Some(true) })
+        LaneItem::Core(ShardMessage::UserKnown { conversation, user: UserName::new("ann").unwrap(), known: Ok(()) })
     }
 
     fn number(item: &LaneItem) -> u32 {

@@ -34,13 +34,14 @@ numbered! {
 }
 
 numbered! {
-    /// Who may write to a user that has not written to them.
+    /// Who may write to a user.
     #[derive(Default)]
     MessagesFrom {
         #[default]
         Anyone = 1,
         /// Whom this user has written to.
         Known = 2,
+        /// Not even them.
         Nobody = 3,
     }
 }

@@ -9,13 +9,17 @@ use ringline_cluster::placement::ShardIndex;
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, DeviceKey, Seq, UserName, body_hash};
 use ringline_schema::message::SendAck;
-use ringline_schema::record::{Answer, Query, Record, StoredMessage, User};
+use ringline_schema::record::{Answer, Change, Query, Record, StoredMessage, User};
+use ringline_schema::rows::{Row, RowKey, RowValue};
+use smallvec::SmallVec;
 
 use crate::config::WAITERS_PER_LOAD_MAX;
 use crate::event::{ConnId, Effects, ShardMessage};
 use crate::filter::{Filter, Seen};
-use crate::peer::{Origin, Submit, Wanted};
+use crate::peer::{Ask, Origin, Submit, Wanted};
 use crate::shard::{Question, Shard};
+use crate::social::SocialPending;
+use crate::social::settings::{PERMIT_MS, Parked, REFUSAL_MS};
 
 /// Devices whose filters one conversation keeps in memory before it lets go of those of others.
 const FILTERS_PER_CONVERSATION_MAX: usize = 64;
@@ -30,7 +34,7 @@ pub(crate) enum Stage {
     Ready,
     /// The store, for the head and a device's filter.
     Loading,
-    /// The shard of the other user, since this moment: may the first message be written?
+    /// The shard of the other user, since this moment: does it take messages of this one?
     AskingUser {
         since_us: u64,
     },
@@ -51,8 +55,26 @@ pub(crate) struct Conversation {
     /// Messages appended and not yet on disk: `head − committed`.
     pub in_flight: u64,
     pub filters: Vec<(DeviceKey, Filter)>,
+    /// What was asked about writing to either side, by the side.
+    permits: SmallVec<[Permit; 2]>,
+    /// Who has written as far as this is known here; then the row that says so exists.
+    wrote: SmallVec<[UserName; 2]>,
     /// Sends that wait for the stage to pass, in order of arrival.
     pub waiting: VecDeque<Submit>,
+}
+
+/// Whether messages to `to` are taken, as its shard said at that moment.
+#[derive(Debug)]
+struct Permit {
+    to: UserName,
+    result: Result<(), ErrorCode>,
+    since_us: u64,
+}
+
+impl Permit {
+    fn lasts_us(&self) -> u64 {
+        1_000 * if self.result.is_ok() { PERMIT_MS } else { REFUSAL_MS }
+    }
 }
 
 impl Conversation {
@@ -65,12 +87,25 @@ impl Conversation {
             committed: Seq::ZERO,
             in_flight: 0,
             filters: Vec::new(),
+            permits: SmallVec::new(),
+            wrote: SmallVec::new(),
             waiting: VecDeque::new(),
         }
     }
 
     fn may_go(&self) -> bool {
         self.stage == Stage::Ready && self.in_flight == 0 && self.waiting.is_empty()
+    }
+
+    /// Notes that `user` writes. True when that is new here.
+    fn note_writer(&mut self, user: &UserName) -> bool {
+        let new = !self.wrote.contains(user);
+        if new {
+            self.wrote.push(user.clone());
+        }
+        // Who was a stranger to this user is none any more.
+        self.permits.retain(|permit| permit.result.is_ok() || permit.to != *user);
+        new
     }
 
     fn filter(&mut self, device: DeviceKey) -> Option<&mut Filter> {
@@ -102,6 +137,7 @@ pub(crate) enum PendingWork {
         conn: ConnId,
         user: User,
     },
+    Social(Box<SocialPending>),
 }
 
 impl Shard {
@@ -134,10 +170,27 @@ impl Shard {
         // The question or its answer may have been lost; the sender's retry brings us here.
         if let Stage::AskingUser { since_us } = conversation.stage
             && self.now.mono_us >= since_us + ASK_AGAIN_US
-            && let Some(user) = conversation.waiting.front().map(|submit| submit.to.clone())
         {
             conversation.stage = Stage::AskingUser { since_us: self.now.mono_us };
-            self.ask_user(id, user, fx);
+            self.ask_user(id, fx);
+        }
+    }
+
+    /// Whether the receiver takes this message, if that was asked lately.
+    fn permission(&self, submit: &Submit) -> Option<Result<(), ErrorCode>> {
+        if submit.to == submit.from || submit.to.is_group() {
+            return Some(Ok(()));
+        }
+        let conversation = self.conversations.peek(&submit.conversation)?;
+        let permit = conversation.permits.iter().find(|permit| permit.to == submit.to)?;
+        let lasts = self.now.mono_us < permit.since_us.saturating_add(permit.lasts_us());
+        (lasts && self.social.privacy.is_newer(&permit.to, permit.since_us)).then_some(permit.result)
+    }
+
+    /// What is known of writing to `user` does not count any more.
+    pub(crate) fn forget_permit(&mut self, id: ConversationId, user: &UserName) {
+        if let Some(conversation) = self.conversations.peek_mut(&id) {
+            conversation.permits.retain(|permit| permit.to != *user);
         }
     }
 
@@ -155,13 +208,16 @@ impl Shard {
             return self.load(Question::Head(id, device), Query::Head { conversation: id, device }, fx);
         };
         match filter.check(submit.client_seq, body_hash(&submit.body)) {
-            Seen::New if !conversation.exists && submit.to != submit.from => {
-                conversation.stage = Stage::AskingUser { since_us: self.now.mono_us };
-                let user = submit.to.clone();
-                conversation.waiting.push_front(submit);
-                self.ask_user(id, user, fx);
-            }
-            Seen::New => self.write(submit, fx),
+            Seen::New => match self.permission(&submit) {
+                Some(Ok(())) => self.write(submit, fx),
+                Some(Err(code)) => self.refuse(submit.origin, code, fx),
+                None => {
+                    let Some(conversation) = self.conversations.get_mut(&id) else { return };
+                    conversation.stage = Stage::AskingUser { since_us: self.now.mono_us };
+                    conversation.waiting.push_front(submit);
+                    self.ask_user(id, fx);
+                }
+            },
             Seen::Repeat(accepted) => {
                 let ack = SendAck { conversation: id, seq: accepted.seq, time_ms: accepted.time_ms, dup: true };
                 let on_disk = accepted.seq <= conversation.committed;
@@ -198,13 +254,22 @@ impl Shard {
             body: submit.body,
             extra: None,
         };
+        let mut known_device = false;
         if let Some(filter) = conversation.filter(submit.device_key) {
+            known_device = !filter.is_empty();
             filter.insert(message.accepted());
         }
+        let direct = message.from != message.to && !message.to.is_group();
+        let begins = direct && conversation.note_writer(&message.from) && !known_device;
         if first {
             let (one, other) = (message.from.clone(), message.to.clone());
             let members = if one <= other { [one, other] } else { [other, one] };
             self.append(Record::Conversation { conversation: id, members, created_ms: time_ms }, fx);
+        }
+        if begins {
+            let key = RowKey::Wrote(id, message.from.clone());
+            let rows = vec![Row { key, stamp: 1, value: Some(RowValue::Wrote) }];
+            self.append(Record::Change(Box::new(Change { message: None, rows })), fx);
         }
         let record = Record::Message(message.clone());
         let weight = record.weight();
@@ -255,48 +320,45 @@ impl Shard {
         self.advance(id, fx);
     }
 
-    /// Whether the other user of a new conversation exists: known here, or asked of its shard.
-    fn ask_user(&mut self, conversation: ConversationId, user: UserName, fx: &mut Effects) {
+    /// Asks the shard of the receiver of the first waiting message whether it takes it.
+    fn ask_user(&mut self, id: ConversationId, fx: &mut Effects) {
+        let Some(conversation) = self.conversations.peek(&id) else { return };
+        let Some(submit) = conversation.waiting.front() else { return };
+        let (user, from) = (submit.to.clone(), submit.from.clone());
+        let (exists, answered) = (conversation.exists, conversation.wrote.contains(&user));
         let owner = self.owner(user.partition());
+        if self.is_blocked(owner) && !self.is_here(owner) {
+            return self.user_known(id, &user, Err(ErrorCode::Busy), fx);
+        }
+        let ask = Box::new(Ask { conversation: id, user, from, exists, answered });
         if self.is_here(owner) {
-            self.know_user(owner, conversation, user, fx);
-        } else if self.is_blocked(owner) {
-            self.user_known(conversation, None, fx);
+            self.know_user(owner, ask, fx);
         } else {
-            self.tell_shard(owner, ShardMessage::AskUser { conversation, user }, fx);
+            self.tell_shard(owner, ShardMessage::AskUser(ask), fx);
         }
     }
 
-    /// Another shard (or this one) asks whether a user of ours exists.
-    pub(crate) fn know_user(
-        &mut self,
-        asker: ShardIndex,
-        conversation: ConversationId,
-        user: UserName,
-        fx: &mut Effects,
-    ) {
-        if self.online.contains_key(&user) || self.users.get(&user).is_some() {
-            self.tell_user_known(asker, conversation, Some(true), fx);
+    /// Another shard (or this one) asks whether a user of ours exists and takes a message.
+    pub(crate) fn know_user(&mut self, asker: ShardIndex, ask: Box<Ask>, fx: &mut Effects) {
+        if ask.exists || self.online.contains_key(&ask.user) || self.users.get(&ask.user).is_some() {
+            let user = ask.user.clone();
+            self.with_settings(&user, Parked::Ask(asker, ask), fx);
         } else if self.may_load() {
-            self.load(Question::KnowUser { asker, conversation }, Query::User { name: user }, fx);
+            let query = Query::User { name: ask.user.clone() };
+            self.load(Question::KnowUser(asker, ask), query, fx);
         } else {
-            self.tell_user_known(asker, conversation, None, fx);
+            self.tell_user_known(asker, &ask, Err(ErrorCode::Busy), fx);
         }
     }
 
-    pub(crate) fn user_loaded(
-        &mut self,
-        asker: ShardIndex,
-        conversation: ConversationId,
-        answer: Answer,
-        fx: &mut Effects,
-    ) {
-        let known = match answer {
+    pub(crate) fn user_loaded(&mut self, asker: ShardIndex, ask: Box<Ask>, answer: Answer, fx: &mut Effects) {
+        match answer {
             Answer::User(Some(user)) => {
                 self.remember_user(user);
-                Some(true)
+                let user = ask.user.clone();
+                self.with_settings(&user, Parked::Ask(asker, ask), fx);
             }
-            Answer::User(None) => Some(false),
+            Answer::User(None) => self.tell_user_known(asker, &ask, Err(ErrorCode::NoSuchUser), fx),
             Answer::Head(_)
             | Answer::Messages { .. }
             | Answer::NotReadable
@@ -304,53 +366,62 @@ impl Shard {
             | Answer::Row(_)
             | Answer::Rows(_)
             | Answer::Count(_)
-            | Answer::Failed => None,
-        };
-        self.tell_user_known(asker, conversation, known, fx);
-    }
-
-    fn tell_user_known(
-        &mut self,
-        asker: ShardIndex,
-        conversation: ConversationId,
-        known: Option<bool>,
-        fx: &mut Effects,
-    ) {
-        if self.is_here(asker) {
-            self.user_known(conversation, known, fx);
-        } else {
-            self.tell_shard(asker, ShardMessage::UserKnown { conversation, known }, fx);
+            | Answer::Failed => self.tell_user_known(asker, &ask, Err(ErrorCode::Busy), fx),
         }
     }
 
-    /// The answer that a new conversation waits for.
-    pub(crate) fn user_known(&mut self, id: ConversationId, known: Option<bool>, fx: &mut Effects) {
+    pub(crate) fn tell_user_known(
+        &mut self,
+        asker: ShardIndex,
+        ask: &Ask,
+        known: Result<(), ErrorCode>,
+        fx: &mut Effects,
+    ) {
+        let (conversation, user) = (ask.conversation, ask.user.clone());
+        if self.is_here(asker) {
+            self.user_known(conversation, &user, known, fx);
+        } else {
+            self.tell_shard(asker, ShardMessage::UserKnown { conversation, user, known }, fx);
+        }
+    }
+
+    /// The answer that a conversation waits for.
+    pub(crate) fn user_known(
+        &mut self,
+        id: ConversationId,
+        user: &UserName,
+        known: Result<(), ErrorCode>,
+        fx: &mut Effects,
+    ) {
+        let now_us = self.now.mono_us;
         let Some(conversation) = self.conversations.get_mut(&id) else { return };
-        if !matches!(conversation.stage, Stage::AskingUser { .. }) {
+        // An answer to a question that was asked twice may come when the other side is asked about.
+        let asked = conversation.waiting.front().is_some_and(|submit| submit.to == *user);
+        if !asked || !matches!(conversation.stage, Stage::AskingUser { .. }) {
             return;
         }
         conversation.stage = Stage::Ready;
-        let refusal = match known {
-            Some(true) => {
-                // The head of the queue is the send that asked: write it without asking again.
-                if let Some(submit) = conversation.waiting.pop_front() {
-                    match self.may_append() {
-                        Ok(()) => self.write(submit, fx),
-                        Err(code) => self.refuse(submit.origin, code, fx),
-                    }
+        conversation.permits.retain(|permit| permit.to != *user);
+        // What will be another answer in a moment is not kept.
+        if matches!(known, Ok(()) | Err(ErrorCode::Blocked | ErrorCode::NotAccepted | ErrorCode::UserDeleted)) {
+            conversation.permits.push(Permit { to: user.clone(), result: known, since_us: now_us });
+        }
+        let Err(code) = known else {
+            // The head of the queue is the send that asked: write it without asking again.
+            if let Some(submit) = conversation.waiting.pop_front() {
+                match self.may_append() {
+                    Ok(()) => self.write(submit, fx),
+                    Err(code) => self.refuse(submit.origin, code, fx),
                 }
-                return self.advance(id, fx);
             }
-            Some(false) => ErrorCode::NoSuchUser,
-            None => ErrorCode::Busy,
+            return self.advance(id, fx);
         };
-        // Both directions wait here; a sender exists, so only those that wrote to the unknown user are refused.
-        let Some(unknown) = conversation.waiting.front().map(|submit| submit.to.clone()) else { return };
+        // Both directions wait here; only those that write to this user are refused.
         let (refused, kept): (VecDeque<_>, VecDeque<_>) =
-            std::mem::take(&mut conversation.waiting).into_iter().partition(|submit| submit.to == unknown);
+            std::mem::take(&mut conversation.waiting).into_iter().partition(|submit| submit.to == *user);
         conversation.waiting = kept;
         for submit in refused {
-            self.refuse(submit.origin, refusal, fx);
+            self.refuse(submit.origin, code, fx);
         }
         self.advance(id, fx);
     }
@@ -368,6 +439,7 @@ impl Shard {
                 }
                 PendingWork::Repeat { origin, ack } => self.answer_send(origin, (true, Ok(ack)), None, fx),
                 PendingWork::User { conn, user } => self.user_created(conn, user, fx),
+                PendingWork::Social(pending) => self.social_stored(*pending, fx),
             }
         }
     }
@@ -406,6 +478,7 @@ impl Shard {
                 self.refuse(origin, ErrorCode::StoreFailed, fx);
             }
             PendingWork::User { conn, user } => self.user_not_created(conn, &user, fx),
+            PendingWork::Social(pending) => self.social_failed(&pending, fx),
         }
     }
 

@@ -45,6 +45,8 @@ counters! {
     cursors_written      "cursor records appended";
     loads                "questions to the store";
     conversations_evicted "conversations dropped from the cache";
+    signals              "signals taken from clients";
+    signals_coalesced    "signals dropped because they repeat one of the same second";
     orphaned_answers     "answers whose connection was gone";
 }
 

@@ -50,6 +50,10 @@ impl Filter {
         }
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.accepted.is_empty()
+    }
+
     /// Remembers a send that [`Filter::check`] called new.
     pub fn insert(&mut self, entry: Accepted) {
         // Nearly always the newest; then nothing has to move.

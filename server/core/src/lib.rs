@@ -7,7 +7,7 @@
 //! - [`event`]: the interface. [`config`]: settings and bounds.
 //! - `session`: connections, their states and output. `login`: who is who. `send`, `conversation`: the way of a
 //!   message from its sender to the log. `deliver`: from the log to the devices, and back as acknowledgements.
-//!   `read`: history and lists.
+//!   `read`: history and lists. `social`: signals, block lists and privacy.
 
 #![forbid(unsafe_code)]
 
@@ -24,6 +24,7 @@ mod read;
 mod send;
 mod session;
 mod shard;
+mod social;
 mod timers;
 
 pub use shard::Shard;

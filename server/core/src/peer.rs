@@ -8,6 +8,7 @@ use ringline_schema::message::{BodyKind, Receipt, SendAck};
 use ringline_schema::record::{Answer, Range, StoredMessage};
 
 use crate::event::ConnId;
+pub use crate::social::SocialMessage;
 
 /// The request that something is an answer to. The connection may be gone when the answer comes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +48,18 @@ pub struct TransientSend {
     pub no_reply: bool,
 }
 
+/// The owner of a conversation asks the shard of `user`: may `from` write?
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ask {
+    pub conversation: ConversationId,
+    pub user: UserName,
+    pub from: UserName,
+    /// The conversation exists, so the user does.
+    pub exists: bool,
+    /// The user has written in it.
+    pub answered: bool,
+}
+
 /// Somebody waits to hear that a message reached a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wanted {
@@ -78,16 +91,14 @@ pub enum ShardMessage {
         origin: Origin,
         receipt: Receipt,
     },
-    /// To the shard of `user`: may a conversation with it begin?
-    AskUser {
-        conversation: ConversationId,
-        user: UserName,
-    },
-    /// The answer; `None` when it could not be found out.
+    AskUser(Box<Ask>),
+    /// The answer: whether `user` takes a message in that conversation now.
     UserKnown {
         conversation: ConversationId,
-        known: Option<bool>,
+        user: UserName,
+        known: Result<(), ErrorCode>,
     },
+    Social(SocialMessage),
     /// To the owner of the conversation.
     Fetch {
         origin: Origin,

@@ -17,7 +17,7 @@ const ROW_OVERHEAD_BYTES: u32 = 256;
 
 impl Shard {
     /// Rows of a page, for what a client asked: never more than fit into half a frame without bodies.
-    fn page_rows(&self, asked: u16) -> u16 {
+    pub(crate) fn page_rows(&self, asked: u16) -> u16 {
         let fit = (self.config.frame_bytes_max / 2 / ROW_OVERHEAD_BYTES).clamp(1, u32::from(limits::PAGE_ROWS_MAX));
         let asked = if asked == 0 { limits::PAGE_ROWS_DEFAULT } else { asked };
         asked.min(fit as u16)

@@ -11,6 +11,7 @@ use crate::deliver::DeliveryWait;
 use crate::event::{ConnId, Effects, ShardMessage};
 use crate::peer::{Origin, Submit, TransientSend, Wanted};
 use crate::shard::Shard;
+use crate::social::settings::Parked;
 
 /// Bodies are copied out of what was received into blocks of this size, which they share.
 const BODY_BLOCK_BYTES: usize = 64 * 1024;
@@ -126,7 +127,8 @@ impl Shard {
         let (from, device) = (login.user.clone(), login.device);
         let ack_timeout_ms = send.ack_timeout_ms.map(|ms| ms.min(limits::ACK_TIMEOUT_MS_MAX));
         self.sessions.counters.sends_transient += 1;
-        if here {
+        let allowed = if here { self.allowed_now(&to, &from).transpose()? } else { None };
+        if allowed.is_some() {
             let message = Message {
                 conversation: NO_CONVERSATION,
                 seq: Seq::ZERO,
@@ -149,12 +151,29 @@ impl Shard {
         } else {
             let (client_seq, kind, body) = (send.client_seq, send.kind, keep_body(&mut self.bodies, send.body));
             let send = TransientSend { origin, from, to, device, client_seq, kind, body, ack_timeout_ms, no_reply };
-            self.tell_shard(target, ShardMessage::Transient(Box::new(send)), fx);
+            let send = Box::new(send);
+            if here {
+                self.transient_from_peer(send, fx);
+            } else {
+                self.tell_shard(target, ShardMessage::Transient(send), fx);
+            }
         }
         Ok(())
     }
 
-    pub(crate) fn transient_from_peer(&mut self, send: &TransientSend, fx: &mut Effects) {
+    /// A transient message has reached the shard of its target, which knows whether it may come in.
+    pub(crate) fn transient_from_peer(&mut self, send: Box<TransientSend>, fx: &mut Effects) {
+        match self.allowed_now(&send.to, &send.from) {
+            Some(Ok(())) => self.give_transient(&send, fx),
+            Some(Err(code)) => self.answer_send(send.origin, (false, Err(code)), None, fx),
+            None => {
+                let to = send.to.clone();
+                self.with_settings(&to, Parked::Transient(send), fx);
+            }
+        }
+    }
+
+    pub(crate) fn give_transient(&mut self, send: &TransientSend, fx: &mut Effects) {
         let message = Message {
             conversation: NO_CONVERSATION,
             seq: Seq::ZERO,

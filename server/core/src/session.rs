@@ -16,6 +16,7 @@ use crate::config::{CoreConfig, LAGGED_CONVERSATIONS_MAX, SPARE_BUFFER_BYTES_MAX
 use crate::counters::Counters;
 use crate::event::{CloseReason, ConnId, Effect, Effects};
 use crate::login::Attempt;
+use crate::social::signal::Signalled;
 
 /// Conversations whose delivered range a session remembers, to judge its ACKs; above it the lowest id is forgotten.
 const KNOWN_CONVERSATIONS_MAX: usize = 4_096;
@@ -49,6 +50,8 @@ pub struct Login {
     pub last_sent: Option<Box<(UserName, ConversationId)>>,
     /// Conversations this device has seen something of.
     pub known: BTreeMap<ConversationId, Known>,
+    /// What it has signalled lately.
+    pub signalled: Signalled,
     /// Dropped durable deliveries that LAGGED has yet to tell.
     #[expect(clippy::box_collection, reason = "an idle connection pays 8 bytes for it instead of 24")]
     pub lagged: Option<Box<BTreeMap<ConversationId, Lag>>>,
@@ -312,6 +315,17 @@ impl Sessions {
     /// Queues a push that is small and must not be lost (KICKED, GOAWAY, RECEIPT).
     pub fn push(&mut self, conn: ConnId, reply: &Reply<'_>, fx: &mut Effects) {
         self.answer(conn, 0, reply, fx);
+    }
+
+    /// Queues a push that nobody misses for ever, or drops and counts it. True when queued.
+    pub fn offer(&mut self, conn: ConnId, reply: &Reply<'_>, fx: &mut Effects) -> bool {
+        let room = self.room(conn);
+        if room {
+            self.write(conn, 0, reply, fx);
+        } else {
+            self.counters.dropped_transient += 1;
+        }
+        room
     }
 
     /// Queues a transient delivery, or drops and counts it. True when queued.

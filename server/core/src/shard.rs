@@ -21,8 +21,9 @@ use crate::conversation::{Conversation, Pending};
 use crate::counters::{Counters, Levels};
 use crate::deliver::DeliveryWait;
 use crate::event::{CloseReason, ConnId, Effect, Effects, Event, Now, ShardMessage, Token, Verdict, Work};
-use crate::peer::Origin;
+use crate::peer::{Ask, Origin};
 use crate::session::{Sessions, State};
+use crate::social::{Social, SocialQuestion};
 use crate::timers::{Timer, Timers};
 
 /// What an open question to the store or the workers is for.
@@ -34,10 +35,8 @@ pub(crate) enum Question {
     /// The head of a conversation and the filter of this device in it.
     Head(ConversationId, DeviceKey),
     /// Whether a user exists, for the first message of a conversation owned by that shard.
-    KnowUser {
-        asker: ShardIndex,
-        conversation: ConversationId,
-    },
+    KnowUser(ShardIndex, Box<Ask>),
+    Social(SocialQuestion),
     Fetch(Origin, ConversationId),
     Conversations(Origin),
 }
@@ -82,6 +81,7 @@ pub struct Shard {
     pub(crate) next_delivery: u64,
     pub(crate) dirty_cursors: Vec<(ConnId, ConversationId)>,
     pub(crate) cursors_armed: bool,
+    pub(crate) social: Social,
 }
 
 /// The connections of one user: nearly always one, which then lies in the table itself.
@@ -107,6 +107,7 @@ impl Shard {
             logged_in: 0,
             users: LruCache::unbounded_with_hasher(hasher.clone()),
             creating: BTreeSet::new(),
+            social: Social::new(&hasher),
             conversations: LruCache::unbounded_with_hasher(hasher),
             pending: VecDeque::new(),
             pending_bytes: 0,
@@ -244,8 +245,11 @@ impl Shard {
             Request::Fetch(fetch) => self.fetch(conn, request_id, &fetch, fx),
             Request::Online { cursor, limit } => self.online(conn, request_id, (cursor, limit), fx),
             Request::Conversations { cursor, limit } => self.conversations(conn, request_id, (cursor, limit), fx),
-            Request::Group { .. } | Request::Chat(_) => {
-                self.sessions.fail(conn, request_id, ErrorCode::Unsupported, fx);
+            Request::Group { .. } => self.sessions.fail(conn, request_id, ErrorCode::Unsupported, fx),
+            Request::Chat(request) => {
+                if let Err(code) = self.social(conn, request_id, &request, fx) {
+                    self.sessions.fail(conn, request_id, code, fx);
+                }
             }
         }
         match self.sessions.get(conn) {
@@ -257,14 +261,17 @@ impl Shard {
     fn shard_message(&mut self, from: ShardIndex, message: ShardMessage, fx: &mut Effects) {
         match message {
             ShardMessage::Submit(submit) => self.submit(*submit, fx),
-            ShardMessage::Transient(send) => self.transient_from_peer(&send, fx),
+            ShardMessage::Transient(send) => self.transient_from_peer(send, fx),
             ShardMessage::SendResult { origin, durable, result, copy } => {
                 self.send_result(origin, (durable, result), copy.as_deref(), fx);
             }
             ShardMessage::Deliver { message, wanted } => self.deliver(&message, wanted, fx),
             ShardMessage::Receipt { origin, receipt } => self.receipt(origin, receipt, fx),
-            ShardMessage::AskUser { conversation, user } => self.know_user(from, conversation, user, fx),
-            ShardMessage::UserKnown { conversation, known } => self.user_known(conversation, known, fx),
+            ShardMessage::AskUser(ask) => self.know_user(from, ask, fx),
+            ShardMessage::UserKnown { conversation, user, known } => {
+                self.user_known(conversation, &user, known, fx);
+            }
+            ShardMessage::Social(message) => self.social_message(from, message, fx),
             ShardMessage::Fetch { origin, conversation, range } => {
                 self.load(
                     Question::Fetch(origin, conversation),
@@ -284,9 +291,8 @@ impl Shard {
         match self.questions.remove(&token) {
             Some(Question::AttemptUser(conn)) => self.attempt_user(conn, answer, fx),
             Some(Question::Head(conversation, device)) => self.head_loaded(conversation, device, answer, fx),
-            Some(Question::KnowUser { asker, conversation }) => {
-                self.user_loaded(asker, conversation, answer, fx);
-            }
+            Some(Question::KnowUser(asker, ask)) => self.user_loaded(asker, ask, answer, fx),
+            Some(Question::Social(question)) => self.social_loaded(question, answer, fx),
             Some(Question::Fetch(origin, conversation)) => self.fetched(origin, conversation, answer, fx),
             Some(Question::Conversations(origin)) => self.conversations_loaded(origin, answer, fx),
             Some(Question::AttemptWork(_)) | None => debug_assert!(false, "an answer nobody asked for"),
@@ -361,6 +367,7 @@ impl Shard {
             match timer {
                 Timer::Session(conn) => self.session_due(conn, fx),
                 Timer::Delivery(number) => self.delivery_due(number, fx),
+                Timer::Gather(number) => self.gather_due(number, fx),
                 Timer::Cursors => {
                     self.cursors_armed = false;
                     self.flush_cursors(fx);

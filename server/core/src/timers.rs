@@ -13,6 +13,8 @@ pub enum Timer {
     Session(ConnId),
     /// A delivery acknowledgement that did not come; the number is never used again.
     Delivery(u64),
+    /// Parts of a request that other shards did not do in time; the number is never used again.
+    Gather(u64),
     /// Write the cursors that moved.
     Cursors,
 }

@@ -1,0 +1,259 @@
+//! What people are to each other beside their messages: signals, who may write to whom, presence, notices to all.
+//!
+//! Owned by the shard of the user that it is about; other shards ask and are told by [`SocialMessage`]. Everything here
+//! but the rows of the log is soft: after a restart it is loaded or asked for again.
+//!
+//! Invariants: settings with a row on its way to the disk stay in memory, so that no reload misses it; whoever waits for
+//! settings gets an answer when they are loaded or could not be; a request that needs other shards is answered when all
+//! of them have said so, or after [`GATHER_MS`].
+
+pub(crate) mod settings;
+pub(crate) mod signal;
+
+use std::collections::{BTreeMap, HashMap};
+
+use foldhash::fast::FixedState;
+use lru::LruCache;
+use ringline_cluster::placement::ShardIndex;
+use ringline_schema::errors::ErrorCode;
+use ringline_schema::ids::{ConversationId, UserName};
+use ringline_schema::message::{ChatReply, ChatRequest, Reply};
+use ringline_schema::record::Answer;
+
+use crate::event::{ConnId, Effects};
+use crate::peer::{Origin, ShardMessage};
+use crate::shard::{Question, Shard};
+use crate::timers::Timer;
+use settings::{Loading, Own, Parked, PrivacyChanges, Settings};
+use signal::SignalSend;
+
+/// Requests that wait for other shards, per shard; over it BUSY.
+const GATHERS_MAX: usize = 4_096;
+/// A shard that has not answered by then never will: the request ends as INTERNAL, and may be made again.
+const GATHER_MS: u64 = 5_000;
+
+/// What shards tell each other about people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SocialMessage {
+    /// To the shard of the receiver.
+    Signal(Box<SignalSend>),
+    /// To the origin of a signal that was refused.
+    Refused { origin: Origin, code: ErrorCode },
+    /// To the owner of a conversation: ask again whether `user` takes messages in it.
+    AskAgain { conversation: ConversationId, user: UserName, gather: u64 },
+    /// To every shard: ask again wherever somebody writes to `user`.
+    PrivacyChanged { user: UserName, gather: u64 },
+    /// One shard has done its part.
+    Part { gather: u64 },
+}
+
+/// What a question to the store is for.
+#[derive(Clone, Debug)]
+pub(crate) enum SocialQuestion {
+    Setting(UserName),
+    Blocks(UserName),
+    /// Whether `user` has written to whom this is from.
+    Wrote {
+        user: UserName,
+        from: UserName,
+        parked: Box<Parked>,
+    },
+}
+
+/// What waits for a row to be durable.
+#[derive(Debug)]
+pub(crate) struct SocialPending {
+    pub conn: ConnId,
+    pub request_id: u32,
+    pub user: UserName,
+    pub news: News,
+}
+
+/// Who has to hear of a change before it is answered.
+#[derive(Debug)]
+pub(crate) enum News {
+    /// The owner of the conversation with that user.
+    Block(UserName),
+    /// Every shard.
+    Privacy,
+}
+
+/// A request that other shards have a part in.
+#[derive(Debug)]
+struct Gather {
+    conn: ConnId,
+    request_id: u32,
+    left: usize,
+}
+
+/// See the module.
+pub(crate) struct Social {
+    pub(crate) settings: LruCache<UserName, Settings, FixedState>,
+    /// Names on the block lists in `settings`.
+    pub(crate) blocked_names: usize,
+    pub(crate) loading: HashMap<UserName, Loading, FixedState>,
+    pub(crate) privacy: PrivacyChanges,
+    gathers: BTreeMap<u64, Gather>,
+    next_gather: u64,
+}
+
+impl Social {
+    pub(crate) fn new(hasher: &FixedState) -> Self {
+        Self {
+            settings: LruCache::unbounded_with_hasher(hasher.clone()),
+            blocked_names: 0,
+            loading: HashMap::with_hasher(hasher.clone()),
+            privacy: PrivacyChanges::default(),
+            gathers: BTreeMap::new(),
+            next_gather: 0,
+        }
+    }
+}
+
+impl Shard {
+    /// A request of this module. Errors are answered by the caller; everything else is answered here, now or later.
+    pub(crate) fn social(
+        &mut self,
+        conn: ConnId,
+        request_id: u32,
+        request: &ChatRequest<'_>,
+        fx: &mut Effects,
+    ) -> Result<(), ErrorCode> {
+        let own = match *request {
+            ChatRequest::Signal { to, kind, body } => return self.signal(conn, request_id, (to, kind, body), fx),
+            ChatRequest::Block { user } => Own::Block(UserName::of_user(user)?),
+            ChatRequest::Unblock { user } => Own::Unblock(UserName::of_user(user)?),
+            ChatRequest::Blocks { cursor, limit } => {
+                let after = if cursor.is_empty() { None } else { Some(UserName::of_user(cursor)?) };
+                Own::Blocks { after, limit: self.page_rows(limit) }
+            }
+            ChatRequest::Privacy { messages_from } => Own::Privacy(messages_from),
+            ChatRequest::Read { .. }
+            | ChatRequest::Sync(_)
+            | ChatRequest::Mark(_)
+            | ChatRequest::Devices
+            | ChatRequest::DropDevice { .. }
+            | ChatRequest::Receipts { .. }
+            | ChatRequest::Broadcast { .. }
+            | ChatRequest::Watch { .. }
+            | ChatRequest::Unwatch { .. }
+            | ChatRequest::PresenceSet { .. }
+            | ChatRequest::Amend(_)
+            | ChatRequest::Export { .. }
+            | ChatRequest::DeleteUser { .. } => return Err(ErrorCode::Unsupported),
+        };
+        let login = self.sessions.get(conn).and_then(|session| session.login()).ok_or(ErrorCode::NotLoggedIn)?;
+        let user = login.user.clone();
+        self.with_settings(&user, Parked::Own { conn, request_id, own }, fx);
+        Ok(())
+    }
+
+    pub(crate) fn social_message(&mut self, from: ShardIndex, message: SocialMessage, fx: &mut Effects) {
+        match message {
+            SocialMessage::Signal(signal) => self.signal_from_peer(signal, fx),
+            SocialMessage::Refused { origin, code } => self.signal_refused(origin, code, fx),
+            SocialMessage::AskAgain { conversation, user, gather } => {
+                self.forget_permit(conversation, &user);
+                self.tell_social(from, SocialMessage::Part { gather }, fx);
+            }
+            SocialMessage::PrivacyChanged { user, gather } => {
+                self.social.privacy.note(user, self.now.mono_us);
+                self.tell_social(from, SocialMessage::Part { gather }, fx);
+            }
+            SocialMessage::Part { gather } => self.gathered(gather, fx),
+        }
+    }
+
+    pub(crate) fn social_loaded(&mut self, question: SocialQuestion, answer: Answer, fx: &mut Effects) {
+        match question {
+            SocialQuestion::Setting(user) => self.setting_loaded(&user, answer, fx),
+            SocialQuestion::Blocks(user) => self.blocks_loaded(&user, answer, fx),
+            SocialQuestion::Wrote { user, from, parked } => self.wrote_loaded((&user, from), *parked, answer, fx),
+        }
+    }
+
+    /// A change of somebody's settings is on disk: who acts on them elsewhere has to know before it is answered.
+    pub(crate) fn social_stored(&mut self, pending: SocialPending, fx: &mut Effects) {
+        let SocialPending { conn, request_id, user, news } = pending;
+        self.settings_written(&user);
+        match news {
+            News::Block(other) => {
+                let conversation = ConversationId::direct(&user, &other);
+                let owner = self.owner(conversation.partition());
+                if self.is_here(owner) {
+                    self.forget_permit(conversation, &user);
+                    return self.done(conn, request_id, fx);
+                }
+                let Some(gather) = self.gather((conn, request_id), 1, fx) else { return };
+                self.tell_social(owner, SocialMessage::AskAgain { conversation, user, gather }, fx);
+            }
+            News::Privacy => {
+                self.social.privacy.note(user.clone(), self.now.mono_us);
+                let others: Vec<_> = self.other_shards().collect();
+                if others.is_empty() {
+                    return self.done(conn, request_id, fx);
+                }
+                let Some(gather) = self.gather((conn, request_id), others.len(), fx) else { return };
+                for shard in others {
+                    self.tell_social(shard, SocialMessage::PrivacyChanged { user: user.clone(), gather }, fx);
+                }
+            }
+        }
+    }
+
+    pub(crate) fn social_failed(&mut self, pending: &SocialPending, fx: &mut Effects) {
+        self.sessions.fail(pending.conn, pending.request_id, ErrorCode::StoreFailed, fx);
+    }
+
+    pub(crate) fn other_shards(&self) -> impl Iterator<Item = ShardIndex> + use<> {
+        let own = self.config.shard;
+        (0..self.config.placement.shards()).map(ShardIndex).filter(move |shard| *shard != own)
+    }
+
+    pub(crate) fn tell_social(&mut self, to: ShardIndex, message: SocialMessage, fx: &mut Effects) {
+        self.tell_shard(to, ShardMessage::Social(message), fx);
+    }
+
+    pub(crate) fn done(&mut self, conn: ConnId, request_id: u32, fx: &mut Effects) {
+        self.sessions.answer(conn, request_id, &Reply::Chat(ChatReply::Done), fx);
+    }
+
+    /// Begins to wait for so many parts. `None`: refused as BUSY.
+    fn gather(&mut self, (conn, request_id): (ConnId, u32), left: usize, fx: &mut Effects) -> Option<u64> {
+        if self.social.gathers.len() >= GATHERS_MAX {
+            self.sessions.fail(conn, request_id, ErrorCode::Busy, fx);
+            return None;
+        }
+        self.social.next_gather += 1;
+        let number = self.social.next_gather;
+        self.social.gathers.insert(number, Gather { conn, request_id, left });
+        self.timers.arm(self.now.mono_us + GATHER_MS * 1_000, Timer::Gather(number));
+        Some(number)
+    }
+
+    fn gathered(&mut self, number: u64, fx: &mut Effects) {
+        let Some(gather) = self.social.gathers.get_mut(&number) else { return };
+        gather.left = gather.left.saturating_sub(1);
+        if gather.left == 0
+            && let Some(gather) = self.social.gathers.remove(&number)
+        {
+            self.done(gather.conn, gather.request_id, fx);
+        }
+    }
+
+    /// A part did not come in time.
+    pub(crate) fn gather_due(&mut self, number: u64, fx: &mut Effects) {
+        if let Some(gather) = self.social.gathers.remove(&number) {
+            self.sessions.fail(gather.conn, gather.request_id, ErrorCode::Internal, fx);
+        }
+    }
+
+    pub(crate) fn social_ask(
+        &mut self,
+        question: SocialQuestion,
+        query: ringline_schema::record::Query,
+        fx: &mut Effects,
+    ) {
+        self.load(Question::Social(question), query, fx);
+    }
+}

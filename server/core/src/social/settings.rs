@@ -1,0 +1,398 @@
+//! Who may write to whom: block lists and privacy, kept with the user who set them.
+//!
+//! The owner of a user's partition writes its settings and is the one that decides. Transient messages and signals are
+//! decided when they reach it. A durable one is decided by the owner of its conversation, which asks here and keeps the
+//! answer for [`PERMIT_MS`] at most: when somebody blocks, the owner of that one conversation is told; when somebody
+//! changes who may write, every shard is. BLOCK, UNBLOCK and PRIVACY are answered after those shards have heard of it,
+//! so nothing that was refused before DONE is accepted after it. If such news is lost, the answer runs out by itself.
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::ops::Bound::{Excluded, Unbounded};
+
+use ringline_cluster::placement::ShardIndex;
+use ringline_schema::errors::ErrorCode;
+use ringline_schema::ids::{ConversationId, UserName};
+use ringline_schema::limits;
+use ringline_schema::message::chat::MessagesFrom;
+use ringline_schema::message::{ChatReply, Reply};
+use ringline_schema::record::{Answer, Change, Query, Record};
+use ringline_schema::rows::{Row, RowKey, RowList, RowValue, SettingRow};
+
+use super::signal::SignalSend;
+use super::{News, SocialPending, SocialQuestion};
+use crate::config::WAITERS_PER_LOAD_MAX;
+use crate::conversation::{Pending, PendingWork};
+use crate::event::{ConnId, Effects};
+use crate::peer::{Ask, TransientSend};
+use crate::shard::Shard;
+
+/// How long the owner of a conversation goes by an answer that somebody may write in it.
+pub(crate) const PERMIT_MS: u64 = 30_000;
+/// The same for a refusal.
+pub(crate) const REFUSAL_MS: u64 = 1_000;
+/// Users of whom one user's settings remember that it has written to them.
+const KNOWN_CACHED_MAX: usize = 256;
+/// Names on cached block lists, per shard; above it settings leave the cache early.
+const BLOCKED_NAMES_CACHED_MAX: usize = 262_144;
+/// How many cached settings are looked at to find some that may go.
+const EVICTION_LOOKS_MAX: usize = 8;
+/// Users whose changes of privacy are remembered one by one; above it all permits are asked for again.
+const PRIVACY_CHANGES_MAX: usize = 4_096;
+
+/// What one user has set.
+#[derive(Debug, Default)]
+pub(crate) struct Settings {
+    pub row: SettingRow,
+    /// Counts the changes of the row and of the block list.
+    pub stamp: u64,
+    pub blocked: BTreeSet<UserName>,
+    /// Some of those that this user has written to.
+    known: BTreeSet<UserName>,
+    /// Changes that are not on disk yet.
+    writes: u32,
+}
+
+/// Settings on their way from the store.
+#[derive(Debug, Default)]
+pub(crate) struct Loading {
+    row: Option<(SettingRow, u64)>,
+    blocked: Option<BTreeSet<UserName>>,
+    waiting: VecDeque<Parked>,
+}
+
+/// What waits for somebody's settings.
+#[derive(Clone, Debug)]
+pub(crate) enum Parked {
+    /// The owner of a conversation asks.
+    Ask(ShardIndex, Box<Ask>),
+    Transient(Box<TransientSend>),
+    Signal(Box<SignalSend>),
+    /// A request of the user.
+    Own {
+        conn: ConnId,
+        request_id: u32,
+        own: Own,
+    },
+}
+
+/// A user's request about its own settings.
+#[derive(Clone, Debug)]
+pub(crate) enum Own {
+    Block(UserName),
+    Unblock(UserName),
+    Blocks { after: Option<UserName>, limit: u16 },
+    Privacy(Option<MessagesFrom>),
+}
+
+/// Whether somebody may write to a user.
+enum Opinion {
+    Decided(Result<(), ErrorCode>),
+    /// Only if the user has written to them.
+    IfKnown,
+    /// The settings are not in memory.
+    NotLoaded,
+}
+
+/// When users of any shard changed who may write to them, as far as a permit may be older.
+#[derive(Debug, Default)]
+pub(crate) struct PrivacyChanges {
+    changed_us: HashMap<UserName, u64>,
+    all_us: Option<u64>,
+}
+
+impl PrivacyChanges {
+    pub(crate) fn note(&mut self, user: UserName, now_us: u64) {
+        if self.changed_us.len() >= PRIVACY_CHANGES_MAX {
+            self.changed_us.retain(|_, at_us| now_us < *at_us + PERMIT_MS * 1_000);
+        }
+        if self.changed_us.len() >= PRIVACY_CHANGES_MAX {
+            self.changed_us.clear();
+            self.all_us = Some(now_us);
+        }
+        self.changed_us.insert(user, now_us);
+    }
+
+    /// Whether an answer of that moment about writing to `user` still counts.
+    pub(crate) fn is_newer(&self, user: &UserName, since_us: u64) -> bool {
+        let after = |at_us: Option<&u64>| at_us.is_none_or(|at_us| since_us > *at_us);
+        after(self.all_us.as_ref()) && (self.changed_us.is_empty() || after(self.changed_us.get(user)))
+    }
+}
+
+impl Shard {
+    /// Goes on with something once the user's settings are in memory.
+    pub(crate) fn with_settings(&mut self, user: &UserName, parked: Parked, fx: &mut Effects) {
+        if self.social.settings.get(user).is_some() {
+            return self.resume(user, parked, fx);
+        }
+        if let Some(loading) = self.social.loading.get_mut(user) {
+            if loading.waiting.len() >= WAITERS_PER_LOAD_MAX {
+                return self.finish(parked, Err(ErrorCode::Busy), fx);
+            }
+            return loading.waiting.push_back(parked);
+        }
+        if !self.may_load() {
+            return self.finish(parked, Err(ErrorCode::Busy), fx);
+        }
+        let loading = Loading { waiting: VecDeque::from([parked]), ..Loading::default() };
+        self.social.loading.insert(user.clone(), loading);
+        let (list, limit) = (RowList::Blocks(user.clone()), limits::BLOCKS_MAX as u16);
+        self.social_ask(SocialQuestion::Setting(user.clone()), Query::Row { key: RowKey::Setting(user.clone()) }, fx);
+        self.social_ask(SocialQuestion::Blocks(user.clone()), Query::Rows { list, after: None, limit }, fx);
+    }
+
+    pub(crate) fn setting_loaded(&mut self, user: &UserName, answer: Answer, fx: &mut Effects) {
+        let row = match answer {
+            Answer::Row(None) => Some((SettingRow::default(), 0)),
+            Answer::Row(Some(Row { value: Some(RowValue::Setting(row)), stamp, .. })) => Some((row, stamp)),
+            _ => None,
+        };
+        let Some(row) = row else { return self.settings_failed(user, fx) };
+        if let Some(loading) = self.social.loading.get_mut(user) {
+            loading.row = Some(row);
+        }
+        self.settings_loaded(user, fx);
+    }
+
+    pub(crate) fn blocks_loaded(&mut self, user: &UserName, answer: Answer, fx: &mut Effects) {
+        let Answer::Rows(rows) = answer else { return self.settings_failed(user, fx) };
+        let name = |row: Row| match row.key {
+            RowKey::Block(_, other) => Some(other),
+            _ => None,
+        };
+        if let Some(loading) = self.social.loading.get_mut(user) {
+            loading.blocked = Some(rows.into_iter().filter_map(name).collect());
+        }
+        self.settings_loaded(user, fx);
+    }
+
+    fn settings_failed(&mut self, user: &UserName, fx: &mut Effects) {
+        let Some(loading) = self.social.loading.remove(user) else { return };
+        for parked in loading.waiting {
+            self.finish(parked, Err(ErrorCode::Internal), fx);
+        }
+    }
+
+    /// Both halves may have come.
+    fn settings_loaded(&mut self, user: &UserName, fx: &mut Effects) {
+        let complete = |loading: &Loading| loading.row.is_some() && loading.blocked.is_some();
+        if !self.social.loading.get(user).is_some_and(complete) {
+            return;
+        }
+        let Some(Loading { row, blocked, waiting }) = self.social.loading.remove(user) else { return };
+        let ((row, stamp), blocked) = (row.unwrap_or_default(), blocked.unwrap_or_default());
+        self.social.blocked_names += blocked.len();
+        let settings = Settings { row, stamp, blocked, ..Settings::default() };
+        self.social.settings.put(user.clone(), settings);
+        for parked in waiting {
+            self.with_settings(user, parked, fx);
+        }
+        self.evict_settings();
+    }
+
+    fn evict_settings(&mut self) {
+        let mut looks = 0;
+        while looks < EVICTION_LOOKS_MAX
+            && (self.social.settings.len() > self.config.users_cached_max.max(1)
+                || self.social.blocked_names > BLOCKED_NAMES_CACHED_MAX)
+        {
+            looks += 1;
+            let Some((user, settings)) = self.social.settings.pop_lru() else { return };
+            if settings.writes == 0 {
+                self.social.blocked_names = self.social.blocked_names.saturating_sub(settings.blocked.len());
+            } else {
+                self.social.settings.put(user, settings);
+            }
+        }
+    }
+
+    /// Whether a transient message or a signal may reach a user of this shard now; `None`: that takes a look into the
+    /// store, by [`Shard::with_settings`].
+    pub(crate) fn allowed_now(&mut self, user: &UserName, from: &UserName) -> Option<Result<(), ErrorCode>> {
+        if !self.online.contains_key(user) {
+            return Some(Err(ErrorCode::NotOnline));
+        }
+        if user == from {
+            return Some(Ok(()));
+        }
+        match self.opinion(user, from) {
+            Opinion::Decided(result) => Some(result),
+            Opinion::IfKnown | Opinion::NotLoaded => None,
+        }
+    }
+
+    fn opinion(&mut self, user: &UserName, from: &UserName) -> Opinion {
+        let Some(settings) = self.social.settings.get(user) else { return Opinion::NotLoaded };
+        if settings.row.deleted_ms != 0 {
+            return Opinion::Decided(Err(ErrorCode::UserDeleted));
+        }
+        if settings.blocked.contains(from) {
+            return Opinion::Decided(Err(ErrorCode::Blocked));
+        }
+        match settings.row.messages_from {
+            MessagesFrom::Anyone => Opinion::Decided(Ok(())),
+            MessagesFrom::Known if settings.known.contains(from) => Opinion::Decided(Ok(())),
+            MessagesFrom::Known => Opinion::IfKnown,
+            MessagesFrom::Nobody => Opinion::Decided(Err(ErrorCode::NotAccepted)),
+        }
+    }
+
+    /// The settings are in memory.
+    fn resume(&mut self, user: &UserName, parked: Parked, fx: &mut Effects) {
+        let (from, answered) = match &parked {
+            Parked::Ask(_, ask) => (ask.from.clone(), ask.answered),
+            Parked::Transient(send) => (send.from.clone(), false),
+            Parked::Signal(signal) => (signal.from.clone(), false),
+            Parked::Own { .. } => return self.finish(parked, Ok(()), fx),
+        };
+        match self.opinion(user, &from) {
+            Opinion::Decided(result) => self.finish(parked, result, fx),
+            Opinion::IfKnown if answered => self.finish(parked, Ok(()), fx),
+            Opinion::IfKnown if self.may_load() => {
+                let key = RowKey::Wrote(ConversationId::direct(user, &from), user.clone());
+                let question = SocialQuestion::Wrote { user: user.clone(), from, parked: Box::new(parked) };
+                self.social_ask(question, Query::Row { key }, fx);
+            }
+            Opinion::IfKnown => self.finish(parked, Err(ErrorCode::Busy), fx),
+            Opinion::NotLoaded => self.finish(parked, Err(ErrorCode::Internal), fx),
+        }
+    }
+
+    /// Whether the user has written to somebody, in a setting where that counts.
+    pub(crate) fn wrote_loaded(
+        &mut self,
+        (user, from): (&UserName, UserName),
+        parked: Parked,
+        answer: Answer,
+        fx: &mut Effects,
+    ) {
+        let result = match answer {
+            Answer::Row(Some(_)) => Ok(()),
+            Answer::Row(None) => Err(ErrorCode::NotAccepted),
+            _ => Err(ErrorCode::Internal),
+        };
+        if result.is_ok()
+            && let Some(settings) = self.social.settings.peek_mut(user)
+        {
+            if settings.known.len() >= KNOWN_CACHED_MAX {
+                settings.known.clear();
+            }
+            settings.known.insert(from.clone());
+        }
+        // The user may have changed its mind while the store was asked.
+        let result = match self.opinion(user, &from) {
+            Opinion::Decided(decided) => decided,
+            Opinion::IfKnown | Opinion::NotLoaded => result,
+        };
+        self.finish(parked, result, fx);
+    }
+
+    /// The end of a wait: what may happen happens, what may not is answered.
+    fn finish(&mut self, parked: Parked, result: Result<(), ErrorCode>, fx: &mut Effects) {
+        match (parked, result) {
+            (Parked::Ask(asker, ask), result) => self.tell_user_known(asker, &ask, result, fx),
+            (Parked::Transient(send), Ok(())) => self.give_transient(&send, fx),
+            (Parked::Transient(send), Err(code)) => self.answer_send(send.origin, (false, Err(code)), None, fx),
+            (Parked::Signal(signal), Ok(())) => self.give_signal(&signal, fx),
+            (Parked::Signal(signal), Err(code)) => self.refuse_signal(&signal, code, fx),
+            (Parked::Own { conn, request_id, own }, result) => {
+                if let Err(code) = result.and_then(|()| self.own_request(conn, request_id, own, fx)) {
+                    self.sessions.fail(conn, request_id, code, fx);
+                }
+            }
+        }
+    }
+
+    fn own_request(&mut self, conn: ConnId, request_id: u32, own: Own, fx: &mut Effects) -> Result<(), ErrorCode> {
+        let login = self.sessions.get(conn).and_then(|session| session.login()).ok_or(ErrorCode::NotLoggedIn)?;
+        let user = login.user.clone();
+        match own {
+            Own::Blocks { after, limit } => self.list_blocks((conn, request_id), &user, (after, limit), fx),
+            Own::Block(other) => self.set_block((conn, request_id), user, (other, true), fx),
+            Own::Unblock(other) => self.set_block((conn, request_id), user, (other, false), fx),
+            Own::Privacy(messages_from) => {
+                let settings = self.social.settings.get(&user).ok_or(ErrorCode::Internal)?;
+                let wanted = messages_from.unwrap_or(settings.row.messages_from);
+                let row = SettingRow { messages_from: wanted, ..settings.row.clone() };
+                let news = News::Privacy;
+                self.write_settings(SocialPending { conn, request_id, user, news }, row, None, fx)
+            }
+        }
+    }
+
+    fn list_blocks(
+        &mut self,
+        (conn, request_id): (ConnId, u32),
+        user: &UserName,
+        (after, limit): (Option<UserName>, u16),
+        fx: &mut Effects,
+    ) -> Result<(), ErrorCode> {
+        let settings = self.social.settings.get(user).ok_or(ErrorCode::Internal)?;
+        let start = after.as_ref().map_or(Unbounded, Excluded);
+        let mut names = settings.blocked.range::<UserName, _>((start, Unbounded));
+        let users: Vec<_> = names.by_ref().take(usize::from(limit)).map(UserName::as_str).collect();
+        let next = if names.next().is_some() { users.last().copied().unwrap_or_default() } else { "" };
+        let messages_from = settings.row.messages_from;
+        let reply = Reply::Chat(ChatReply::BlocksOk { users, next, messages_from });
+        self.sessions.answer(conn, request_id, &reply, fx);
+        Ok(())
+    }
+
+    /// A repeat is written and told again: it may be the retry of one whose news was lost.
+    fn set_block(
+        &mut self,
+        (conn, request_id): (ConnId, u32),
+        user: UserName,
+        (other, block): (UserName, bool),
+        fx: &mut Effects,
+    ) -> Result<(), ErrorCode> {
+        if other == user {
+            return Err(ErrorCode::BadRequest);
+        }
+        let settings = self.social.settings.get(&user).ok_or(ErrorCode::Internal)?;
+        if block && settings.blocked.len() >= limits::BLOCKS_MAX && !settings.blocked.contains(&other) {
+            return Err(ErrorCode::TooManyBlocks);
+        }
+        let row = settings.row.clone();
+        let news = News::Block(other.clone());
+        self.write_settings(SocialPending { conn, request_id, user, news }, row, Some((other, block)), fx)
+    }
+
+    /// Changes settings in memory at once and on disk; its news are told and the request answered when they are there.
+    fn write_settings(
+        &mut self,
+        pending: SocialPending,
+        row: SettingRow,
+        block: Option<(UserName, bool)>,
+        fx: &mut Effects,
+    ) -> Result<(), ErrorCode> {
+        let user = pending.user.clone();
+        self.may_append()?;
+        let settings = self.social.settings.get_mut(&user).ok_or(ErrorCode::Internal)?;
+        settings.stamp += 1;
+        settings.writes += 1;
+        settings.row = row.clone();
+        let stamp = settings.stamp;
+        let mut rows = vec![Row { key: RowKey::Setting(user.clone()), stamp, value: Some(RowValue::Setting(row)) }];
+        if let Some((other, block)) = block {
+            self.social.blocked_names -= settings.blocked.len();
+            if block {
+                settings.blocked.insert(other.clone());
+            } else {
+                settings.blocked.remove(&other);
+            }
+            self.social.blocked_names += settings.blocked.len();
+            rows.push(Row { key: RowKey::Block(user.clone(), other), stamp, value: block.then_some(RowValue::Block) });
+        }
+        let lsn = self.append(Record::Change(Box::new(Change { message: None, rows })), fx);
+        let work = PendingWork::Social(Box::new(pending));
+        self.pending.push_back(Pending { lsn, weight: 0, work });
+        Ok(())
+    }
+
+    pub(crate) fn settings_written(&mut self, user: &UserName) {
+        if let Some(settings) = self.social.settings.peek_mut(user) {
+            settings.writes = settings.writes.saturating_sub(1);
+        }
+    }
+}
