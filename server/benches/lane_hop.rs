@@ -18,13 +18,15 @@ use ringline::lanes::{LaneEnd, LaneItem, mesh};
 use ringline::wake::Waker;
 use ringline_cluster::placement::ShardIndex;
 use ringline_core::event::ShardMessage;
-use ringline_schema::ids::ConversationId;
+use ringline_schema::ids::{ConversationId, UserName};
 
 const SAMPLES: usize = 20_000;
 /// Between two items: long enough for an idle target to fall asleep.
 const PAUSE: Duration = Duration::from_micros(100);
 /// One turn of a busy target.
 const TURN: Duration = Duration::from_micros(20);
+/// Carried by every item; its copy allocates nothing.
+static USER: LazyLock<UserName> = LazyLock::new(|| UserName::new("ann").expect("a name"));
 /// Tells the target to end.
 const LAST: u128 = u128::MAX;
 
@@ -132,7 +134,8 @@ fn ring_by_message(ring: &mut IoUring, target: RawFd, shared: &Shared) {
 }
 
 fn item(number: u128) -> LaneItem {
-    LaneItem::Core(ShardMessage::UserKnown { conversation: ConversationId(number), known: None })
+    let user = USER.clone();
+    LaneItem::Core(ShardMessage::UserKnown { conversation: ConversationId(number), user, known: Ok(()) })
 }
 
 /// The ages of the items on arrival, and what each flush took, in nanoseconds.

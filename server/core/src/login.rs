@@ -298,7 +298,7 @@ impl Shard {
             sends_in_flight: 0,
             last_sent: None,
             known: Default::default(),
-            signalled: Default::default(),
+            social: None,
             lagged: Default::default(),
         };
         let Some(session) = self.sessions.get_mut(conn) else { return };

@@ -16,7 +16,7 @@ use crate::config::{CoreConfig, LAGGED_CONVERSATIONS_MAX, SPARE_BUFFER_BYTES_MAX
 use crate::counters::Counters;
 use crate::event::{CloseReason, ConnId, Effect, Effects};
 use crate::login::Attempt;
-use crate::social::signal::Signalled;
+use crate::social::Sociable;
 
 /// Conversations whose delivered range a session remembers, to judge its ACKs; above it the lowest id is forgotten.
 const KNOWN_CONVERSATIONS_MAX: usize = 4_096;
@@ -50,8 +50,8 @@ pub struct Login {
     pub last_sent: Option<Box<(UserName, ConversationId)>>,
     /// Conversations this device has seen something of.
     pub known: BTreeMap<ConversationId, Known>,
-    /// What it has signalled lately.
-    pub signalled: Signalled,
+    /// What few devices have, so that the others stay small.
+    pub social: Option<Box<Sociable>>,
     /// Dropped durable deliveries that LAGGED has yet to tell.
     #[expect(clippy::box_collection, reason = "an idle connection pays 8 bytes for it instead of 24")]
     pub lagged: Option<Box<BTreeMap<ConversationId, Lag>>>,

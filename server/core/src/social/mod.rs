@@ -25,12 +25,18 @@ use crate::peer::{Origin, ShardMessage};
 use crate::shard::{Question, Shard};
 use crate::timers::Timer;
 use settings::{Loading, Own, Parked, PrivacyChanges, Settings};
-use signal::SignalSend;
+use signal::{SignalSend, Signalled};
 
 /// Requests that wait for other shards, per shard; over it BUSY.
 const GATHERS_MAX: usize = 4_096;
 /// A shard that has not answered by then never will: the request ends as INTERNAL, and may be made again.
 const GATHER_MS: u64 = 5_000;
+
+/// What a session has of this module.
+#[derive(Debug, Default)]
+pub struct Sociable {
+    pub signalled: Signalled,
+}
 
 /// What shards tell each other about people.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -9,7 +9,6 @@ use ringline_schema::ids::{ConversationId, UserName, body_hash};
 use ringline_schema::limits;
 use ringline_schema::message::chat::{SIGNAL_APPLICATION, SIGNAL_TYPING};
 use ringline_schema::message::{ChatReply, Reply};
-use smallvec::SmallVec;
 
 use super::SocialMessage;
 use super::settings::Parked;
@@ -32,7 +31,7 @@ pub struct SignalSend {
 
 /// What a session has signalled lately, oldest first.
 #[derive(Debug, Default)]
-pub struct Signalled(SmallVec<[Remembered; 1]>);
+pub struct Signalled(Vec<Remembered>);
 
 #[derive(Debug)]
 struct Remembered {
@@ -86,7 +85,7 @@ impl Shard {
         }
         let now_us = self.now.mono_us;
         let login = self.sessions.login_mut(conn).ok_or(ErrorCode::NotLoggedIn)?;
-        if login.signalled.repeats((&to, kind, body), now_us) {
+        if login.social.get_or_insert_default().signalled.repeats((&to, kind, body), now_us) {
             self.sessions.counters.signals_coalesced += 1;
             return Ok(());
         }
@@ -142,8 +141,8 @@ impl Shard {
 
     /// The next one is to be tried, even if it says the same.
     pub(crate) fn signal_refused(&mut self, origin: Origin, code: ErrorCode, fx: &mut Effects) {
-        if let Some(login) = self.sessions.login_mut(origin.conn) {
-            login.signalled = Signalled::default();
+        if let Some(social) = self.sessions.login_mut(origin.conn).and_then(|login| login.social.as_mut()) {
+            social.signalled = Signalled::default();
         }
         self.sessions.fail(origin.conn, origin.request_id, code, fx);
     }
