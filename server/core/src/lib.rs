@@ -7,7 +7,7 @@
 //! - [`event`]: the interface. [`config`]: settings and bounds.
 //! - `session`: connections, their states and output. `login`: who is who. `send`, `conversation`: the way of a
 //!   message from its sender to the log. `deliver`: from the log to the devices, and back as acknowledgements.
-//!   `read`: history and lists. `social`: signals, block lists and privacy.
+//!   `read`: history and lists. `social`: signals, block lists, privacy and presence.
 
 #![forbid(unsafe_code)]
 

@@ -309,6 +309,7 @@ impl Shard {
         self.online.entry(user.clone()).or_default().push(conn);
         self.logged_in += 1;
         self.online_names.insert(user.clone());
+        let first = self.online.get(&user).is_some_and(|conns| conns.len() == 1);
         self.sessions.counters.logins += 1;
         let ok = LoginOk {
             user: user.as_str(),
@@ -320,6 +321,9 @@ impl Shard {
             sends_in_flight_max: limits::SENDS_IN_FLIGHT_MAX,
         };
         self.sessions.answer(conn, attempt.request_id, &Reply::LoginOk(ok), fx);
+        if first {
+            self.arrived(&user, fx);
+        }
     }
 
     /// Makes room for a device: the same device goes, and what the policy does not allow beside the new one.
@@ -373,7 +377,11 @@ impl Shard {
             if conns.is_empty() {
                 self.online.remove(&login.user);
                 self.online_names.remove(&login.user);
+                self.left(&login.user, fx);
             }
+        }
+        for user in login.social.iter().flat_map(|social| &social.watching) {
+            self.forget_watch(conn, user);
         }
         for (conversation, known) in login.known.iter().filter(|(_, known)| known.dirty) {
             self.write_cursor(login, *conversation, known.acked, fx);

@@ -228,3 +228,157 @@ fn the_block_list_is_paged_and_bounded() {
     let expected: Vec<_> = (0..limits::BLOCKS_MAX).map(|n| format!("user-{n:04}")).collect();
     assert_eq!(listed, expected);
 }
+
+type Row = (String, bool, u64, String);
+
+fn rows(users: &[chat::PresenceRow<'_>]) -> Vec<Row> {
+    let mut rows: Vec<Row> =
+        users.iter().map(|row| (row.user.to_owned(), row.online, row.last_seen_ms, row.status.to_owned())).collect();
+    rows.sort();
+    rows
+}
+
+/// Watches, and tells how everyone is.
+fn watch(town: &mut Town, seat: Seat, users: &[&str]) -> Vec<Row> {
+    town.told(seat);
+    town.chat(seat, ChatRequest::Watch { users: users.into() });
+    let told = town.told(seat);
+    assert_eq!(told.len(), 1);
+    match decode(&told[0]) {
+        Reply::Chat(ChatReply::PresenceOk { users }) => rows(&users),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The pushes of presence since the last look, each as one list.
+fn changes(town: &mut Town, seat: Seat) -> Vec<Vec<Row>> {
+    let list = |frame: &Vec<u8>| match decode(frame) {
+        Reply::Chat(ChatReply::PresenceChanged { users }) => Some(rows(&users)),
+        _ => None,
+    };
+    town.told(seat).iter().filter_map(list).collect()
+}
+
+#[test]
+fn who_watches_hears_of_coming_going_and_status_at_most_once_a_second() {
+    for shards in SHARD_COUNTS {
+        let mut town = Town::new(shards, |_| ());
+        let (ann, other) = (town.login("ann"), town.login("eve"));
+        let bob = town.login("bob");
+        let seen = watch(&mut town, ann, &["bob", "carl", "bob"]);
+        assert_eq!(seen, [("bob".into(), true, 0, String::new()), ("carl".into(), false, 0, String::new())]);
+        town.expect(bob, ChatRequest::PresenceSet { status: Some("one"), visible: None }, None);
+        town.expect(bob, ChatRequest::PresenceSet { status: Some("two"), visible: None }, None);
+        let _carl = town.login("carl");
+        town.pass(limits::PRESENCE_INTERVAL_MS);
+        let told = changes(&mut town, ann);
+        let merged: Vec<_> = told.iter().flatten().cloned().collect();
+        assert!(told.len() <= usize::from(shards), "one push a shard of theirs: {told:?}");
+        assert!(merged.contains(&("bob".into(), true, 0, "two".into())), "{merged:?}");
+        assert!(merged.contains(&("carl".into(), true, 0, String::new())), "{merged:?}");
+        assert_eq!(merged.len(), 2);
+        let left_ms = town.now.unix_ms;
+        town.leave(bob);
+        town.pass(limits::PRESENCE_INTERVAL_MS);
+        assert_eq!(changes(&mut town, ann), [[("bob".into(), false, left_ms, "two".into())]]);
+        town.pass(5_000);
+        assert!(changes(&mut town, ann).is_empty(), "nothing changes, nothing is told");
+        assert!(changes(&mut town, other).is_empty(), "who does not watch hears nothing");
+        town.expect(ann, ChatRequest::Unwatch { users: ["bob"][..].into() }, None);
+        town.login("bob");
+        town.pass(limits::PRESENCE_INTERVAL_MS);
+        assert!(changes(&mut town, ann).is_empty());
+    }
+}
+
+#[test]
+fn who_is_not_visible_or_blocks_the_watcher_looks_away() {
+    for shards in SHARD_COUNTS {
+        let mut town = Town::new(shards, |_| ());
+        let (ann, bob, carl) = (town.login("ann"), town.login("bob"), town.login("carl"));
+        let nothing = |user: &str| -> Row { (user.to_owned(), false, 0, String::new()) };
+        town.expect(bob, ChatRequest::PresenceSet { status: Some("here"), visible: None }, None);
+        watch(&mut town, ann, &["bob"]);
+        watch(&mut town, carl, &["bob"]);
+        town.expect(bob, ChatRequest::Block { user: "ann" }, None);
+        town.pass(limits::PRESENCE_INTERVAL_MS);
+        assert_eq!(changes(&mut town, ann).pop(), Some(vec![nothing("bob")]));
+        assert_eq!(watch(&mut town, carl, &["bob"]), [("bob".into(), true, 0, "here".into())]);
+        town.expect(bob, ChatRequest::PresenceSet { status: None, visible: Some(false) }, None);
+        assert_eq!(watch(&mut town, carl, &["bob"]), [nothing("bob")]);
+        let online = |town: &mut Town, seat: Seat| {
+            let (mut names, mut cursor) = (Vec::new(), String::new());
+            loop {
+                town.ask(seat, Request::Online { cursor: &cursor, limit: 0 });
+                let told = town.told(seat);
+                let Reply::OnlineOk { users, next } = decode(told.last().unwrap()) else { panic!() };
+                names.extend(users.iter().map(|row| row.user.to_owned()));
+                if next.is_empty() {
+                    return names;
+                }
+                next.clone_into(&mut cursor);
+            }
+        };
+        assert!(!online(&mut town, carl).contains(&"bob".to_owned()));
+        town.restart(shards);
+        let (carl, bob) = (town.login("carl"), town.login("bob"));
+        assert!(!online(&mut town, carl).contains(&"bob".to_owned()), "it is on disk");
+        assert_eq!(watch(&mut town, carl, &["bob"]), [nothing("bob")]);
+        town.expect(bob, ChatRequest::PresenceSet { status: None, visible: Some(true) }, None);
+        assert!(online(&mut town, carl).contains(&"bob".to_owned()));
+        assert_eq!(watch(&mut town, carl, &["bob"]), [("bob".into(), true, 0, "here".into())]);
+    }
+}
+
+#[test]
+fn lost_news_of_presence_is_told_by_the_next_refresh() {
+    let mut town = Town::new(5, |config| config.idle_timeout_ms = 600_000);
+    let users: Vec<String> = (0..20).map(|n| format!("user-{n}")).collect();
+    let names: Vec<&str> = users.iter().map(String::as_str).collect();
+    let ann = town.login("ann");
+    watch(&mut town, ann, &names);
+    town.drops = |message| matches!(message, ShardMessage::Social(_));
+    users.iter().for_each(|user| {
+        town.login(user);
+    });
+    town.pass(limits::PRESENCE_INTERVAL_MS);
+    let here = changes(&mut town, ann).concat().len();
+    assert!(here < users.len(), "news was lost");
+    town.drops = |_| false;
+    town.pass(31_000);
+    assert_eq!(changes(&mut town, ann).concat().len(), users.len() - here);
+    // Subscriptions are renewed: long after, changes are still told within a second.
+    town.pass(200_000);
+    town.told(ann);
+    users.iter().for_each(|user| {
+        town.login(user);
+    });
+    let bob = town.login("user-3");
+    town.expect(bob, ChatRequest::PresenceSet { status: Some("still"), visible: None }, None);
+    town.pass(limits::PRESENCE_INTERVAL_MS);
+    assert!(changes(&mut town, ann).concat().iter().any(|row| row.3 == "still"));
+}
+
+#[test]
+fn watching_and_status_are_bounded() {
+    let mut town = Town::new(2, |_| ());
+    let ann = town.login("ann");
+    let users: Vec<String> = (0..=limits::WATCHED_MAX).map(|n| format!("user-{n}")).collect();
+    let names: Vec<&str> = users.iter().map(String::as_str).collect();
+    for chunk in names[..limits::WATCHED_MAX].chunks(limits::USERS_PER_REQUEST_MAX) {
+        assert_eq!(watch(&mut town, ann, chunk).len(), chunk.len());
+    }
+    assert_eq!(watch(&mut town, ann, &names[..1]).len(), 1, "watched already");
+    let request = |names| ChatRequest::Watch { users: names };
+    town.expect(ann, request(names[limits::WATCHED_MAX..].into()), Some(ErrorCode::TooManyWatched));
+    town.expect(ann, request(names[..=limits::USERS_PER_REQUEST_MAX].into()), Some(ErrorCode::TooManyUsers));
+    town.expect(ann, request(["#team"][..].into()), Some(ErrorCode::BadName));
+    assert!(watch(&mut town, ann, &[]).is_empty());
+    town.expect(ann, ChatRequest::Unwatch { users: names[..1].into() }, None);
+    assert_eq!(watch(&mut town, ann, &names[limits::WATCHED_MAX..]).len(), 1);
+    let longest = "x".repeat(limits::STATUS_BYTES_MAX);
+    town.expect(ann, ChatRequest::PresenceSet { status: Some(&longest), visible: None }, None);
+    let status = format!("{longest}x");
+    let longer = ChatRequest::PresenceSet { status: Some(&status), visible: None };
+    town.expect(ann, longer, Some(ErrorCode::TextTooLong));
+}

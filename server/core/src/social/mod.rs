@@ -7,16 +7,18 @@
 //! settings gets an answer when they are loaded or could not be; a request that needs other shards is answered when all
 //! of them have said so, or after [`GATHER_MS`].
 
+pub(crate) mod presence;
 pub(crate) mod settings;
 pub(crate) mod signal;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use foldhash::fast::FixedState;
 use lru::LruCache;
 use ringline_cluster::placement::ShardIndex;
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, UserName};
+use ringline_schema::limits;
 use ringline_schema::message::{ChatReply, ChatRequest, Reply};
 use ringline_schema::record::Answer;
 
@@ -24,6 +26,7 @@ use crate::event::{ConnId, Effects};
 use crate::peer::{Origin, ShardMessage};
 use crate::shard::{Question, Shard};
 use crate::timers::Timer;
+use presence::{Presence, Seen};
 use settings::{Loading, Own, Parked, PrivacyChanges, Settings};
 use signal::{SignalSend, Signalled};
 
@@ -36,6 +39,7 @@ const GATHER_MS: u64 = 5_000;
 #[derive(Debug, Default)]
 pub struct Sociable {
     pub signalled: Signalled,
+    pub watching: BTreeSet<UserName>,
 }
 
 /// What shards tell each other about people.
@@ -49,6 +53,10 @@ pub enum SocialMessage {
     AskAgain { conversation: ConversationId, user: UserName, gather: u64 },
     /// To every shard: ask again wherever somebody writes to `user`.
     PrivacyChanged { user: UserName, gather: u64 },
+    /// To the shard of these users: tell how they are, now and when it changes.
+    Watch { users: Vec<UserName>, gather: Option<u64> },
+    /// The answer, or what changed.
+    Seen { rows: Vec<Seen>, gather: Option<u64> },
     /// One shard has done its part.
     Part { gather: u64 },
 }
@@ -82,6 +90,18 @@ pub(crate) enum News {
     Block(UserName),
     /// Every shard.
     Privacy,
+    /// Who watches, but nobody waits for that.
+    Presence,
+    /// Nobody, and nobody waits.
+    Nothing,
+}
+
+/// What the parts of a request come together to.
+#[derive(Debug)]
+pub(crate) enum Gathered {
+    Done,
+    /// How users are, for that user.
+    Presence(UserName, Vec<Seen>),
 }
 
 /// A request that other shards have a part in.
@@ -90,6 +110,7 @@ struct Gather {
     conn: ConnId,
     request_id: u32,
     left: usize,
+    gathered: Gathered,
 }
 
 /// See the module.
@@ -99,6 +120,7 @@ pub(crate) struct Social {
     pub(crate) blocked_names: usize,
     pub(crate) loading: HashMap<UserName, Loading, FixedState>,
     pub(crate) privacy: PrivacyChanges,
+    pub(crate) presence: Presence,
     gathers: BTreeMap<u64, Gather>,
     next_gather: u64,
 }
@@ -110,6 +132,7 @@ impl Social {
             blocked_names: 0,
             loading: HashMap::with_hasher(hasher.clone()),
             privacy: PrivacyChanges::default(),
+            presence: Presence::default(),
             gathers: BTreeMap::new(),
             next_gather: 0,
         }
@@ -134,6 +157,14 @@ impl Shard {
                 Own::Blocks { after, limit: self.page_rows(limit) }
             }
             ChatRequest::Privacy { messages_from } => Own::Privacy(messages_from),
+            ChatRequest::Watch { users } => return self.watch(conn, request_id, users, fx),
+            ChatRequest::Unwatch { users } => return self.unwatch(conn, request_id, users, fx),
+            ChatRequest::PresenceSet { status, visible } => {
+                if status.is_some_and(|status| status.len() > limits::STATUS_BYTES_MAX) {
+                    return Err(ErrorCode::TextTooLong);
+                }
+                Own::Presence { status: status.map(str::to_owned), visible }
+            }
             ChatRequest::Read { .. }
             | ChatRequest::Sync(_)
             | ChatRequest::Mark(_)
@@ -141,9 +172,6 @@ impl Shard {
             | ChatRequest::DropDevice { .. }
             | ChatRequest::Receipts { .. }
             | ChatRequest::Broadcast { .. }
-            | ChatRequest::Watch { .. }
-            | ChatRequest::Unwatch { .. }
-            | ChatRequest::PresenceSet { .. }
             | ChatRequest::Amend(_)
             | ChatRequest::Export { .. }
             | ChatRequest::DeleteUser { .. } => return Err(ErrorCode::Unsupported),
@@ -166,6 +194,8 @@ impl Shard {
                 self.social.privacy.note(user, self.now.mono_us);
                 self.tell_social(from, SocialMessage::Part { gather }, fx);
             }
+            SocialMessage::Watch { users, gather } => self.watch_from_peer(from, users, gather, fx),
+            SocialMessage::Seen { rows, gather } => self.shown(rows, gather, fx),
             SocialMessage::Part { gather } => self.gathered(gather, fx),
         }
     }
@@ -183,14 +213,20 @@ impl Shard {
         let SocialPending { conn, request_id, user, news } = pending;
         self.settings_written(&user);
         match news {
+            News::Nothing => {}
+            News::Presence => {
+                self.presence_moved(&user);
+                self.done(conn, request_id, fx);
+            }
             News::Block(other) => {
+                self.presence_moved(&user);
                 let conversation = ConversationId::direct(&user, &other);
                 let owner = self.owner(conversation.partition());
                 if self.is_here(owner) {
                     self.forget_permit(conversation, &user);
                     return self.done(conn, request_id, fx);
                 }
-                let Some(gather) = self.gather((conn, request_id), 1, fx) else { return };
+                let Some(gather) = self.gather((conn, request_id), (1, Gathered::Done), fx) else { return };
                 self.tell_social(owner, SocialMessage::AskAgain { conversation, user, gather }, fx);
             }
             News::Privacy => {
@@ -199,7 +235,7 @@ impl Shard {
                 if others.is_empty() {
                     return self.done(conn, request_id, fx);
                 }
-                let Some(gather) = self.gather((conn, request_id), others.len(), fx) else { return };
+                let Some(gather) = self.gather((conn, request_id), (others.len(), Gathered::Done), fx) else { return };
                 for shard in others {
                     self.tell_social(shard, SocialMessage::PrivacyChanged { user: user.clone(), gather }, fx);
                 }
@@ -208,7 +244,12 @@ impl Shard {
     }
 
     pub(crate) fn social_failed(&mut self, pending: &SocialPending, fx: &mut Effects) {
-        self.sessions.fail(pending.conn, pending.request_id, ErrorCode::StoreFailed, fx);
+        match pending.news {
+            News::Nothing => {}
+            News::Block(_) | News::Privacy | News::Presence => {
+                self.sessions.fail(pending.conn, pending.request_id, ErrorCode::StoreFailed, fx);
+            }
+        }
     }
 
     pub(crate) fn other_shards(&self) -> impl Iterator<Item = ShardIndex> + use<> {
@@ -225,14 +266,19 @@ impl Shard {
     }
 
     /// Begins to wait for so many parts. `None`: refused as BUSY.
-    fn gather(&mut self, (conn, request_id): (ConnId, u32), left: usize, fx: &mut Effects) -> Option<u64> {
+    pub(crate) fn gather(
+        &mut self,
+        (conn, request_id): (ConnId, u32),
+        (left, gathered): (usize, Gathered),
+        fx: &mut Effects,
+    ) -> Option<u64> {
         if self.social.gathers.len() >= GATHERS_MAX {
             self.sessions.fail(conn, request_id, ErrorCode::Busy, fx);
             return None;
         }
         self.social.next_gather += 1;
         let number = self.social.next_gather;
-        self.social.gathers.insert(number, Gather { conn, request_id, left });
+        self.social.gathers.insert(number, Gather { conn, request_id, left, gathered });
         self.timers.arm(self.now.mono_us + GATHER_MS * 1_000, Timer::Gather(number));
         Some(number)
     }
@@ -240,10 +286,36 @@ impl Shard {
     fn gathered(&mut self, number: u64, fx: &mut Effects) {
         let Some(gather) = self.social.gathers.get_mut(&number) else { return };
         gather.left = gather.left.saturating_sub(1);
-        if gather.left == 0
-            && let Some(gather) = self.social.gathers.remove(&number)
-        {
-            self.done(gather.conn, gather.request_id, fx);
+        if gather.left == 0 {
+            self.answer_gathered(number, fx);
+        }
+    }
+
+    /// The session whose request it is.
+    pub(crate) fn asker_of(&self, number: u64) -> Option<ConnId> {
+        self.social.gathers.get(&number).map(|gather| gather.conn)
+    }
+
+    pub(crate) fn gathered_presence(&mut self, number: u64, rows: Vec<Seen>, fx: &mut Effects) {
+        let Some(gather) = self.social.gathers.get_mut(&number) else { return };
+        gather.left = gather.left.saturating_sub(rows.len());
+        if let Gathered::Presence(_, seen) = &mut gather.gathered {
+            seen.extend(rows);
+        }
+        if gather.left == 0 {
+            self.answer_gathered(number, fx);
+        }
+    }
+
+    fn answer_gathered(&mut self, number: u64, fx: &mut Effects) {
+        let Some(gather) = self.social.gathers.remove(&number) else { return };
+        match &gather.gathered {
+            Gathered::Done => self.done(gather.conn, gather.request_id, fx),
+            Gathered::Presence(watcher, seen) => {
+                let users = seen.iter().map(|seen| seen.as_wire(watcher)).collect();
+                let reply = Reply::Chat(ChatReply::PresenceOk { users });
+                self.sessions.answer(gather.conn, gather.request_id, &reply, fx);
+            }
         }
     }
 

@@ -50,6 +50,8 @@ pub(crate) struct Settings {
     known: BTreeSet<UserName>,
     /// Changes that are not on disk yet.
     writes: u32,
+    /// What the disk has of `row.last_seen_ms`.
+    pub last_seen_written_ms: u64,
 }
 
 /// Settings on their way from the store.
@@ -73,6 +75,18 @@ pub(crate) enum Parked {
         request_id: u32,
         own: Own,
     },
+    /// A shard watches the user.
+    Shown {
+        user: UserName,
+        asker: ShardIndex,
+        gather: Option<u64>,
+    },
+    /// Who watches the user is to be told of a change.
+    Moved(UserName),
+    /// The first device of the user has come.
+    Arrived(UserName),
+    /// The last went, at that Unix millisecond.
+    Left(UserName, u64),
 }
 
 /// A user's request about its own settings.
@@ -82,6 +96,7 @@ pub(crate) enum Own {
     Unblock(UserName),
     Blocks { after: Option<UserName>, limit: u16 },
     Privacy(Option<MessagesFrom>),
+    Presence { status: Option<String>, visible: Option<bool> },
 }
 
 /// Whether somebody may write to a user.
@@ -182,7 +197,8 @@ impl Shard {
         let Some(Loading { row, blocked, waiting }) = self.social.loading.remove(user) else { return };
         let ((row, stamp), blocked) = (row.unwrap_or_default(), blocked.unwrap_or_default());
         self.social.blocked_names += blocked.len();
-        let settings = Settings { row, stamp, blocked, ..Settings::default() };
+        let last_seen_written_ms = row.last_seen_ms;
+        let settings = Settings { row, stamp, blocked, last_seen_written_ms, ..Settings::default() };
         self.social.settings.put(user.clone(), settings);
         for parked in waiting {
             self.with_settings(user, parked, fx);
@@ -243,7 +259,9 @@ impl Shard {
             Parked::Ask(_, ask) => (ask.from.clone(), ask.answered),
             Parked::Transient(send) => (send.from.clone(), false),
             Parked::Signal(signal) => (signal.from.clone(), false),
-            Parked::Own { .. } => return self.finish(parked, Ok(()), fx),
+            Parked::Own { .. } | Parked::Shown { .. } | Parked::Moved(_) | Parked::Arrived(_) | Parked::Left(..) => {
+                return self.finish(parked, Ok(()), fx);
+            }
         };
         match self.opinion(user, &from) {
             Opinion::Decided(result) => self.finish(parked, result, fx),
@@ -295,6 +313,12 @@ impl Shard {
             (Parked::Transient(send), Err(code)) => self.answer_send(send.origin, (false, Err(code)), None, fx),
             (Parked::Signal(signal), Ok(())) => self.give_signal(&signal, fx),
             (Parked::Signal(signal), Err(code)) => self.refuse_signal(&signal, code, fx),
+            (Parked::Shown { user, asker, gather }, _) => self.show_one(user, asker, gather, fx),
+            (Parked::Moved(user), Ok(())) => self.presence_moved(&user),
+            (Parked::Arrived(user), Ok(())) => self.list_if_visible(&user),
+            (Parked::Left(user, unix_ms), Ok(())) => self.note_last_seen(&user, unix_ms, fx),
+            // What is not known now is asked for again by who watches.
+            (Parked::Moved(_) | Parked::Arrived(_) | Parked::Left(..), Err(_)) => {}
             (Parked::Own { conn, request_id, own }, result) => {
                 if let Err(code) = result.and_then(|()| self.own_request(conn, request_id, own, fx)) {
                     self.sessions.fail(conn, request_id, code, fx);
@@ -310,6 +334,16 @@ impl Shard {
             Own::Blocks { after, limit } => self.list_blocks((conn, request_id), &user, (after, limit), fx),
             Own::Block(other) => self.set_block((conn, request_id), user, (other, true), fx),
             Own::Unblock(other) => self.set_block((conn, request_id), user, (other, false), fx),
+            Own::Presence { status, visible } => {
+                let settings = self.social.settings.get(&user).ok_or(ErrorCode::Internal)?;
+                let mut row = settings.row.clone();
+                row.status = status.unwrap_or(row.status);
+                row.visible = visible.unwrap_or(row.visible);
+                let pending = SocialPending { conn, request_id, user: user.clone(), news: News::Presence };
+                self.write_settings(pending, row, None, fx)?;
+                self.list_if_visible(&user);
+                Ok(())
+            }
             Own::Privacy(messages_from) => {
                 let settings = self.social.settings.get(&user).ok_or(ErrorCode::Internal)?;
                 let wanted = messages_from.unwrap_or(settings.row.messages_from);
@@ -366,9 +400,29 @@ impl Shard {
         block: Option<(UserName, bool)>,
         fx: &mut Effects,
     ) -> Result<(), ErrorCode> {
-        let user = pending.user.clone();
         self.may_append()?;
+        self.append_settings(pending, row, block, fx)
+    }
+
+    /// Writes the present settings of a user, of which only the last-seen time has changed.
+    pub(crate) fn write_last_seen(&mut self, user: &UserName, fx: &mut Effects) {
+        let Some(row) = self.social.settings.peek(user).map(|settings| settings.row.clone()) else { return };
+        let conn = ConnId { slot: u32::MAX, generation: 0 };
+        let pending = SocialPending { conn, request_id: 0, user: user.clone(), news: News::Nothing };
+        // It can't fail for want of settings; they were just there.
+        let _ = self.append_settings(pending, row, None, fx);
+    }
+
+    fn append_settings(
+        &mut self,
+        pending: SocialPending,
+        row: SettingRow,
+        block: Option<(UserName, bool)>,
+        fx: &mut Effects,
+    ) -> Result<(), ErrorCode> {
+        let user = pending.user.clone();
         let settings = self.social.settings.get_mut(&user).ok_or(ErrorCode::Internal)?;
+        settings.last_seen_written_ms = row.last_seen_ms;
         settings.stamp += 1;
         settings.writes += 1;
         settings.row = row.clone();
