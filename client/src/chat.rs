@@ -43,6 +43,12 @@ const HELP: &str = "\
 /msg NAME TEXT      send to NAME, and keep writing to NAME
 /to NAME            plain lines go to NAME from now on
 /who                who is online
+/watch NAME         how NAME is, and from now on every change; /unwatch NAME
+/status TEXT        what others see beside your name; /visible on or off: whether they see you at all
+/block NAME         takes nothing from NAME; /unblock NAME, /blocks
+/privacy WHO        who may write to you: anyone, known (whom you wrote to), nobody
+/typing             tells whom you write to that you are typing
+/notice TEXT        for administrators: to everyone online
 /history NAME [N]   the last N messages with NAME (20, at most 200); a NAME with spaces goes in \"quotes\"
 /conversations      with whom, how many messages, how many are new to this device
 /help               this list
@@ -324,6 +330,8 @@ fn clean(text: &str) -> String {
     clean
 }
 
+mod social;
+
 // --- the conversation ----------------------------------------------------------------------------------------------
 
 /// Messages that came before the chat had caught up.
@@ -415,6 +423,10 @@ impl Chat {
             Event::CaughtUp { .. } => self.show_missed(),
             Event::Message(message) => self.message(message),
             Event::Receipt(_) => {}
+            Event::Signal(signal) => self.signal(&signal),
+            Event::SignalRefused { code, .. } => self.signal_refused(code),
+            Event::Presence(rows) => self.presence(&rows),
+            Event::Notice(notice) => self.notice(&notice),
             Event::Skipped { with, from, to, .. } => {
                 let text = format!("messages {from} to {to} with {} are not kept any more", clean(with.as_str()));
                 self.screen.line(&text);
@@ -537,6 +549,7 @@ impl Chat {
             "/conversations" => self.conversations().await,
             "/help" => self.screen.line(HELP),
             "/quit" => return false,
+            other if self.social(other, rest).await => {}
             unknown => self.screen.line(&format!("no command {}; /help lists them", clean(unknown))),
         }
         true

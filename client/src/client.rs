@@ -182,7 +182,7 @@ impl ClientBuilder {
 /// One logged-in user. Clones speak over the same connection, which closes when the last is dropped.
 #[derive(Clone)]
 pub struct Client {
-    commands: mpsc::Sender<Command>,
+    pub(crate) commands: mpsc::Sender<Command>,
     user: UserName,
     device: DeviceId,
 }
@@ -253,7 +253,7 @@ impl Client {
         let with = UserName::new(with).map_err(|_| CallError::BadName)?;
         match self.call(Query::History { with, range }).await? {
             Answer::History(history) => Ok(history),
-            Answer::Online(_) | Answer::Conversations(_) => Err(CallError::Closed),
+            Answer::Online(_) | Answer::Conversations(_) | Answer::Social(_) => Err(CallError::Closed),
         }
     }
 
@@ -263,7 +263,7 @@ impl Client {
         let cursor = from.unwrap_or(ConversationId(0));
         match self.call(Query::Conversations { cursor, limit }).await? {
             Answer::Conversations(page) => Ok(page),
-            Answer::Online(_) | Answer::History(_) => Err(CallError::Closed),
+            Answer::Online(_) | Answer::History(_) | Answer::Social(_) => Err(CallError::Closed),
         }
     }
 
@@ -276,11 +276,11 @@ impl Client {
         }
         match self.call(Query::Online { cursor: cursor.to_owned(), limit }).await? {
             Answer::Online(page) => Ok(page),
-            Answer::History(_) | Answer::Conversations(_) => Err(CallError::Closed),
+            Answer::History(_) | Answer::Conversations(_) | Answer::Social(_) => Err(CallError::Closed),
         }
     }
 
-    async fn call(&self, query: Query) -> Result<Answer, CallError> {
+    pub(crate) async fn call(&self, query: Query) -> Result<Answer, CallError> {
         let (answered, answer) = oneshot::channel();
         let command = Command::Call { query, timeout: CALL_TIMEOUT, answered };
         self.commands.send(command).await.map_err(|_| CallError::Closed)?;

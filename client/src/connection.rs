@@ -25,6 +25,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use crate::client::ConnectError;
 use crate::pending::{Accepted, Answer, CallError, Delivery, Done, Millis, Outgoing, Query, SendError};
 use crate::session::{CloseReason, Cut, Event, LinkError, Session};
+use crate::social::SignalOut;
 use crate::streams::Taken;
 
 /// Bytes read at once.
@@ -66,6 +67,7 @@ pub(crate) enum Command {
         timeout: Duration,
         answered: oneshot::Sender<Result<Answer, CallError>>,
     },
+    Signal(SignalOut),
     Close {
         patience: Duration,
     },
@@ -338,6 +340,7 @@ impl Connection {
                     let _ = answered.send(Err(error));
                 }
             },
+            Command::Signal(signal) => self.session.signal(now, &signal),
             Command::Close { patience } => {
                 // What was taken before must be acknowledged before the goodbye.
                 self.note_taken();

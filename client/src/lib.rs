@@ -43,6 +43,7 @@ mod client;
 mod connection;
 mod pending;
 mod session;
+mod social;
 mod streams;
 
 #[cfg(feature = "chat")]
@@ -59,6 +60,8 @@ pub use pending::{
 };
 pub use ringline_schema::errors::ErrorCode;
 pub use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
+pub use ringline_schema::message::chat::MessagesFrom;
 pub use ringline_schema::message::{BodyKind, Class, DeviceKind, GoawayReason, KickReason, Outcome, Receipt};
 pub use session::{CloseReason, Event, LinkError};
+pub use social::{BlockPage, Notice, Presence, Signal};
 pub use streams::{CatchUp, Message};

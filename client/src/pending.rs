@@ -15,6 +15,7 @@ use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
 use ringline_schema::limits;
 use ringline_schema::message::{self, BodyKind, Class, Mentions, Outcome, Receipt, Request};
 
+use crate::social::{SocialAnswer, SocialQuery};
 use crate::streams::Message;
 
 /// Milliseconds since the client started.
@@ -598,6 +599,7 @@ pub(crate) enum Query {
     History { with: UserName, range: HistoryRange },
     Online { cursor: String, limit: u16 },
     Conversations { cursor: ConversationId, limit: u16 },
+    Social(SocialQuery),
 }
 
 impl Query {
@@ -609,6 +611,7 @@ impl Query {
             }
             Self::Online { cursor, limit } => Request::Online { cursor, limit: *limit },
             Self::Conversations { cursor, limit } => Request::Conversations { cursor: *cursor, limit: *limit },
+            Self::Social(query) => query.as_wire(),
         }
     }
 }
@@ -618,6 +621,7 @@ pub(crate) enum Answer {
     History(History),
     Online(OnlinePage),
     Conversations(ConversationPage),
+    Social(SocialAnswer),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -669,11 +673,19 @@ impl Calls {
             (Query::History { .. }, Answer::History(_))
             | (Query::Online { .. }, Answer::Online(_))
             | (Query::Conversations { .. }, Answer::Conversations(_)) => self.end(number, Ok(answer)),
-            (Query::History { .. } | Query::Online { .. } | Query::Conversations { .. }, _) => {
+            (Query::Social(query), Answer::Social(social)) if query.is_answered_by(social) => {
+                self.end(number, Ok(answer));
+            }
+            (Query::History { .. } | Query::Online { .. } | Query::Conversations { .. } | Query::Social(_), _) => {
                 return Err(ErrorCode::BadBody);
             }
         }
         Ok(())
+    }
+
+    /// What was asked.
+    pub(crate) fn query(&self, number: u64) -> Option<&Query> {
+        self.open.get(&number).map(|call| &call.query)
     }
 
     pub(crate) fn refused(&mut self, now: Millis, number: u64, refusal: Refusal<'_>) {

@@ -3,6 +3,7 @@
 //! Pure, as `pending` and `streams`, which it drives; owned by the client's one task, which feeds it bytes, commands and
 //! the time, writes what [`Session::take_output`] gives, and ends the connection when a function returns a [`Cut`].
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use ringline_schema::codec;
@@ -19,6 +20,7 @@ use crate::pending::{
     Accepted, Answer, CallError, Calls, Conversation, ConversationPage, Done, History, Millis, OnlinePage, OnlineUser,
     Outgoing, Query, Refusal, SendError, Sends, Waiting, Wire,
 };
+use crate::social::{self, Notice, Presence, Signal, SignalOut, Signals, SocialAnswer, SocialQuery};
 use crate::streams::{CatchUp, Message, Streams, Taken};
 
 /// A connection on which any request stays unanswered for this long is given up.
@@ -51,6 +53,14 @@ pub enum Event {
     Message(Message),
     /// What became of a message with a delivery timeout; [`Sending::delivered`](crate::Sending::delivered) says it too.
     Receipt(Receipt),
+    /// Somebody is typing, or an application signals.
+    Signal(Signal),
+    /// A signal of this client did not get through: `NOT_ONLINE`, `BLOCKED`, `NOT_ACCEPTED` or `BUSY`.
+    SignalRefused { to: UserName, code: ErrorCode },
+    /// Users that this client watches have changed.
+    Presence(Vec<Presence>),
+    /// An administrator tells everyone.
+    Notice(Notice),
     /// Messages of a conversation that can't be had, so its stream goes on after them.
     Skipped {
         conversation: ConversationId,
@@ -166,6 +176,11 @@ pub(crate) struct Session {
     sends: Sends,
     calls: Calls,
     streams: Streams,
+    signals: Signals,
+    /// Watched on this connection, or to be watched on the next.
+    watched: BTreeSet<UserName>,
+    /// Calls that watch again.
+    rewatching: BTreeSet<u64>,
     ping_interval_ms: Millis,
     heard_at: Millis,
     /// A PING without its PONG yet.
@@ -182,6 +197,9 @@ impl Session {
             decoder: FrameDecoder::new(),
             sends: Sends::new(config.first_client_seq, config.sends_queued_max),
             calls: Calls::default(),
+            signals: Signals::default(),
+            watched: BTreeSet::new(),
+            rewatching: BTreeSet::new(),
             streams: Streams::new(config.user.clone(), config.catch_up, config.events_queued_max),
             ping_interval_ms: PONG_TIMEOUT_MS,
             heard_at: 0,
@@ -199,6 +217,13 @@ impl Session {
 
     pub(crate) fn call(&mut self, now: Millis, query: Query, timeout: Duration) -> Result<u64, CallError> {
         self.calls.push(now, query, timeout)
+    }
+
+    /// Without a connection it is dropped: what somebody did then is no news.
+    pub(crate) fn signal(&mut self, now: Millis, signal: &SignalOut) {
+        if self.state == State::Online {
+            self.signals.send(now, signal, &mut self.wire);
+        }
     }
 
     pub(crate) fn taken(&mut self, now: Millis, taken: Taken) {
@@ -252,6 +277,7 @@ impl Session {
     pub(crate) fn disconnected(&mut self) {
         self.state = State::Offline;
         self.wire.reset();
+        self.signals.reset();
         self.sends.disconnected();
         self.calls.disconnected();
         self.streams.disconnected();
@@ -388,7 +414,12 @@ impl Session {
                 None => Err(Cut::protocol(ErrorCode::BadRequest)),
             },
             // Nothing that a stream could miss: each is told again, or can be asked for.
-            Reply::Chat(_) | Reply::Group(GroupReply::Changed { .. }) => Ok(()),
+            Reply::Chat(_) | Reply::Group(GroupReply::Changed { .. }) => {
+                if let Some(event) = social::event(&reply).map_err(Cut::protocol)? {
+                    self.streams.emit(event);
+                }
+                Ok(())
+            }
             Reply::Deliver(_) | Reply::Receipt(_) | Reply::Lagged { .. } if !self.is_online() => {
                 Err(Cut::protocol(ErrorCode::NotLoggedIn))
             }
@@ -441,6 +472,11 @@ impl Session {
                 let answer = match reply {
                     Reply::FetchOk { .. } => Answer::History(history(reply)?),
                     Reply::ConversationsOk { .. } => Answer::Conversations(conversation_page(reply)?),
+                    Reply::Chat(reply) => {
+                        let answer = social::answer(&reply).map_err(Cut::protocol)?;
+                        self.watching(number, &answer);
+                        Answer::Social(answer)
+                    }
                     other => Answer::Online(online_page(other)?),
                 };
                 self.calls.answered(number, answer).map_err(Cut::protocol)?;
@@ -462,6 +498,31 @@ impl Session {
         self.sends.allow(ok.sends_in_flight_max, ok.frame_bytes_max);
         self.streams.emit(Event::Connected { session: ok.session });
         self.streams.connected(now);
+        // What was asked before and is still open watches by itself.
+        self.rewatching.clear();
+        let watched: Vec<UserName> = self.watched.iter().cloned().collect();
+        for chunk in watched.chunks(social::WATCH_CHUNK) {
+            let query = Query::Social(SocialQuery::Watch(chunk.to_vec()));
+            if let Ok(number) = self.calls.push(now, query, social::WATCH_TIMEOUT) {
+                self.rewatching.insert(number);
+            }
+        }
+    }
+
+    /// Keeps what is watched in step with what the server has confirmed.
+    fn watching(&mut self, number: u64, answer: &SocialAnswer) {
+        match self.calls.query(number) {
+            Some(Query::Social(SocialQuery::Watch(users))) => self.watched.extend(users.iter().cloned()),
+            Some(Query::Social(SocialQuery::Unwatch(users))) => users.iter().for_each(|user| {
+                self.watched.remove(user);
+            }),
+            Some(_) | None => {}
+        }
+        if self.rewatching.remove(&number)
+            && let SocialAnswer::Presence(rows) = answer
+        {
+            self.streams.emit(Event::Presence(rows.clone()));
+        }
     }
 
     /// Our own message enters its conversation's stream here, whether or not the server also pushes it to the device
@@ -494,7 +555,10 @@ impl Session {
             Some(Waiting::Call(number)) => self.calls.refused(now, number, refusal),
             Some(Waiting::Fetch(id) | Waiting::Row(id)) => self.streams.refused(now, id, refusal),
             Some(Waiting::Page) => self.streams.page_refused(now, refusal),
-            None => self.streams.ack_refused(now, request_id, refusal),
+            None => match self.signals.refused(request_id, code) {
+                Some(event) => drop(self.streams.emit(event)),
+                None => self.streams.ack_refused(now, request_id, refusal),
+            },
         }
         if code.closes() { Err(Cut::Lost(LinkError::Refused(code))) } else { Ok(()) }
     }
