@@ -12,6 +12,7 @@ use ringline_schema::ids::UserName;
 use crate::auth::{AuthError, Issuer};
 use crate::boot::{self, BootError};
 use crate::config::Config;
+use crate::store_cli::{self, StoreCommand};
 use crate::{doctor, logs, node};
 
 /// Exit code of a command that could not begin or failed.
@@ -37,6 +38,9 @@ enum Command {
     Token(TokenArgs),
     /// Check this machine: what was found, why it matters, the command that mends it. Exits with 1 if something fails.
     Doctor(DoctorArgs),
+    /// Check, repair or export the data folder of a server that is stopped.
+    #[command(subcommand)]
+    Store(StoreCommand),
     /// Print the configuration.
     Config(ConfigCommand),
     /// Print the version.
@@ -45,7 +49,7 @@ enum Command {
 
 /// Where settings come from. Later ones win: defaults, --config, RINGLINE_* variables, flags.
 #[derive(Debug, Args)]
-struct ConfigArgs {
+pub(crate) struct ConfigArgs {
     /// TOML file; `ringline config --defaults` prints one.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -127,6 +131,7 @@ pub fn run() -> ExitCode {
         Command::Chat(args) => chat_at_terminal(args),
         Command::Token(args) => print_token(&args),
         Command::Doctor(args) => examine(&args),
+        Command::Store(command) => store_cli::run(command),
         Command::Config(args) => print_config(&args),
         Command::Version => {
             println!("ringline {}", env!("CARGO_PKG_VERSION"));
@@ -143,7 +148,7 @@ pub fn run() -> ExitCode {
 }
 
 impl ConfigArgs {
-    fn load(&self) -> Result<(Config, Vec<String>), String> {
+    pub(crate) fn load(&self) -> Result<(Config, Vec<String>), String> {
         let mut flags = Vec::new();
         for pair in &self.set {
             let error = || crate::config::ConfigError::NotAPair(pair.clone()).to_string();

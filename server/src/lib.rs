@@ -21,5 +21,6 @@ pub mod node;
 pub mod park;
 pub mod reactor;
 pub mod stop;
+pub mod store_cli;
 pub mod wake;
 pub mod workers;

@@ -118,6 +118,7 @@ pub(super) enum Kind {
 pub(super) struct Framed<'a> {
     pub kind: Kind,
     pub first_of_batch: bool,
+    pub partition: u16,
     pub payload: &'a [u8],
     /// Header and payload.
     pub bytes: usize,
@@ -202,7 +203,8 @@ pub(super) fn parse(bytes: &[u8], salt: u32, offset: u32) -> Parsed<'_> {
     let [number, version, p0, p1, payload @ ..] = counted else {
         return Parsed::Bad("impossible length");
     };
-    if *version != RECORD_VERSION || Partition::new(u16::from_le_bytes([*p0, *p1])).is_none() {
+    let partition = u16::from_le_bytes([*p0, *p1]);
+    if *version != RECORD_VERSION || Partition::new(partition).is_none() {
         return Parsed::Foreign;
     }
     let kind = match number & !FIRST_OF_BATCH {
@@ -213,7 +215,8 @@ pub(super) fn parse(bytes: &[u8], salt: u32, offset: u32) -> Parsed<'_> {
             None => return Parsed::Foreign,
         },
     };
-    Parsed::Record(Framed { kind, first_of_batch: number & FIRST_OF_BATCH != 0, payload, bytes: 8 + length })
+    let first_of_batch = number & FIRST_OF_BATCH != 0;
+    Parsed::Record(Framed { kind, first_of_batch, partition, payload, bytes: 8 + length })
 }
 
 fn seed(salt: u32, offset: u32) -> u32 {

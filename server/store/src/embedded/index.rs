@@ -43,6 +43,9 @@ pub(super) enum IndexError {
     Wrong(ConversationId, Seq),
 }
 
+/// Takes key and value of a row; false: it wants no more.
+pub(super) type EachRow<'a> = &'a mut dyn FnMut(&[u8], &[u8]) -> Result<bool, IndexError>;
+
 /// The database. Cheap to share by reference.
 pub(super) struct Index {
     rows: Keyspace,
@@ -125,6 +128,17 @@ impl Index {
             found.push(rows::conversation_of_list_key(&row.key()?)?);
         }
         Ok(found)
+    }
+
+    /// Every row whose key begins with `prefix`, in order of key, until `each` says that it is enough.
+    pub fn walk(&self, prefix: &[u8], each: EachRow<'_>) -> Result<(), IndexError> {
+        for row in self.rows.prefix(prefix) {
+            let (key, value) = row.into_inner()?;
+            if !each(&key, &value)? {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// A keyed row, also one without a value.

@@ -189,6 +189,7 @@ impl Indexer {
 
     fn fail(&mut self, error: &IndexError) {
         tracing::error!(log = self.log, %error, "the store of this shard stops: its index thread failed");
+        self.node.note_damage(error);
         self.failed = true;
         self.reply(Reply::Failed);
     }

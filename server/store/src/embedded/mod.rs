@@ -4,13 +4,15 @@
 //!   by the shard's own thread, one synced write a batch. [`shard`]: the handle.
 //! - [`rows`], [`index`], [`overlay`]: what is derived: rows in a key-value library, and the newest ones in memory.
 //!   [`indexer`]: the plain thread of each shard that derives them, behind the acknowledgement; [`query`]: what it answers.
-//! - [`recovery`]: what a start does with what it finds.
+//! - [`recovery`]: what a start does with what it finds. [`offline`]: what a person does while nobody runs: check, repair,
+//!   export; [`survey`], [`salvage`], [`sweep`]: its parts.
 //!
 //! ```text
 //! DIR/ringline-data     what this folder is: format version and identity
 //! DIR/lock              held while a process uses the folder; names it
 //! DIR/log/NN/*.log      segments of log NN; the truth
 //! DIR/index/            may be removed while nobody runs: it is rebuilt from the logs
+//! DIR/index-damaged     there: the next start rebuilds it
 //! ```
 //!
 //! Logs belong to the node, one for each shard that it ever had: whatever the number of shards now, all are read.
@@ -19,17 +21,22 @@ mod format;
 mod index;
 mod indexer;
 mod log;
+pub mod offline;
 mod overlay;
 mod query;
 mod recovery;
 mod ring;
 mod rows;
+mod salvage;
 mod scan;
 mod segments;
 mod shard;
+mod survey;
+mod sweep;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, RwLock};
@@ -49,6 +56,7 @@ use self::scan::SCAN_BYTES;
 use self::segments::{Preparation, ReadError, Segments, sync_folder};
 pub use self::shard::EmbeddedShard;
 use self::shard::Failure;
+pub use self::survey::{Damage, Torn};
 use crate::StoreStats;
 
 /// Jobs that an index thread may have waiting beside the open questions.
@@ -60,6 +68,8 @@ const SEGMENT_BYTES_CEILING: u64 = 1 << 30;
 /// Smallest segment, for tests.
 const SEGMENT_BYTES_MIN: u64 = 4096;
 
+/// Its presence says that the index was found damaged: the next start makes it anew.
+const INDEX_DAMAGED_FILE: &str = "index-damaged";
 const FORMAT_FILE: &str = "ringline-data";
 const FORMAT_LINE: &str = "ringline data folder, format 1, identity ";
 
@@ -157,9 +167,14 @@ pub enum OpenError {
     NotWritable { dir: PathBuf, source: io::Error },
     #[error("{} holds other files and is no ringline data folder: choose an empty or new folder", dir.display())]
     NotADataFolder { dir: PathBuf },
+    #[error("{} is no ringline data folder: give the one that the server uses (--data-dir)", dir.display())]
+    NoDataFolder { dir: PathBuf },
     #[error("{} has another format ({found}): open it with the version that wrote it", dir.display())]
     OtherFormat { dir: PathBuf, found: String },
-    #[error("{} is damaged at byte {offset}: {what}; records are lost: restore the data folder from a copy", file.display())]
+    #[error(
+        "{} is damaged at byte {offset}: {what}; `ringline store check` tells all that is damaged, `ringline store repair` what can be done",
+        file.display()
+    )]
     Damaged { file: PathBuf, offset: u32, what: String },
     #[error("the index in {} can't be made: {reason}", dir.display())]
     Index { dir: PathBuf, reason: String },
@@ -186,6 +201,26 @@ pub(crate) struct Node {
     segments: Segments,
     folder: PathBuf,
     _lock: File,
+}
+
+impl Node {
+    /// Says why the index can't answer or be written, and has the next start make it anew if it is to blame.
+    fn note_damage(&self, error: &IndexError) {
+        match error {
+            // The log's own damage is told with file and offset; a new index would not mend it.
+            IndexError::Log(_) => tracing::error!(%error, "the store cannot read a record"),
+            IndexError::Library(_)
+            | IndexError::Row(_)
+            | IndexError::Foreign
+            | IndexError::Missing(..)
+            | IndexError::Wrong(..) => {
+                tracing::error!(%error, "the index is damaged: the next start makes it anew from the logs");
+                if let Err(error) = File::create(self.folder.join(INDEX_DAMAGED_FILE)) {
+                    tracing::error!(%error, "that can't be noted: stop, remove the index folder and start");
+                }
+            }
+        }
+    }
 }
 
 /// The embedded store.
@@ -247,12 +282,21 @@ fn recover(
     options: &EmbeddedOptions,
     report: &mut OpenReport,
 ) -> Result<(Index, Vec<(u16, LogEnd)>), OpenError> {
-    let folder = dir.join("index");
+    let (folder, mark) = (dir.join("index"), dir.join(INDEX_DAMAGED_FILE));
     if folder.exists() {
-        match recover_with(&folder, (identity, false), segments, (options, report)) {
-            Ok(recovered) => return Ok(recovered),
-            Err(RecoveryError::Open(error)) => return Err(error),
-            Err(RecoveryError::Index(error)) => report.index_rebuilt = Some(error.to_string()),
+        if mark.exists() {
+            report.index_rebuilt = Some("damage was found in it while it was in use".to_owned());
+        } else {
+            // The library may panic over bytes that it does not expect: then the index is as good as gone.
+            let recovered = catch_unwind(AssertUnwindSafe(|| {
+                recover_with(&folder, (identity, false), segments, (options, &mut *report))
+            }));
+            report.index_rebuilt = match recovered {
+                Ok(Ok(recovered)) => return Ok(recovered),
+                Ok(Err(RecoveryError::Open(error))) => return Err(error),
+                Ok(Err(RecoveryError::Index(error))) => Some(error.to_string()),
+                Err(_) => Some("the index library ended over bytes that it does not expect".to_owned()),
+            };
         }
         fs::remove_dir_all(&folder).map_err(|source| OpenError::Io { path: folder.clone(), source })?;
     } else if !segments.logs().map_err(|source| OpenError::Io { path: dir.join("log"), source })?.is_empty() {
@@ -265,7 +309,10 @@ fn recover(
     match recover_with(&folder, (identity, true), segments, (options, report)) {
         Ok(recovered) => {
             report.clean_stop = clean_stop;
-            Ok(recovered)
+            match fs::remove_file(&mark) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => Err(OpenError::Io { path: mark, source }),
+                Ok(()) | Err(_) => Ok(recovered),
+            }
         }
         Err(RecoveryError::Open(error)) => Err(error),
         Err(RecoveryError::Index(error)) => Err(index_error(dir, &error)),
@@ -408,5 +455,7 @@ fn index_error(dir: &Path, error: &IndexError) -> OpenError {
     OpenError::Index { dir: dir.join("index"), reason: error.to_string() }
 }
 
+#[cfg(test)]
+mod offline_tests;
 #[cfg(test)]
 mod tests;

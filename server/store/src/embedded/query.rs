@@ -39,7 +39,7 @@ pub(super) fn answer(node: &Node, query: &Query) -> Answer {
         }
     };
     answer.unwrap_or_else(|error| {
-        tracing::error!(%error, "the store cannot answer; if the index is damaged, stop, remove its folder and start: it is rebuilt from the logs");
+        node.note_damage(&error);
         Answer::Failed
     })
 }

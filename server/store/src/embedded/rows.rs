@@ -66,6 +66,37 @@ fn conversation_key(conversation: ConversationId, part: u8) -> [u8; 18] {
     key
 }
 
+/// What a row of a conversation is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ConversationPart {
+    Head,
+    Filter,
+    /// With its number.
+    Block(u64),
+}
+
+/// Prefix of the rows of conversations; in order: filters, head, blocks.
+pub(super) const CONVERSATION_PREFIX: &[u8] = b"c";
+
+pub(super) fn conversation_of_key(key: &[u8]) -> Result<(ConversationId, ConversationPart), BadRow> {
+    const BAD: BadRow = BadRow("conversation key");
+    let (id, rest) = key.get(1..).and_then(|rest| rest.split_first_chunk::<16>()).ok_or(BAD)?;
+    let part = match rest {
+        [b'h'] => ConversationPart::Head,
+        [b'f', device @ ..] if device.len() == 16 => ConversationPart::Filter,
+        [b'p', block @ ..] => ConversationPart::Block(u64::from_be_bytes(block.try_into().map_err(|_| BAD)?)),
+        _ => return Err(BAD),
+    };
+    Ok((ConversationId(u128::from_be_bytes(*id)), part))
+}
+
+pub(super) const USER_PREFIX: &[u8] = b"u";
+
+pub(super) fn name_of_user_key(key: &[u8]) -> Result<UserName, BadRow> {
+    let text = key.get(1..).and_then(|name| std::str::from_utf8(name).ok()).ok_or(BadRow("user key"))?;
+    UserName::new(text).map_err(|_| BadRow("user key"))
+}
+
 /// The device's key stands for its user: it is a hash of both.
 pub(super) fn cursor_key(device: DeviceKey, conversation: ConversationId) -> [u8; 33] {
     let mut key = [0; 33];

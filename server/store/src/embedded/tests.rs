@@ -15,7 +15,7 @@ use crate::conformance::{self, ALL, Node as Shards, Pair, answers, check, commit
 use crate::{LoadToken, Lsn, Store, StoreError, StoreEvent, memory};
 
 /// Small segments and frequent flushes, so that short tests cross every boundary.
-fn small() -> EmbeddedOptions {
+pub(super) fn small() -> EmbeddedOptions {
     EmbeddedOptions {
         segment_bytes: 16 * 1024,
         flush_records_max: 100,
@@ -27,11 +27,11 @@ fn small() -> EmbeddedOptions {
 }
 
 /// Large segments and no flush but at close, so that everything unclean has to be replayed.
-fn lazy() -> EmbeddedOptions {
+pub(super) fn lazy() -> EmbeddedOptions {
     EmbeddedOptions { segment_bytes: 1 << 20, flush_records_max: usize::MAX, flush_interval_ms: 1 << 30, ..small() }
 }
 
-fn open(dir: &Path, shards: u16, options: &EmbeddedOptions) -> (Shards, OpenReport) {
+pub(super) fn open(dir: &Path, shards: u16, options: &EmbeddedOptions) -> (Shards, OpenReport) {
     let (handles, report) = EmbeddedStore::open(dir, shards, options.clone()).unwrap();
     (Shards::new(handles.into_iter().map(|handle| Box::new(handle) as Box<dyn Store>).collect()), report)
 }
@@ -44,7 +44,7 @@ fn open_error(dir: &Path) -> OpenError {
 }
 
 /// A running store may rename a file between the listing and the copy: what is gone is left out.
-fn copy(from: &Path, to: &Path) {
+pub(super) fn copy(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
@@ -57,12 +57,12 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
-fn segment(dir: &Path, log: u16, number: u32) -> PathBuf {
+pub(super) fn segment(dir: &Path, log: u16, number: u32) -> PathBuf {
     Segments::new(dir.join("log")).path(log, number)
 }
 
 /// Where each record of a segment begins, and where the last ends.
-fn record_offsets(path: &Path) -> Vec<u32> {
+pub(super) fn record_offsets(path: &Path) -> Vec<u32> {
     let dir = path.parent().unwrap().parent().unwrap();
     let number = path.file_stem().unwrap().to_str().unwrap().parse().unwrap();
     let segment = Segments::new(dir.to_owned()).get(0, number).unwrap();
@@ -74,7 +74,7 @@ fn record_offsets(path: &Path) -> Vec<u32> {
     offsets
 }
 
-fn flip(path: &Path, offset: u64) {
+pub(super) fn flip(path: &Path, offset: u64) {
     let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
     let mut byte = [0];
     file.read_exact_at(&mut byte, offset).unwrap();
