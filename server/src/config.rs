@@ -421,6 +421,8 @@ settings! {
         "Devices of one user under the policy \"many\".";
     auth_public_keys: Vec<String> = "auth.public_keys" [""] Vec::new(), Bounds::List,
         "PEM files with Ed25519 public keys of outside token issuers.";
+    auth_admins: Vec<String> = "auth.admins" [""] Vec::new(), Bounds::List,
+        "Users who may send a notice to everyone online.";
     auth_audience: String = "auth.audience" [""] "ringline".to_owned(), ANY,
         "The audience that tokens must name.";
     auth_token_creates_user: bool = "auth.token_creates_user" [""] true, Bounds::Truth,

@@ -1,6 +1,7 @@
 //! What a shard is told at its start. Defaults and bounds of the configurable ones stand in the server's key table.
 
 use ringline_cluster::placement::{CorePlacement, ShardIndex};
+use ringline_schema::ids::UserName;
 use ringline_schema::limits;
 
 /// How many devices of one user may be logged in at once.
@@ -38,6 +39,8 @@ pub struct CoreConfig {
     pub devices_max: u16,
     /// A valid token of a name that is not registered creates the user.
     pub token_creates_user: bool,
+    /// Who may BROADCAST.
+    pub admins: Vec<UserName>,
     /// Conversations and users kept in memory by this shard.
     pub conversations_cached_max: usize,
     pub users_cached_max: usize,
@@ -63,6 +66,7 @@ impl CoreConfig {
             device_policy: DevicePolicy::Many,
             devices_max: 16,
             token_creates_user: true,
+            admins: Vec::new(),
             conversations_cached_max: 65_536,
             users_cached_max: 65_536,
             connections_max: 100_000,

@@ -209,6 +209,16 @@ impl Sessions {
         self.table.iter().flatten()
     }
 
+    /// Places of the table.
+    pub fn slots(&self) -> usize {
+        self.table.len()
+    }
+
+    /// Connections in `count` places from `slot` on.
+    pub fn slice(&self, slot: usize, count: usize) -> Vec<ConnId> {
+        self.table.iter().skip(slot).take(count).flatten().map(|session| session.conn).collect()
+    }
+
     pub fn ids(&self) -> Vec<ConnId> {
         self.iter().map(|session| session.conn).collect()
     }

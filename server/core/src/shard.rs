@@ -368,6 +368,7 @@ impl Shard {
                 Timer::Session(conn) => self.session_due(conn, fx),
                 Timer::Delivery(number) => self.delivery_due(number, fx),
                 Timer::Gather(number) => self.gather_due(number, fx),
+                Timer::Notice => self.notice_due(fx),
                 Timer::Presence => self.presence_due(fx),
                 Timer::Cursors => {
                     self.cursors_armed = false;

@@ -15,6 +15,8 @@ pub enum Timer {
     Delivery(u64),
     /// Parts of a request that other shards did not do in time; the number is never used again.
     Gather(u64),
+    /// The next slice of a broadcast.
+    Notice,
     /// Changes of presence are told, and who is watched is asked for again.
     Presence,
     /// Write the cursors that moved.

@@ -382,3 +382,57 @@ fn watching_and_status_are_bounded() {
     let longer = ChatRequest::PresenceSet { status: Some(&status), visible: None };
     town.expect(ann, longer, Some(ErrorCode::TextTooLong));
 }
+
+fn notices(town: &mut Town, seat: Seat) -> Vec<(String, Vec<u8>)> {
+    let notice = |frame: &Vec<u8>| match decode(frame) {
+        Reply::Chat(ChatReply::Notice { from, body, .. }) => Some((from.to_owned(), body.to_vec())),
+        _ => None,
+    };
+    town.told(seat).iter().filter_map(notice).collect()
+}
+
+#[test]
+fn a_broadcast_of_an_administrator_reaches_every_device_online_and_counts_them() {
+    for shards in SHARD_COUNTS {
+        let root = UserName::new("root").unwrap();
+        let mut town = Town::new(shards, |config| config.admins = vec![root.clone()]);
+        let seats: Vec<Seat> = (0..40).map(|n| town.login(&format!("user-{n}"))).collect();
+        let phone = town.login_as("user-1", 2, DeviceKind::Phone);
+        let (admin, other) = (town.login("root"), town.login("Root"));
+        let to = |device_kinds, body| ChatRequest::Broadcast { kind: BodyKind::Text, device_kinds, body };
+        town.expect(other, to(0, b"hi"), Some(ErrorCode::NotAllowed));
+        let counted = |town: &mut Town, request: ChatRequest<'_>| {
+            town.told(admin);
+            town.chat(admin, request);
+            town.pass(100);
+            let told = town.told(admin);
+            told.iter().find_map(|frame| match decode(frame) {
+                Reply::Chat(ChatReply::BroadcastOk { devices }) => Some(devices),
+                _ => None,
+            })
+        };
+        assert_eq!(counted(&mut town, to(0, b"down at noon")), Some(43));
+        let everyone: Vec<Seat> = seats.iter().copied().chain([phone, other]).collect();
+        for seat in everyone {
+            assert_eq!(notices(&mut town, seat), [("root".to_owned(), b"down at noon".to_vec())]);
+        }
+        assert_eq!(counted(&mut town, to(1 << DeviceKind::Phone as u32, b"phones")), Some(1));
+        assert_eq!(notices(&mut town, phone).len(), 1);
+        assert!(notices(&mut town, seats[1]).is_empty());
+        let body = vec![0; 64 * 1024];
+        town.expect(admin, to(0, &body), Some(ErrorCode::BodyTooLarge));
+    }
+}
+
+#[test]
+fn so_many_broadcasts_are_under_way_at_once_and_one_that_stays_without_answers_ends() {
+    let root = UserName::new("root").unwrap();
+    let mut town = Town::new(3, |config| config.admins = vec![root.clone()]);
+    let admin = town.login("root");
+    let request = ChatRequest::Broadcast { kind: BodyKind::Text, device_kinds: 0, body: b"hi" };
+    (0..8).for_each(|_| town.chat(admin, request));
+    town.expect(admin, request, Some(ErrorCode::Busy));
+    town.drops = |message| matches!(message, ShardMessage::Social(_));
+    town.pass(6_000);
+    assert_eq!(codes(&mut town, admin), [ErrorCode::Internal; 8]);
+}

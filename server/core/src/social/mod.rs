@@ -7,11 +7,12 @@
 //! settings gets an answer when they are loaded or could not be; a request that needs other shards is answered when all
 //! of them have said so, or after [`GATHER_MS`].
 
+pub(crate) mod notice;
 pub(crate) mod presence;
 pub(crate) mod settings;
 pub(crate) mod signal;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use foldhash::fast::FixedState;
 use lru::LruCache;
@@ -26,6 +27,7 @@ use crate::event::{ConnId, Effects};
 use crate::peer::{Origin, ShardMessage};
 use crate::shard::{Question, Shard};
 use crate::timers::Timer;
+use notice::{Giving, NoticeOut};
 use presence::{Presence, Seen};
 use settings::{Loading, Own, Parked, PrivacyChanges, Settings};
 use signal::{SignalSend, Signalled};
@@ -57,6 +59,10 @@ pub enum SocialMessage {
     Watch { users: Vec<UserName>, gather: Option<u64> },
     /// The answer, or what changed.
     Seen { rows: Vec<Seen>, gather: Option<u64> },
+    /// To every shard.
+    Notice(Box<NoticeOut>),
+    /// So many devices of one shard got it.
+    Noticed { gather: u64, devices: u32 },
     /// One shard has done its part.
     Part { gather: u64 },
 }
@@ -100,6 +106,9 @@ pub(crate) enum News {
 #[derive(Debug)]
 pub(crate) enum Gathered {
     Done,
+    Broadcast {
+        devices: u32,
+    },
     /// How users are, for that user.
     Presence(UserName, Vec<Seen>),
 }
@@ -121,6 +130,7 @@ pub(crate) struct Social {
     pub(crate) loading: HashMap<UserName, Loading, FixedState>,
     pub(crate) privacy: PrivacyChanges,
     pub(crate) presence: Presence,
+    pub(crate) notices: VecDeque<Giving>,
     gathers: BTreeMap<u64, Gather>,
     next_gather: u64,
 }
@@ -133,6 +143,7 @@ impl Social {
             loading: HashMap::with_hasher(hasher.clone()),
             privacy: PrivacyChanges::default(),
             presence: Presence::default(),
+            notices: VecDeque::new(),
             gathers: BTreeMap::new(),
             next_gather: 0,
         }
@@ -157,6 +168,9 @@ impl Shard {
                 Own::Blocks { after, limit: self.page_rows(limit) }
             }
             ChatRequest::Privacy { messages_from } => Own::Privacy(messages_from),
+            ChatRequest::Broadcast { kind, device_kinds, body } => {
+                return self.broadcast(conn, request_id, (kind, device_kinds, body), fx);
+            }
             ChatRequest::Watch { users } => return self.watch(conn, request_id, users, fx),
             ChatRequest::Unwatch { users } => return self.unwatch(conn, request_id, users, fx),
             ChatRequest::PresenceSet { status, visible } => {
@@ -171,7 +185,6 @@ impl Shard {
             | ChatRequest::Devices
             | ChatRequest::DropDevice { .. }
             | ChatRequest::Receipts { .. }
-            | ChatRequest::Broadcast { .. }
             | ChatRequest::Amend(_)
             | ChatRequest::Export { .. }
             | ChatRequest::DeleteUser { .. } => return Err(ErrorCode::Unsupported),
@@ -196,6 +209,8 @@ impl Shard {
             }
             SocialMessage::Watch { users, gather } => self.watch_from_peer(from, users, gather, fx),
             SocialMessage::Seen { rows, gather } => self.shown(rows, gather, fx),
+            SocialMessage::Notice(notice) => self.begin_notice(from, notice),
+            SocialMessage::Noticed { gather, devices } => self.noticed(gather, devices, fx),
             SocialMessage::Part { gather } => self.gathered(gather, fx),
         }
     }
@@ -307,10 +322,28 @@ impl Shard {
         }
     }
 
+    pub(crate) fn noticed(&mut self, number: u64, given: u32, fx: &mut Effects) {
+        let Some(gather) = self.social.gathers.get_mut(&number) else { return };
+        if let Gathered::Broadcast { devices } = &mut gather.gathered {
+            *devices = devices.saturating_add(given);
+        }
+        self.gathered(number, fx);
+    }
+
+    /// Broadcasts that wait for their shards. Few requests wait at all.
+    pub(crate) fn open_broadcasts(&self) -> usize {
+        let is_broadcast = |gather: &&Gather| matches!(gather.gathered, Gathered::Broadcast { .. });
+        self.social.gathers.values().filter(is_broadcast).count()
+    }
+
     fn answer_gathered(&mut self, number: u64, fx: &mut Effects) {
         let Some(gather) = self.social.gathers.remove(&number) else { return };
         match &gather.gathered {
             Gathered::Done => self.done(gather.conn, gather.request_id, fx),
+            Gathered::Broadcast { devices } => {
+                let reply = Reply::Chat(ChatReply::BroadcastOk { devices: *devices });
+                self.sessions.answer(gather.conn, gather.request_id, &reply, fx);
+            }
             Gathered::Presence(watcher, seen) => {
                 let users = seen.iter().map(|seen| seen.as_wire(watcher)).collect();
                 let reply = Reply::Chat(ChatReply::PresenceOk { users });
