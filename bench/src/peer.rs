@@ -13,8 +13,8 @@ use ringline_schema::errors::ErrorCode;
 use ringline_schema::frame::Frame;
 use ringline_schema::ids::{DeviceId, Seq};
 use ringline_schema::message::{
-    Ack, BodyKind, Class, Credential, DeviceKind, Fetch, Login, LoginOk, Mentions, Message, Reply, Request, Secret,
-    Send, SendAck,
+    Ack, BodyKind, ChatReply, Class, Credential, DeviceKind, Fetch, Login, LoginOk, Mentions, Message, Reply, Request,
+    Secret, Send, SendAck,
 };
 
 use crate::check::{Arrival, Inbox, Ledger, NUMBERS_MAX};
@@ -260,7 +260,7 @@ impl Peer {
             Reply::Lagged { with, from, to, .. } => self.on_lagged(with, (*from, *to), turn),
             Reply::Kicked { .. } => turn.desk.tally.count(Incident::Kicked),
             Reply::Goaway { .. } => turn.desk.tally.count(Incident::Goaway),
-            Reply::Pong { .. } => {}
+            Reply::Pong { .. } | Reply::Chat(ChatReply::ReceiptUpto { .. }) => {}
             Reply::RegisterOk { .. }
             | Reply::LogoutOk
             | Reply::RouteOk { .. }

@@ -96,5 +96,15 @@ pub const SPARE_BUFFERS_MAX: usize = 1_024;
 pub const SPARE_BUFFER_BYTES_MAX: usize = 16 * 1024;
 /// How often cursors that moved are written: a crash repeats at most this much.
 pub const CURSOR_FLUSH_MS: u64 = 1_000;
+/// SYNCs under way, per shard; over it BUSY. Each holds a page and the places of its request.
+pub const SYNCS_IN_FLIGHT_MAX: usize = 1_024;
+/// Questions to the store that one page of a SYNC may take; then it is answered with what there is.
+pub const SYNC_QUESTIONS_MAX: u32 = 64;
+/// Rows of receipts kept in memory, per shard.
+pub const RECEIPTS_CACHED_MAX: usize = 65_536;
+/// Conversations whose receipts were told within the last interval, per shard; of one more nobody is told, which is counted.
+pub const RECEIPTS_TOLD_MAX: usize = 65_536;
+/// RECEIPTS under way, per shard; over it BUSY.
+pub const RECEIPT_LISTS_MAX: usize = 16;
 /// What a client is told to wait after BUSY.
 pub const BUSY_RETRY_MS: u32 = 50;

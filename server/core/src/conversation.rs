@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 
 use ringline_cluster::placement::ShardIndex;
 use ringline_schema::errors::ErrorCode;
-use ringline_schema::ids::{ConversationId, DeviceKey, Seq, UserName, body_hash};
+use ringline_schema::ids::{ConversationId, DeviceId, DeviceKey, Seq, UserName, body_hash};
 use ringline_schema::message::SendAck;
 use ringline_schema::record::{Answer, Change, Query, Record, StoredMessage, User};
 use ringline_schema::rows::{Row, RowKey, RowValue};
@@ -17,6 +17,7 @@ use crate::config::WAITERS_PER_LOAD_MAX;
 use crate::event::{ConnId, Effects, ShardMessage};
 use crate::filter::{Filter, Seen};
 use crate::peer::{Ask, Origin, Submit, Wanted};
+use crate::receipts::ReceiptWrite;
 use crate::shard::{Question, Shard};
 use crate::social::SocialPending;
 use crate::social::settings::{PERMIT_MS, Parked, REFUSAL_MS};
@@ -138,6 +139,13 @@ pub(crate) enum PendingWork {
         user: User,
     },
     Social(Box<SocialPending>),
+    Receipt(Box<ReceiptWrite>),
+    /// A MARK of this user.
+    Mark(Origin, UserName),
+    /// A DROP_DEVICE.
+    Dropped(Origin, DeviceId),
+    /// A request that is answered by DONE.
+    Done(Origin),
 }
 
 impl Shard {
@@ -440,6 +448,10 @@ impl Shard {
                 PendingWork::Repeat { origin, ack } => self.answer_send(origin, (true, Ok(ack)), None, fx),
                 PendingWork::User { conn, user } => self.user_created(conn, user, fx),
                 PendingWork::Social(pending) => self.social_stored(*pending, fx),
+                PendingWork::Receipt(write) => self.receipt_written(*write, fx),
+                PendingWork::Mark(origin, user) => self.marked(origin, &user, Ok(()), fx),
+                PendingWork::Dropped(origin, device) => self.dropped(origin, device, fx),
+                PendingWork::Done(origin) => self.tell_done(origin, Ok(()), fx),
             }
         }
     }
@@ -479,6 +491,11 @@ impl Shard {
             }
             PendingWork::User { conn, user } => self.user_not_created(conn, &user, fx),
             PendingWork::Social(pending) => self.social_failed(&pending, fx),
+            PendingWork::Receipt(write) => self.receipt_not_written(&write, fx),
+            PendingWork::Mark(origin, user) => self.marked(origin, &user, Err(ErrorCode::StoreFailed), fx),
+            PendingWork::Dropped(origin, _) | PendingWork::Done(origin) => {
+                self.tell_done(origin, Err(ErrorCode::StoreFailed), fx);
+            }
         }
     }
 

@@ -43,6 +43,7 @@ counters! {
     lagged               "LAGGED frames queued";
     receipts             "delivery acknowledgements told to senders";
     cursors_written      "cursor records appended";
+    receipts_untold      "news of receipts dropped: the device reads too slowly, or too many were told at once";
     loads                "questions to the store";
     conversations_evicted "conversations dropped from the cache";
     signals              "signals taken from clients";

@@ -166,14 +166,23 @@ impl Shard {
         for (conn, conversation) in std::mem::take(&mut self.dirty_cursors) {
             let Some(login) = self.sessions.login_mut(conn) else { continue };
             let Some(known) = login.known.get_mut(&conversation) else { continue };
-            known.dirty = false;
             let (acked, user, device) = (known.acked, login.user.clone(), login.device);
+            if self.tell_delivered(&user, (conversation, acked), fx).is_err() {
+                self.dirty_cursors.push((conn, conversation));
+                self.arm_cursors();
+                continue;
+            }
+            if let Some(known) = self.sessions.login_mut(conn).and_then(|login| login.known.get_mut(&conversation)) {
+                known.dirty = false;
+            }
             self.append_cursor(Record::Cursor { user, device, conversation, seq: acked }, fx);
         }
     }
 
     /// Writes one cursor of a device that is going.
     pub(crate) fn write_cursor(&mut self, login: &Login, conversation: ConversationId, seq: Seq, fx: &mut Effects) {
+        // A full lane here loses the news of a receipt until the next acknowledgement.
+        let _ = self.tell_delivered(&login.user, (conversation, seq), fx);
         self.append_cursor(Record::Cursor { user: login.user.clone(), device: login.device, conversation, seq }, fx);
     }
 

@@ -7,24 +7,31 @@
 //! - [`event`]: the interface. [`config`]: settings and bounds.
 //! - `session`: connections, their states and output. `login`: who is who. `send`, `conversation`: the way of a
 //!   message from its sender to the log. `deliver`: from the log to the devices, and back as acknowledgements.
-//!   `read`: history and lists. `social`: signals, block lists, privacy and presence.
+//!   `read`: history. `list`: conversations and marks. `devices`: of a user. `sync`: what a device missed. `receipts`,
+//!   `receipt_list`: who has received and read what. `social`: signals, block lists, privacy, presence. `chat`: who serves which.
 
 #![forbid(unsafe_code)]
 
+mod chat;
 pub mod config;
 mod conversation;
 pub mod counters;
 mod deliver;
+mod devices;
 pub mod event;
 mod filter;
 mod invariants;
+mod list;
 mod login;
 mod peer;
 mod read;
+mod receipt_list;
+mod receipts;
 mod send;
 mod session;
 mod shard;
 mod social;
+mod sync;
 mod timers;
 
 pub use shard::Shard;

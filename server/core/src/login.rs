@@ -11,6 +11,7 @@ use ringline_schema::record::{Answer, Query, Record, User};
 
 use crate::config::{DevicePolicy, LOGIN_FAILURES_MAX};
 use crate::conversation::{Pending, PendingWork};
+use crate::devices::kept_agent;
 use crate::event::{CloseReason, ConnId, Effects, Verdict, Work, WorkOutcome};
 use crate::session::{Login, State};
 use crate::shard::{Question, Shard};
@@ -23,6 +24,8 @@ pub struct Attempt {
     step: Step,
     /// `None` for REGISTER.
     device: Option<(DeviceId, DeviceKind)>,
+    /// Of the device.
+    agent: String,
 }
 
 /// What an attempt waits for.
@@ -77,7 +80,7 @@ impl Shard {
             return self.attempt_refused(conn, request_id, ErrorCode::BadPassword, fx);
         }
         let step = Step::NameFree(password.to_owned());
-        self.begin(conn, Attempt { request_id, user, step, device: None }, fx);
+        self.begin(conn, Attempt { request_id, user, step, device: None, agent: String::new() }, fx);
         Verdict::Continue
     }
 
@@ -101,15 +104,16 @@ impl Shard {
             return Verdict::HandOver(self.owner(user.partition()));
         }
         let device = Some((login.device, login.device_kind));
+        let agent = kept_agent(login.agent);
         match login.credential {
             Credential::Password(Secret(password)) if password.len() <= limits::PASSWORD_BYTES_MAX => {
                 let step = Step::UserForPassword(password.to_owned());
-                self.begin(conn, Attempt { request_id, user, step, device }, fx);
+                self.begin(conn, Attempt { request_id, user, step, device, agent }, fx);
             }
             Credential::Token(Secret(token)) if token.len() <= limits::TOKEN_BYTES_MAX => {
                 let work = Work::VerifyToken { token: token.to_owned(), user: user.clone() };
                 let step = Step::Proof { by_token: true };
-                if self.put_attempt(conn, Attempt { request_id, user, step, device }) {
+                if self.put_attempt(conn, Attempt { request_id, user, step, device, agent }) {
                     self.work(conn, work, fx);
                 }
             }
@@ -324,6 +328,7 @@ impl Shard {
         if first {
             self.arrived(&user, fx);
         }
+        self.note_device(user, (device, kind), attempt.agent, fx);
     }
 
     /// Makes room for a device: the same device goes, and what the policy does not allow beside the new one.
@@ -351,7 +356,7 @@ impl Shard {
         }
     }
 
-    fn kick(&mut self, conn: ConnId, reason: KickReason, fx: &mut Effects) {
+    pub(crate) fn kick(&mut self, conn: ConnId, reason: KickReason, fx: &mut Effects) {
         let detail = match reason {
             KickReason::Replaced => "this device logged in again",
             KickReason::DevicePolicy => "another device of this user logged in",
@@ -383,6 +388,7 @@ impl Shard {
         for user in login.social.iter().flat_map(|social| &social.watching) {
             self.forget_watch(conn, user);
         }
+        self.syncs.remove(&conn);
         for (conversation, known) in login.known.iter().filter(|(_, known)| known.dirty) {
             self.write_cursor(login, *conversation, known.acked, fx);
         }

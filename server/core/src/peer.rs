@@ -8,6 +8,8 @@ use ringline_schema::message::{BodyKind, Receipt, SendAck};
 use ringline_schema::record::{Answer, Range, StoredMessage};
 
 use crate::event::ConnId;
+use crate::receipt_list::{NoReceipts, ReceiptAsk, ReceiptPage};
+use crate::receipts::{ReceiptNews, ReceiptUp};
 pub use crate::social::SocialMessage;
 
 /// The request that something is an answer to. The connection may be gone when the answer comes.
@@ -109,6 +111,32 @@ pub enum ShardMessage {
         origin: Origin,
         conversation: ConversationId,
         answer: Answer,
+    },
+    /// To the owner of the conversation.
+    ReceiptUp(Box<ReceiptUp>),
+    /// To the shard of a user who is told.
+    ReceiptNews(Box<ReceiptNews>),
+    /// To the owner of the conversation; answered by `ReceiptPage`.
+    ReceiptAsk(Box<ReceiptAsk>),
+    ReceiptPage {
+        origin: Origin,
+        page: Box<Result<ReceiptPage, NoReceipts>>,
+    },
+    /// To the origin of a request that is answered by DONE or a failure.
+    Done {
+        origin: Origin,
+        result: Result<(), ErrorCode>,
+    },
+    /// To every other shard, before the SYNC of a connection: bring the index up to date. Answered by `Flushed`.
+    Flush {
+        conn: ConnId,
+        number: u64,
+    },
+    /// `done` false: it is too busy, or its store cannot read.
+    Flushed {
+        conn: ConnId,
+        number: u64,
+        done: bool,
     },
     /// To a shard whose part of the online list is wanted.
     Online {

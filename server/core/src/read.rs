@@ -1,11 +1,11 @@
-//! History and lists: FETCH, CONVERSATIONS, ONLINE. A page is never larger than a frame, and one client has at most
+//! History and who is there: FETCH, ONLINE. A page is never larger than a frame, and one client has at most
 //! an outbox of pages on their way.
 
 use ringline_cluster::placement::ShardIndex;
 use ringline_schema::errors::ErrorCode;
-use ringline_schema::ids::{ConversationId, Seq, UserName};
+use ringline_schema::ids::{ConversationId, UserName};
 use ringline_schema::limits;
-use ringline_schema::message::{Conversation, Fetch, OnlineUser, Reply};
+use ringline_schema::message::{Fetch, OnlineUser, Reply};
 use ringline_schema::record::{Answer, Query, Range};
 
 use crate::event::{ConnId, Effects, ShardMessage};
@@ -24,7 +24,7 @@ impl Shard {
     }
 
     /// Whether a client may ask for a page now: its outbox has room and questions can be opened.
-    fn may_page(&self, conn: ConnId) -> Result<(), ErrorCode> {
+    pub(crate) fn may_page(&self, conn: ConnId) -> Result<(), ErrorCode> {
         if self.sessions.room_for_page(conn) && self.may_load() { Ok(()) } else { Err(ErrorCode::Busy) }
     }
 
@@ -75,53 +75,6 @@ impl Shard {
         }
         let messages = messages.iter().map(|message| message.as_wire()).collect();
         let reply = Reply::FetchOk { conversation: id, first, head, messages };
-        self.sessions.answer(origin.conn, origin.request_id, &reply, fx);
-    }
-
-    pub(crate) fn conversations(
-        &mut self,
-        conn: ConnId,
-        request_id: u32,
-        (cursor, limit): (ConversationId, u16),
-        fx: &mut Effects,
-    ) {
-        let origin = Origin { shard: self.config.shard, conn, request_id };
-        if let Err(code) = self.may_page(conn) {
-            return self.sessions.fail(conn, request_id, code, fx);
-        }
-        let limit = self.page_rows(limit);
-        let Some(login) = self.sessions.login_mut(conn) else { return };
-        let query = Query::Conversations { user: login.user.clone(), device: login.key, cursor, limit };
-        self.load(Question::Conversations(origin), query, fx);
-    }
-
-    pub(crate) fn conversations_loaded(&mut self, origin: Origin, answer: Answer, fx: &mut Effects) {
-        let Answer::Conversations(rows) = answer else {
-            return self.sessions.fail(origin.conn, origin.request_id, ErrorCode::Internal, fx);
-        };
-        let Some(login) = self.sessions.login_mut(origin.conn) else { return };
-        // What this session has said is newer than what was written of it.
-        let acked = |id: &ConversationId| login.known.get(id).map_or(Seq::ZERO, |known| known.acked);
-        let conversations = rows
-            .iter()
-            .map(|row| Conversation {
-                conversation: row.conversation,
-                with: row.with.as_str(),
-                first: row.first,
-                head: row.head,
-                last_time_ms: row.last_time_ms,
-                acked: row.acked.max(acked(&row.conversation)),
-                read: row.read,
-                pinned: row.pinned,
-                muted_until_ms: row.muted_until_ms,
-                standing: row.standing,
-                title: &row.title,
-                last: None,
-            })
-            .collect();
-        // A short page is not the last one for sure, an empty one is.
-        let next = rows.last().map_or(ConversationId(0), |row| row.conversation);
-        let reply = Reply::ConversationsOk { conversations, next };
         self.sessions.answer(origin.conn, origin.request_id, &reply, fx);
     }
 

@@ -20,14 +20,19 @@ use crate::config::{
 use crate::conversation::{Conversation, Pending};
 use crate::counters::{Counters, Levels};
 use crate::deliver::DeliveryWait;
+use crate::devices::DeviceWork;
 use crate::event::{CloseReason, ConnId, Effect, Effects, Event, Now, ShardMessage, Token, Verdict, Work};
+use crate::list::{ListWork, MarkWork};
 use crate::peer::{Ask, Origin};
+use crate::receipt_list::ReceiptList;
+use crate::receipts::{Reader, Receipts};
 use crate::session::{Sessions, State};
 use crate::social::{Social, SocialQuestion};
+use crate::sync::SyncWork;
 use crate::timers::{Timer, Timers};
 
 /// What an open question to the store or the workers is for.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) enum Question {
     /// The user that a connection's REGISTER or LOGIN is about.
     AttemptUser(ConnId),
@@ -39,6 +44,17 @@ pub(crate) enum Question {
     Social(SocialQuestion),
     Fetch(Origin, ConversationId),
     Conversations(Origin),
+    /// The last message of the next conversation of a page.
+    Last(Box<ListWork>),
+    Mark(Box<MarkWork>),
+    Devices(Box<DeviceWork>),
+    /// How far a user has a conversation of this shard.
+    Receipt(Box<Reader>),
+    Receipts(Box<ReceiptList>),
+    /// What the SYNC of this connection asks next.
+    Sync(ConnId),
+    /// Whether this shard's index is up to date, for the SYNC of a connection of that shard.
+    Flush(ShardIndex, (ConnId, u64)),
 }
 
 /// See the module. Fields are shared by the `impl` blocks of this crate's files, each of which says what it owns.
@@ -82,6 +98,15 @@ pub struct Shard {
     pub(crate) dirty_cursors: Vec<(ConnId, ConversationId)>,
     pub(crate) cursors_armed: bool,
     pub(crate) social: Social,
+
+    /// SYNCs under way, at most one a session.
+    pub(crate) syncs: BTreeMap<ConnId, Box<SyncWork>>,
+    /// How far users have the conversations of this shard.
+    pub(crate) receipts: Receipts,
+    /// Users with a MARK under way.
+    pub(crate) marking: BTreeSet<UserName>,
+    /// RECEIPTS under way.
+    pub(crate) receipt_lists: usize,
 }
 
 /// The connections of one user: nearly always one, which then lies in the table itself.
@@ -119,6 +144,10 @@ impl Shard {
             next_delivery: 0,
             dirty_cursors: Vec::new(),
             cursors_armed: false,
+            syncs: BTreeMap::new(),
+            receipts: Receipts::new(FixedState::with_seed(hash_seed)),
+            marking: BTreeSet::new(),
+            receipt_lists: 0,
             config,
         }
     }
@@ -245,12 +274,8 @@ impl Shard {
             Request::Fetch(fetch) => self.fetch(conn, request_id, &fetch, fx),
             Request::Online { cursor, limit } => self.online(conn, request_id, (cursor, limit), fx),
             Request::Conversations { cursor, limit } => self.conversations(conn, request_id, (cursor, limit), fx),
+            Request::Chat(request) => self.chat(conn, request_id, request, fx),
             Request::Group { .. } => self.sessions.fail(conn, request_id, ErrorCode::Unsupported, fx),
-            Request::Chat(request) => {
-                if let Err(code) = self.social(conn, request_id, &request, fx) {
-                    self.sessions.fail(conn, request_id, code, fx);
-                }
-            }
         }
         match self.sessions.get(conn) {
             Some(session) if !session.is_draining() => Verdict::Continue,
@@ -282,6 +307,13 @@ impl Shard {
             ShardMessage::Fetched { origin, conversation, answer } => {
                 self.fetched(origin, conversation, answer, fx);
             }
+            ShardMessage::ReceiptUp(up) => self.receipt_up(*up, fx),
+            ShardMessage::ReceiptNews(news) => self.receipt_news(&news, fx),
+            ShardMessage::ReceiptAsk(ask) => self.receipts_asked(*ask, fx),
+            ShardMessage::ReceiptPage { origin, page } => self.receipts_answer(origin, *page, fx),
+            ShardMessage::Done { origin, result } => self.tell_done(origin, result, fx),
+            ShardMessage::Flush { conn, number } => self.flush(from, (conn, number), fx),
+            ShardMessage::Flushed { conn, number, done } => self.flushed((conn, number), done, fx),
             ShardMessage::Online { origin, after, limit } => self.online_part(origin, (after, limit), fx),
             ShardMessage::OnlinePage { origin, users, more } => self.online_page(origin, from, (users, more), fx),
         }
@@ -295,6 +327,13 @@ impl Shard {
             Some(Question::Social(question)) => self.social_loaded(question, answer, fx),
             Some(Question::Fetch(origin, conversation)) => self.fetched(origin, conversation, answer, fx),
             Some(Question::Conversations(origin)) => self.conversations_loaded(origin, answer, fx),
+            Some(Question::Last(work)) => self.last_loaded(work, answer, fx),
+            Some(Question::Mark(work)) => self.mark_loaded(work, answer, fx),
+            Some(Question::Devices(work)) => self.devices_loaded(*work, answer, fx),
+            Some(Question::Receipt(reader)) => self.receipt_loaded(*reader, answer, fx),
+            Some(Question::Receipts(list)) => self.receipts_loaded(list, answer, fx),
+            Some(Question::Sync(conn)) => self.sync_loaded(conn, answer, fx),
+            Some(Question::Flush(asker, sync)) => self.flush_loaded(asker, sync, &answer, fx),
             Some(Question::AttemptWork(_)) | None => debug_assert!(false, "an answer nobody asked for"),
         }
     }
@@ -374,6 +413,7 @@ impl Shard {
                     self.cursors_armed = false;
                     self.flush_cursors(fx);
                 }
+                Timer::Receipts => self.receipts_due(fx),
             }
         }
     }

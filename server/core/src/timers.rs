@@ -21,6 +21,8 @@ pub enum Timer {
     Presence,
     /// Write the cursors that moved.
     Cursors,
+    /// Tell what receipts have moved.
+    Receipts,
 }
 
 /// Deadlines in monotonic microseconds, earliest first; equal ones in order of [`Timer`], so that replays agree.

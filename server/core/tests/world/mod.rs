@@ -14,7 +14,7 @@ use ringline_schema::errors::ErrorCode;
 use ringline_schema::frame::{Flags, FrameDecoder};
 use ringline_schema::ids::{ConversationId, DeviceId, Partition, Seq, UserName};
 use ringline_schema::message::{
-    Ack, BodyKind, Class, Credential, DeviceKind, Fetch, Login, Mentions, Reply, Request, Secret, Send,
+    Ack, BodyKind, ChatReply, Class, Credential, DeviceKind, Fetch, Login, Mentions, Reply, Request, Secret, Send,
 };
 use ringline_store::memory::{self, MemoryStore};
 use ringline_store::{LoadToken, Store, StoreEvent};
@@ -509,7 +509,10 @@ impl Client {
                     [ErrorCode::Busy, ErrorCode::BadRequest, ErrorCode::NoSuchUser, ErrorCode::NoSuchConversation];
                 assert!(known.contains(code), "unexpected {code}");
             }
-            Reply::Receipt(_) | Reply::OnlineOk { .. } | Reply::Kicked { .. } => {}
+            Reply::Receipt(_)
+            | Reply::OnlineOk { .. }
+            | Reply::Kicked { .. }
+            | Reply::Chat(ChatReply::ReceiptUpto { .. }) => {}
             other => panic!("unexpected {other:?}"),
         }
     }
