@@ -102,6 +102,7 @@ errors! {
     62 StoreFailed    "STORE_FAILED"     Server retry=true  closes=false "the store failed; whether the message was kept is unknown";
     63 ShuttingDown   "SHUTTING_DOWN"    Server retry=true  closes=false "the server is stopping";
     64 Internal       "INTERNAL"         Server retry=true  closes=false "the server made an error";
+    66 DiskFull       "DISK_FULL"        Server retry=true  closes=false "the server's disk is full: nothing was stored";
     65 TooManyConnections "TOO_MANY_CONNECTIONS" Server retry=true closes=true "this server holds as many connections as it may";
     // Groups.
     80 BadGroup       "BAD_GROUP"        Client retry=false closes=false "a group name is # and 1 to 63 bytes, by the rules of user names";

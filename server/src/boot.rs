@@ -227,6 +227,7 @@ pub fn store_options(config: &Config) -> EmbeddedOptions {
     EmbeddedOptions {
         segment_bytes: config.store_segment_bytes,
         index_cache_bytes: config.store_cache_bytes,
+        free_bytes_min: config.store_free_bytes_min,
         // Whatever the core may ask at once finds room.
         loads_max: core_bounds::LOADS_IN_FLIGHT_MAX + core_bounds::WORK_IN_FLIGHT_MAX,
         ..EmbeddedOptions::default()

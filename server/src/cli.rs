@@ -38,7 +38,7 @@ enum Command {
     Token(TokenArgs),
     /// Check this machine: what was found, why it matters, the command that mends it. Exits with 1 if something fails.
     Doctor(DoctorArgs),
-    /// Check, repair or export the data folder of a server that is stopped.
+    /// Check, repair, export (of a stopped server) or back up (also of a running one) the data folder.
     #[command(subcommand)]
     Store(StoreCommand),
     /// Print the configuration.

@@ -392,6 +392,8 @@ settings! {
         "A log goes on in a new file after this.";
     store_cache_bytes: u64 = "store.cache_bytes" ["bytes"] 32 * MIB, Bounds::Number(MIB, 1_048_576 * MIB),
         "Block cache of the index, for the node.";
+    store_free_bytes_min: u64 = "store.free_bytes_min" ["bytes"] 64 * MIB, Bounds::Number(0, 1_048_576 * MIB),
+        "With less room than this on the disk durable messages are refused with DISK_FULL.";
     cache_conversations: usize = "cache.conversations" ["conversations"] 65_536, Bounds::Number(1_024, 16_777_216),
         "Conversation heads kept in memory, per core.";
     cache_users: usize = "cache.users" ["users"] 65_536, Bounds::Number(1_024, 16_777_216),

@@ -71,6 +71,7 @@ pub struct Reactor {
     /// Records that the store had no room for: in order, before any newer one.
     backlog: VecDeque<Record>,
     store_failed: bool,
+    disk_full: bool,
     draining: bool,
     reported_us: u64,
     handed_in: u64,
@@ -98,6 +99,7 @@ impl Reactor {
             arrived: Vec::new(),
             backlog: VecDeque::new(),
             store_failed: false,
+            disk_full: false,
             draining: false,
             reported_us: 0,
             handed_in: 0,
@@ -245,6 +247,10 @@ impl Reactor {
             }
         }
         self.store_events = events;
+        let full = self.parts.store.is_disk_full();
+        if std::mem::replace(&mut self.disk_full, full) != full {
+            self.tell(Event::DiskSpace { full });
+        }
         self.perform();
         any
     }
@@ -476,6 +482,7 @@ impl Reactor {
             },
             allocations: allocations::of_this_thread(),
             store_failed: self.store_failed,
+            disk_full: self.disk_full,
             draining: self.draining,
         }
     }

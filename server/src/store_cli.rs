@@ -14,6 +14,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use ringline_schema::ids::ConversationId;
 use ringline_schema::record::StoredMessage;
 use ringline_schema::rows::{Row, RowKey, RowValue};
+use ringline_store::embedded::backup::{BackupReport, backup};
 use ringline_store::embedded::offline::{self, CheckReport, Exported, IndexState, Progress, RepairReport};
 use ringline_store::embedded::{Damage, Torn};
 use serde_json::{Value, json};
@@ -27,13 +28,15 @@ const EXPORT_BUFFER_BYTES: usize = 1024 * 1024;
 /// Redraws of the progress bar.
 const DRAWS_PER_S: u8 = 10;
 
-/// What to do with the folder; the server must not be running.
+/// What to do with the folder; but for a backup the server must not be running.
 #[derive(Debug, Subcommand)]
 pub enum StoreCommand {
     /// Read all logs and the whole index and say what is damaged. Changes no log. Exit code 2: something is.
     Check(ReportArgs),
     /// Rebuild the index from the logs. A damaged log is left alone unless --skip-damaged is given. Exit code 2: it was.
     Repair(RepairArgs),
+    /// Copy the folder to another one that a server can start from. The server may be running.
+    Backup(BackupArgs),
     /// Write all users, conversations, messages and rows as JSON lines. Password hashes are left out.
     Export(ExportArgs),
 }
@@ -52,6 +55,15 @@ pub struct RepairArgs {
     /// Leave out what can't be read. It is lost; the damaged files stay beside the new ones.
     #[arg(long)]
     skip_damaged: bool,
+    #[command(flatten)]
+    report: ReportArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct BackupArgs {
+    /// An empty or new folder.
+    #[arg(value_name = "DIR")]
+    to: PathBuf,
     #[command(flatten)]
     report: ReportArgs,
 }
@@ -83,6 +95,15 @@ pub fn run(command: StoreCommand) -> Result<u8, String> {
             say(args.report.json, &repair_json(&report), &repair_text(&report));
             Ok(if report.rebuilt.is_some() { 0 } else { EXIT_DAMAGED })
         }
+        StoreCommand::Backup(args) => {
+            let report = backup(data_dir, &args.to, watch).map_err(|error| error.to_string())?;
+            bar.end();
+            let BackupReport { logs, segments, bytes, records } = report;
+            let text = format!("{records} records, {bytes} bytes in {segments} segments of {logs} logs\n");
+            let json = json!({ "records": records, "bytes": bytes, "segments": segments, "logs": logs });
+            say(args.report.json, &json, &text);
+            Ok(0)
+        }
         StoreCommand::Export(args) => {
             let lines = export(data_dir, args.out.as_deref(), watch)?;
             bar.end();
@@ -96,6 +117,7 @@ fn data_dir(command: &StoreCommand) -> Result<PathBuf, String> {
     let config = match command {
         StoreCommand::Check(args) => &args.config,
         StoreCommand::Repair(args) => &args.report.config,
+        StoreCommand::Backup(args) => &args.report.config,
         StoreCommand::Export(args) => &args.config,
     };
     Ok(config.load()?.0.data_dir)

@@ -68,6 +68,10 @@ pub enum Event<'a> {
     },
     /// The store is poisoned: nothing more will become durable.
     StoreFailed,
+    /// The store's disk has no room, or has room again: durable work is refused with `DISK_FULL` meanwhile.
+    DiskSpace {
+        full: bool,
+    },
     /// The answer to [`Effect::Load`].
     Loaded {
         token: Token,

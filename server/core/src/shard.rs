@@ -64,6 +64,8 @@ pub struct Shard {
     pub(crate) sessions: Sessions,
     pub(crate) timers: Timers,
     pub(crate) draining: bool,
+    /// The store's disk has no room.
+    pub(crate) disk_full: bool,
     pub(crate) poisoned: bool,
     pub(crate) lanes_blocked: Vec<bool>,
     pub(crate) questions: HashMap<Token, Question, FixedState>,
@@ -122,6 +124,7 @@ impl Shard {
             sessions: Sessions::new(&config),
             timers: Timers::default(),
             draining: false,
+            disk_full: false,
             poisoned: false,
             lanes_blocked: vec![false; lanes],
             questions: HashMap::with_hasher(hasher.clone()),
@@ -193,6 +196,7 @@ impl Shard {
             }
             Event::Stored { upto } => self.stored(upto, fx),
             Event::StoreFailed => self.store_failed(fx),
+            Event::DiskSpace { full } => self.disk_full = full,
             Event::Loaded { token, answer } => self.loaded(token, answer, fx),
             Event::Worked { token, outcome } => {
                 if let Some(Question::AttemptWork(conn)) = self.questions.remove(&token) {
@@ -367,13 +371,17 @@ impl Shard {
         self.appended
     }
 
-    /// Whether the queue to the disk takes another record: `STORE_FAILED`, `SHUTTING_DOWN` or `BUSY` otherwise.
+    /// Whether the queue to the disk takes another record: `STORE_FAILED`, `SHUTTING_DOWN`,
+    /// `DISK_FULL` or `BUSY` otherwise.
     pub(crate) fn may_append(&self) -> Result<(), ErrorCode> {
         if self.poisoned {
             return Err(ErrorCode::StoreFailed);
         }
         if self.draining {
             return Err(ErrorCode::ShuttingDown);
+        }
+        if self.disk_full {
+            return Err(ErrorCode::DiskFull);
         }
         let records = (self.appended - self.stored) as usize;
         if records >= APPENDS_IN_FLIGHT_MAX || self.pending_bytes >= APPEND_BYTES_IN_FLIGHT_MAX {

@@ -367,6 +367,24 @@ fn a_repeat_gets_its_old_seq_and_another_body_is_a_conflict() {
 }
 
 #[test]
+fn a_full_disk_refuses_what_is_durable_and_nothing_else_until_there_is_room() {
+    let mut node = Node::new(|_| ());
+    let ann = node.login("ann");
+    node.send(ann, "ann", Class::Durable, 1);
+    node.told(ann);
+    let _ = node.event(Event::DiskSpace { full: true });
+    node.send(ann, "ann", Class::Durable, 2);
+    assert_eq!(node.told_codes(ann), [ErrorCode::DiskFull]);
+    assert!(ErrorCode::DiskFull.retryable());
+    node.send(ann, "ann", Class::Transient, 3);
+    assert!(!node.told(ann).is_empty(), "it is delivered");
+    let _ = node.event(Event::DiskSpace { full: false });
+    node.send(ann, "ann", Class::Durable, 4);
+    let told = node.told(ann);
+    assert!(told.iter().any(|told| matches!(decode(told), Reply::SendAck(ack) if ack.seq == Seq(2))));
+}
+
+#[test]
 fn nothing_is_acknowledged_before_the_commit_and_a_failed_store_says_so() {
     let mut node = Node::new(|_| ());
     let ann = node.login("ann");

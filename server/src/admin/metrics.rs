@@ -70,6 +70,8 @@ metrics! {
     Counter "sleeps" None, "times that the core went to sleep", |core| core.shell.sleeps;
     Gauge "store_failed" None, "1 once the store failed: nothing durable is accepted",
         |core| u64::from(core.store_failed);
+    Gauge "store_disk_full" None, "1 while the disk has no room: durable messages are refused",
+        |core| u64::from(core.disk_full);
     Counter "store_commits" None, "batches made durable", |core| core.store.commits;
     Counter "store_records" None, "records made durable", |core| core.store.records;
     Counter "store_log" Some(Unit::Bytes), "bytes written to the log and synced", |core| core.store.bytes;

@@ -133,6 +133,7 @@ fn health(answers: &[Answer]) -> (StatusCode, String) {
         let reason = match snapshot {
             None => "does not answer",
             Some(snapshot) if snapshot.store_failed => "its store failed: nothing durable is accepted",
+            Some(snapshot) if snapshot.disk_full => "its disk is full: durable messages are refused",
             Some(snapshot) if snapshot.draining => "is stopping",
             Some(_) => continue,
         };

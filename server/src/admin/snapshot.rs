@@ -47,6 +47,8 @@ pub struct Snapshot {
     /// What the core's thread has taken from the allocator, in a build that counts.
     pub allocations: Option<Allocations>,
     pub store_failed: bool,
+    /// Its disk has no room: durable messages are refused.
+    pub disk_full: bool,
     /// The node is stopping.
     pub draining: bool,
 }
@@ -171,6 +173,7 @@ pub(super) mod tests {
             store: StoreStats::new(),
             allocations: None,
             store_failed: false,
+            disk_full: false,
             draining: false,
         }
     }

@@ -115,6 +115,12 @@ pub trait Store {
     /// Moves what has happened into `events`. Cheap when nothing has: no system call.
     fn poll(&mut self, events: &mut Vec<StoreEvent>);
 
+    /// Whether the disk has too little room for more: what was appended still becomes durable, new work should be
+    /// refused until this is false again. Changes wake like events do; cheap to ask.
+    fn is_disk_full(&self) -> bool {
+        false
+    }
+
     /// Becomes readable (edge-triggered use: never read it) when `poll` has something new; `None`: poll finds
     /// everything at once, there is nothing to wait for.
     fn wake_fd(&self) -> Option<BorrowedFd<'_>>;

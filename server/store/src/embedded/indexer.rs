@@ -19,7 +19,8 @@ use super::index::IndexError;
 use super::query;
 use super::rows::Watermark;
 use super::scan::{Found, Scanner};
-use super::segments::{FOREIGN, Preparation, ReadError, Segment};
+use super::segments::{FOREIGN, ReadError, Segment, is_full};
+use super::space::Space;
 use super::{EmbeddedOptions, Node};
 use crate::LoadToken;
 
@@ -62,6 +63,7 @@ pub(super) struct Indexer {
     pub applied_bytes: Arc<AtomicU64>,
     /// Set when the handle is gone: leave the backlog to the next start.
     pub stop: Arc<AtomicBool>,
+    pub space: Space,
     /// How far the overlay knows the log.
     pub at: Position,
     /// Records read and not yet in the overlay.
@@ -79,7 +81,9 @@ impl Indexer {
         // On Linux the nice value is a thread's own.
         let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), NICENESS);
         loop {
-            let job = match self.flush_due {
+            // Without room a flush waits for it.
+            let flush_due = self.flush_due.filter(|_| !self.space.is_full());
+            let job = match flush_due.into_iter().chain(self.space.due()).min() {
                 None => self.jobs.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(due) => self.jobs.recv_timeout(due.saturating_duration_since(Instant::now())),
             };
@@ -89,6 +93,7 @@ impl Indexer {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
+            self.look_for_room();
             if self.flush_due.is_some_and(|due| due <= Instant::now()) {
                 self.flush(false);
             }
@@ -109,18 +114,45 @@ impl Indexer {
                 let answer = if self.failed { Answer::Failed } else { query::answer(&self.node, &query) };
                 self.reply(Reply::Loaded(token, answer));
             }
-            Job::Prepare(number) => {
-                let preparation =
-                    Preparation { segment_bytes: self.options.segment_bytes, zero: self.options.zero_segments };
-                match self.node.segments.prepare(self.log, number, preparation) {
-                    Ok(segment) => self.reply(Reply::Prepared(segment)),
-                    Err(source) => {
-                        let path = self.node.segments.path(self.log, number);
-                        self.fail(&ReadError::Io { path, source }.into());
-                    }
-                }
-            }
+            Job::Prepare(number) => self.prepare(number),
             Job::Close => {}
+        }
+    }
+
+    /// Makes a segment ready, or puts it off until the disk has room.
+    fn prepare(&mut self, number: u32) {
+        match self.node.segments.prepare(self.log, number, self.options.preparation()) {
+            Ok(segment) => {
+                self.space.put_off = None;
+                self.reply(Reply::Prepared(segment));
+            }
+            Err(error) if is_full(&error) => {
+                self.space.put_off = Some(number);
+                self.say_full(true);
+            }
+            Err(source) => {
+                let path = self.node.segments.path(self.log, number);
+                self.fail(&ReadError::Io { path, source }.into());
+            }
+        }
+    }
+
+    /// Looks at the disk when it is time, and makes up for what was put off when there is room again.
+    fn look_for_room(&mut self) {
+        if self.failed || !self.space.is_due(Instant::now()) {
+            return;
+        }
+        let room = self.space.has_room();
+        if room && let Some(number) = self.space.put_off {
+            self.prepare(number);
+        }
+        self.say_full(!room || self.space.put_off.is_some());
+    }
+
+    fn say_full(&mut self, full: bool) {
+        if self.space.set_full(full) {
+            // The shard may be asleep; see `reply`.
+            let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
         }
     }
 
@@ -139,7 +171,11 @@ impl Indexer {
                 self.at.offset = scanner.offset();
                 match kind {
                     Kind::Run => {}
-                    Kind::Seal => self.at = Position::start_of(segment.header.number.saturating_add(1)),
+                    Kind::Seal => {
+                        // The slack is not needed any more. If it can't be given back, it is only room.
+                        let _ = segment.file.set_len(u64::from(self.at.offset));
+                        self.at = Position::start_of(segment.header.number.saturating_add(1));
+                    }
                     Kind::Record(_) => self.batch.extend(indexed.map(|indexed| (indexed, place))),
                 }
                 if self.batch.len() >= APPLY_RECORDS_MAX {
@@ -171,6 +207,12 @@ impl Indexer {
     }
 
     fn flush(&mut self, closed: bool) {
+        // The index must not meet a full disk: its library would take nothing more. The log has it all, and while the
+        // disk is full little is added.
+        if !self.space.has_room() {
+            self.say_full(true);
+            return;
+        }
         self.flush_due = None;
         let Some(overlay) = self.node.overlays.get(usize::from(self.log)).filter(|_| !self.failed) else { return };
         // This thread is the only writer: between the two locks nothing is added. Others may read meanwhile.

@@ -229,9 +229,10 @@ impl Log {
         finish(&mut self.filling, start, Stamp { kind, first_of_batch: start == 0, partition, salt, offset });
     }
 
-    /// A segment that no next one relieves may grow to twice its size, then appends wait.
+    /// A segment that no next one relieves may grow into its slack, then appends wait. Beyond it nothing is reserved, and
+    /// a commit could meet a full disk.
     fn segment_has_room(&self, bytes: usize) -> bool {
         let end = u64::from(self.offset) + (self.filling.len() + bytes + MARKS_BYTES_MAX) as u64;
-        end <= 2 * self.segment_bytes + self.batch_bytes_max as u64 && end < u64::from(u32::MAX)
+        end <= self.segment_bytes + self.batch_bytes_max as u64 && end < u64::from(u32::MAX)
     }
 }

@@ -5,7 +5,7 @@
 //! - [`rows`], [`index`], [`overlay`]: what is derived: rows in a key-value library, and the newest ones in memory.
 //!   [`indexer`]: the plain thread of each shard that derives them, behind the acknowledgement; [`query`]: what it answers.
 //! - [`recovery`]: what a start does with what it finds. [`offline`]: what a person does while nobody runs: check, repair,
-//!   export; [`survey`], [`salvage`], [`sweep`]: its parts.
+//!   export; [`survey`], [`salvage`], [`sweep`]: its parts. [`backup`]: a copy, also of a folder in use. [`space`]: a full disk.
 //!
 //! ```text
 //! DIR/ringline-data     what this folder is: format version and identity
@@ -17,6 +17,7 @@
 //!
 //! Logs belong to the node, one for each shard that it ever had: whatever the number of shards now, all are read.
 
+pub mod backup;
 mod format;
 mod index;
 mod indexer;
@@ -31,6 +32,7 @@ mod salvage;
 mod scan;
 mod segments;
 mod shard;
+mod space;
 mod survey;
 mod sweep;
 
@@ -53,9 +55,10 @@ use self::overlay::Overlay;
 use self::recovery::{Recovery, RecoveryError};
 use self::rows::Watermark;
 use self::scan::SCAN_BYTES;
-use self::segments::{Preparation, ReadError, Segments, sync_folder};
+use self::segments::{Preparation, ReadError, Segments, reserve_again, sync_folder};
 pub use self::shard::EmbeddedShard;
 use self::shard::Failure;
+use self::space::Space;
 pub use self::survey::{Damage, Torn};
 use crate::StoreStats;
 
@@ -92,6 +95,9 @@ pub struct EmbeddedOptions {
     /// that is busy all the time are written once a flush. What a crash replays is at most this much.
     pub flush_records_max: usize,
     pub flush_interval_ms: u64,
+    /// With less room on the disk than this, [`crate::Store::is_disk_full`] says so and rows stay in memory: what is left
+    /// is for the index and for whoever makes room.
+    pub free_bytes_min: u64,
     /// Block cache of the index, for the node.
     pub index_cache_bytes: u64,
     /// Rows that the index holds in memory before it writes a table, for the node.
@@ -109,9 +115,17 @@ impl Default for EmbeddedOptions {
             loads_max: 4096,
             flush_records_max: 131_072,
             flush_interval_ms: 5_000,
+            free_bytes_min: 64 * MIB,
             index_cache_bytes: 32 * MIB,
             index_memtable_bytes: 16 * MIB,
         }
+    }
+}
+
+impl EmbeddedOptions {
+    fn preparation(&self) -> Preparation {
+        let slack_bytes = self.batch_bytes_max.max(BATCH_BYTES_MIN) as u64;
+        Preparation { segment_bytes: self.segment_bytes, slack_bytes, zero: self.zero_segments }
     }
 }
 
@@ -246,11 +260,16 @@ impl EmbeddedStore {
 
         for log in 0..shards {
             if ends.iter().all(|(found, _)| *found != log) {
-                let preparation = Preparation { segment_bytes: options.segment_bytes, zero: options.zero_segments };
                 let segment = segments
-                    .prepare(log, 1, preparation)
+                    .prepare(log, 1, options.preparation())
                     .map_err(|source| OpenError::Io { path: segments.path(log, 1), source })?;
                 ends.push((log, LogEnd { segment, offset: Position::start_of(1).offset, next: None, run: 0 }));
+            }
+        }
+        for (_, end) in ends.iter().filter(|(log, _)| *log < shards) {
+            for segment in std::iter::once(&end.segment).chain(&end.next) {
+                reserve_again(&segment.file, options.preparation())
+                    .map_err(|source| OpenError::Io { path: segment.path.clone(), source })?;
             }
         }
         let run = ends.iter().map(|(_, end)| end.run).max().unwrap_or(0).saturating_add(1);
@@ -354,6 +373,7 @@ fn start_shard(
     let (reply_sender, replies) = crossbeam_channel::bounded(options.loads_max + REPLIES_SPARE);
     let applied_bytes = Arc::new(AtomicU64::new(0));
     let stop = Arc::new(AtomicBool::new(false));
+    let full = Arc::new(AtomicBool::new(false));
     let indexer = Indexer {
         node: Arc::clone(node),
         log,
@@ -363,6 +383,7 @@ fn start_shard(
         wake: Arc::clone(&wake),
         applied_bytes: Arc::clone(&applied_bytes),
         stop: Arc::clone(&stop),
+        space: Space::new(&node.folder, options.free_bytes_min, Arc::clone(&full)),
         at: end.watermark(false).at,
         batch: Vec::new(),
         flush_due: None,
@@ -379,6 +400,7 @@ fn start_shard(
         wake,
         applied_bytes,
         stop,
+        full,
         options: options.clone(),
         stats: StoreStats::new(),
         untold: None,
@@ -456,6 +478,10 @@ fn index_error(dir: &Path, error: &IndexError) -> OpenError {
 }
 
 #[cfg(test)]
+mod backup_tests;
+#[cfg(test)]
 mod offline_tests;
+#[cfg(test)]
+mod space_tests;
 #[cfg(test)]
 mod tests;

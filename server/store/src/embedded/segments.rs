@@ -80,6 +80,8 @@ pub(super) enum ReadError {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Preparation {
     pub segment_bytes: u64,
+    /// Room that is reserved behind them, for a batch that crosses the end: no commit ever needs room that is not there.
+    pub slack_bytes: u64,
     /// Write zeros instead of only reserving room.
     pub zero: bool,
 }
@@ -89,12 +91,19 @@ pub(super) struct Preparation {
 pub(super) struct Segments {
     /// `dir/log`
     folder: PathBuf,
+    /// Belongs to another process: nothing is removed or opened for writing.
+    read_only: bool,
     open: Mutex<LruCache<(u16, u32), Arc<Segment>>>,
 }
 
 impl Segments {
     pub fn new(folder: PathBuf) -> Self {
-        Self { folder, open: Mutex::new(LruCache::new(OPEN_SEGMENTS_MAX)) }
+        Self { folder, read_only: false, open: Mutex::new(LruCache::new(OPEN_SEGMENTS_MAX)) }
+    }
+
+    /// Of a folder that a server may be using.
+    pub fn read_only(folder: PathBuf) -> Self {
+        Self { read_only: true, ..Self::new(folder) }
     }
 
     /// The logs that exist, in rising order.
@@ -117,7 +126,7 @@ impl Segments {
             let number = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse().ok());
             match (number, path.extension().and_then(|extension| extension.to_str())) {
                 (Some(number), Some("log")) => numbers.push(number),
-                (Some(_), Some("new")) => fs::remove_file(&path)?,
+                (Some(_), Some("new")) if !self.read_only => fs::remove_file(&path)?,
                 _ => {}
             }
         }
@@ -133,7 +142,7 @@ impl Segments {
         }
         let path = self.path(log, number);
         let io_error = |source| ReadError::Io { path: path.clone(), source };
-        let file = OpenOptions::new().read(true).write(true).open(&path).map_err(io_error)?;
+        let file = OpenOptions::new().read(true).write(!self.read_only).open(&path).map_err(io_error)?;
         let mut bytes = [0; SEGMENT_HEADER_BYTES as usize];
         let bad = |what: &str| ReadError::Bad { path: path.clone(), offset: 0, what: what.to_owned() };
         match file.read_exact_at(&mut bytes, 0) {
@@ -158,18 +167,40 @@ impl Segments {
             sync_folder(&self.folder)?;
         }
         let new = self.path(log, number).with_extension("new");
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&new)?;
+        match self.make(&new, (log, number), preparation) {
+            Ok((file, header)) => self.take_in(&new, header, file),
+            Err(error) => {
+                // What a full disk let it have is given back at once.
+                let _ = fs::remove_file(&new);
+                Err(error)
+            }
+        }
+    }
+
+    fn make(
+        &self,
+        new: &Path,
+        (log, number): (u16, u32),
+        preparation: Preparation,
+    ) -> io::Result<(File, SegmentHeader)> {
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(new)?;
         let header = SegmentHeader { log, number, salt: rand::random() };
         if preparation.zero {
             write_zeros(&file, preparation.segment_bytes)?;
         } else {
             reserve(&file, preparation.segment_bytes)?;
         }
+        reserve_behind(&file, preparation)?;
         file.write_all_at(&header.encode(), 0)?;
         file.sync_all()?;
+        Ok((file, header))
+    }
+
+    fn take_in(&self, new: &Path, header: SegmentHeader, file: File) -> io::Result<Arc<Segment>> {
+        let (log, number) = (header.log, header.number);
         let path = self.path(log, number);
-        fs::rename(&new, &path)?;
-        sync_folder(&folder)?;
+        fs::rename(new, &path)?;
+        sync_folder(&self.log_folder(log))?;
         let segment = Arc::new(Segment { header, path, file });
         self.open.lock().unwrap_or_else(PoisonError::into_inner).put((log, number), Arc::clone(&segment));
         Ok(segment)
@@ -191,6 +222,28 @@ pub(super) fn reserve(file: &File, bytes: u64) -> io::Result<()> {
         Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Reserves the slack behind a segment without making the file longer.
+fn reserve_behind(file: &File, preparation: Preparation) -> io::Result<()> {
+    match fallocate(file, FallocateFlags::KEEP_SIZE, preparation.segment_bytes, preparation.slack_bytes) {
+        Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Reserves again what a segment that is being written may need, after a cut or under other options.
+pub(super) fn reserve_again(file: &File, preparation: Preparation) -> io::Result<()> {
+    // Never shorter, and zeros are not written a second time: the log's end is in what is there already.
+    if file.metadata()?.len() < preparation.segment_bytes {
+        reserve(file, preparation.segment_bytes)?;
+    }
+    reserve_behind(file, preparation)
+}
+
+/// Whether room is what was missing.
+pub(super) fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 fn write_zeros(file: &File, bytes: u64) -> io::Result<()> {

@@ -27,6 +27,8 @@ pub struct EmbeddedShard {
     pub(super) wake: Arc<OwnedFd>,
     pub(super) applied_bytes: Arc<AtomicU64>,
     pub(super) stop: Arc<AtomicBool>,
+    /// Set and cleared by the index thread: the disk has no room.
+    pub(super) full: Arc<AtomicBool>,
     pub(super) options: EmbeddedOptions,
     pub(super) stats: StoreStats,
     /// A commit that the index thread has not been told of, because its queue was full.
@@ -179,6 +181,10 @@ impl Store for EmbeddedShard {
             self.tell();
         }
         events.append(&mut self.events);
+    }
+
+    fn is_disk_full(&self) -> bool {
+        self.full.load(Ordering::Relaxed)
     }
 
     fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
