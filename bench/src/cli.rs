@@ -19,6 +19,7 @@ use crate::plan::{Pace, Plan, Scenario, Slow, names};
 use crate::search::SearchArgs;
 use crate::stamp::STAMP_BYTES;
 use crate::storm::StormArgs;
+use crate::torture::TortureArgs;
 
 /// The largest payload that fits a default frame.
 const PAYLOAD_BYTES_MAX: u32 = FRAME_BYTES_MAX - MESSAGE_OVERHEAD_BYTES_MAX;
@@ -66,6 +67,13 @@ pub enum Command {
     ///
     /// Exit code: 0 every client is logged in at the end; 1 some are not, or the run could not be done; 2 wrong usage.
     Storm(StormArgs),
+    /// Kill, stop, cut off and restart a server under mixed traffic, and check what its clients saw
+    ///
+    /// Starts a server of its own. Every accepted message must be there afterwards, once, at its place; every stream
+    /// without gap and repetition; and so on: the same checker judges the simulator's runs.
+    ///
+    /// Exit code: 0 every promise held; 1 one did not, or the run could not be done; 2 wrong usage.
+    Torture(TortureArgs),
     #[command(flatten)]
     Contest(Contest),
 }
@@ -332,7 +340,7 @@ mod tests {
         let base = ["ringline-bench", "run", "--clients", "4"];
         match Cli::try_parse_from(base.iter().chain(more))?.command {
             Command::Run(args) => Ok(args),
-            Command::Idle(_) | Command::Storm(_) | Command::Contest(_) => unreachable!(),
+            Command::Idle(_) | Command::Storm(_) | Command::Torture(_) | Command::Contest(_) => unreachable!(),
         }
     }
 
@@ -343,7 +351,7 @@ mod tests {
         for command in cli.get_subcommands_mut() {
             let help = command.render_long_help().to_string();
             // Those that start their servers themselves ask for no key.
-            let starts_servers = ["floor", "compare", "floor-server"].contains(&command.get_name());
+            let starts_servers = ["floor", "compare", "floor-server", "torture"].contains(&command.get_name());
             assert!(help.contains("Exit code") && (starts_servers || help.contains("--issuer-key")), "{help}");
             for argument in command.get_arguments() {
                 assert!(argument.get_help().is_some(), "{} has no help", argument.get_id());

@@ -8,9 +8,14 @@
 //!   [`sources`] (local addresses), [`facts`], [`server_process`], [`token`], [`cli`].
 //! - Against others: [`wire`] (protocols, pure), [`compare`], [`floor`], [`floor_ring`] (the bare echo).
 //!
-//! Nothing of the server or of the client SDK is used: what is measured is what the wire shows.
+//! - Correctness: [`checker`] (histories against promises; shares no code with what it judges), [`sim`] (shards and SDK
+//!   under one seed), [`torture`] (real servers that are killed).
+//!
+//! What measures uses nothing of the server or of the SDK: what is measured is what the wire shows. The simulator alone
+//! drives shards; it and `torture` drive the SDK.
 
 pub mod check;
+pub mod checker;
 pub mod cli;
 pub mod compare;
 pub mod engine;
@@ -28,11 +33,13 @@ pub mod report;
 pub mod run;
 pub mod search;
 pub mod server_process;
+pub mod sim;
 pub mod sources;
 pub mod stamp;
 pub mod storm;
 pub mod tally;
 pub mod token;
+pub mod torture;
 pub mod wire;
 
 /// Why a command ended without a result. One clear line for people.

@@ -9,7 +9,7 @@ use clap::Parser;
 use ringline_bench::Failure;
 use ringline_bench::cli::{Cli, Command, RunArgs};
 use ringline_bench::compare::{self, cli::Contest};
-use ringline_bench::{floor, html, idle, run, search, storm};
+use ringline_bench::{floor, html, idle, run, search, storm, torture};
 use serde::Serialize;
 
 const EXIT_BROKEN: u8 = 1;
@@ -29,6 +29,7 @@ fn main() -> ExitCode {
             write_json(args.json.as_deref(), &report)?;
             Ok(report.clean())
         }),
+        Command::Torture(args) => torture::torture(&args),
         Command::Contest(Contest::Floor(args)) => floor::floor(&args),
         Command::Contest(Contest::Compare(args)) => compare::compare(&args),
         Command::Contest(Contest::FloorServer(args)) => floor::serve(&args).map(|never| match never {}),

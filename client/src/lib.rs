@@ -41,6 +41,8 @@
 
 mod client;
 mod connection;
+#[cfg(feature = "machine")]
+pub mod machine;
 mod pending;
 mod session;
 mod social;

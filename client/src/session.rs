@@ -127,7 +127,7 @@ pub enum CloseReason {
 
 /// The connection must end.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Cut {
+pub enum Cut {
     /// Another connection may be tried.
     Lost(LinkError),
     End(CloseReason),

@@ -17,6 +17,7 @@ use crate::config::WAITERS_PER_LOAD_MAX;
 use crate::event::{ConnId, Effects, ShardMessage};
 use crate::filter::{Filter, Seen};
 use crate::peer::{Ask, Origin, Submit, Wanted};
+use crate::planted::Bug;
 use crate::receipts::ReceiptWrite;
 use crate::shard::{Question, Shard};
 use crate::social::SocialPending;
@@ -215,7 +216,9 @@ impl Shard {
             conversation.waiting.push_front(submit);
             return self.load(Question::Head(id, device), Query::Head { conversation: id, device }, fx);
         };
-        match filter.check(submit.client_seq, body_hash(&submit.body)) {
+        let unfiltered = self.planted.is(Bug::NoDuplicateFilter);
+        let seen = if unfiltered { Seen::New } else { filter.check(submit.client_seq, body_hash(&submit.body)) };
+        match seen {
             Seen::New => match self.permission(&submit) {
                 Some(Ok(())) => self.write(submit, fx),
                 Some(Err(code)) => self.refuse(submit.origin, code, fx),
@@ -263,7 +266,9 @@ impl Shard {
             extra: None,
         };
         let mut known_device = false;
-        if let Some(filter) = conversation.filter(submit.device_key) {
+        if !self.planted.is(Bug::NoDuplicateFilter)
+            && let Some(filter) = conversation.filter(submit.device_key)
+        {
             known_device = !filter.is_empty();
             filter.insert(message.accepted());
         }
@@ -316,8 +321,9 @@ impl Shard {
         if !conversation.loaded {
             conversation.loaded = true;
             conversation.exists = head.exists;
-            conversation.head = head.head;
-            conversation.committed = head.head;
+            let low = u64::from(self.planted.is(Bug::HeadOneLow));
+            conversation.head = Seq(head.head.0.saturating_sub(low));
+            conversation.committed = conversation.head;
         }
         if conversation.filter(device).is_none() {
             if conversation.filters.len() >= FILTERS_PER_CONVERSATION_MAX && conversation.in_flight == 0 {

@@ -10,6 +10,7 @@ use ringline_schema::record::{Record, StoredMessage};
 use crate::config::DELIVERY_ACKS_MAX;
 use crate::event::{ConnId, Effects, ShardMessage};
 use crate::peer::{Origin, Wanted};
+use crate::planted::Bug;
 use crate::session::Login;
 use crate::shard::Shard;
 use crate::timers::{Timer, Timers};
@@ -56,7 +57,11 @@ impl Shard {
                 Err(_) => self.tell_receipt(wanted.origin, timeout_receipt(message), fx),
             }
         }
-        let Some(conns) = self.online.get(&message.to) else { return };
+        let mut to = &message.to;
+        if self.planted.is(Bug::WrongUser) {
+            to = self.online_names.iter().find(|name| **name != message.from).unwrap_or(to);
+        }
+        let Some(conns) = self.online.get(to) else { return };
         let wire = message.as_wire();
         for &conn in conns {
             self.sessions.deliver_durable(conn, &wire, &message.from, fx);
@@ -136,11 +141,12 @@ impl Shard {
     /// The time for an acknowledgement is over.
     pub(crate) fn delivery_due(&mut self, number: u64, fx: &mut Effects) {
         let Some(wait) = self.delivery_waits.remove(&number) else { return };
+        let lie = self.planted.is(Bug::FalseReceipt);
         let receipt = Receipt {
             conversation: wait.conversation,
             seq: wait.seq,
             client_seq: wait.client_seq,
-            outcome: Outcome::DeliveryTimeout,
+            outcome: if lie { Outcome::Delivered } else { Outcome::DeliveryTimeout },
             device: DeviceId(0),
         };
         self.delivery_index.remove(&(wait.conversation, wait.user, wait.seq));
@@ -189,7 +195,7 @@ impl Shard {
     /// A cursor that can't be written is only redelivery after a restart, which clients filter.
     fn append_cursor(&mut self, record: Record, fx: &mut Effects) {
         let busy = self.may_append() == Err(ErrorCode::Busy);
-        if !self.poisoned && !busy {
+        if !self.poisoned && !busy && !self.planted.is(Bug::ForgottenCursor) {
             self.sessions.counters.cursors_written += 1;
             self.append(record, fx);
         }

@@ -24,6 +24,7 @@ mod invariants;
 mod list;
 mod login;
 mod peer;
+pub mod planted;
 mod read;
 mod receipt_list;
 mod receipts;

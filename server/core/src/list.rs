@@ -72,6 +72,11 @@ impl Shard {
             return self.sessions.fail(origin.conn, origin.request_id, ErrorCode::Internal, fx);
         };
         let Some(login) = self.sessions.login_mut(origin.conn) else { return };
+        // A device may have what this row says it has not acknowledged: its ACK died with a node or a connection. It can
+        // say so again without being given the messages again.
+        for row in rows.iter().filter(|row| row.acked < row.head) {
+            login.show(row.conversation, row.head);
+        }
         let (user, bytes_left) = (login.user.clone(), self.config.frame_bytes_max as usize / 4);
         let lasts = Vec::with_capacity(rows.len());
         self.list_on(Box::new(ListWork { origin, user, rows, lasts, bytes_left }), fx);

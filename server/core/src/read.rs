@@ -3,13 +3,14 @@
 
 use ringline_cluster::placement::ShardIndex;
 use ringline_schema::errors::ErrorCode;
-use ringline_schema::ids::{ConversationId, UserName};
+use ringline_schema::ids::{ConversationId, Seq, UserName};
 use ringline_schema::limits;
 use ringline_schema::message::{Fetch, OnlineUser, Reply};
 use ringline_schema::record::{Answer, Query, Range};
 
 use crate::event::{ConnId, Effects, ShardMessage};
 use crate::peer::Origin;
+use crate::planted::Bug;
 use crate::shard::{Question, Shard};
 
 /// What one row of a page may take besides its body: two names and a table.
@@ -42,7 +43,7 @@ impl Shard {
         // The id is made from the session's own name, so nobody reads a conversation of others.
         let conversation = ConversationId::direct(&login.user, &with);
         let range = Range {
-            after: fetch.after,
+            after: Seq(fetch.after.0.saturating_add(self.planted.is(Bug::PageSkipsOne).into())),
             before: fetch.before,
             limit: self.page_rows(fetch.limit),
             bytes_max: self.config.frame_bytes_max / 2,

@@ -24,6 +24,7 @@ use crate::devices::DeviceWork;
 use crate::event::{CloseReason, ConnId, Effect, Effects, Event, Now, ShardMessage, Token, Verdict, Work};
 use crate::list::{ListWork, MarkWork};
 use crate::peer::{Ask, Origin};
+use crate::planted::{Bug, Planted};
 use crate::receipt_list::ReceiptList;
 use crate::receipts::{Reader, Receipts};
 use crate::session::{Sessions, State};
@@ -109,6 +110,7 @@ pub struct Shard {
     pub(crate) marking: BTreeSet<UserName>,
     /// RECEIPTS under way.
     pub(crate) receipt_lists: usize,
+    pub(crate) planted: Planted,
 }
 
 /// The connections of one user: nearly always one, which then lies in the table itself.
@@ -151,8 +153,15 @@ impl Shard {
             receipts: Receipts::new(FixedState::with_seed(hash_seed)),
             marking: BTreeSet::new(),
             receipt_lists: 0,
+            planted: Planted::default(),
             config,
         }
+    }
+
+    /// Switches a planted bug on; for tests of the simulator's checker.
+    #[cfg(feature = "planted-bugs")]
+    pub fn plant(&mut self, bug: Option<Bug>) {
+        self.planted.plant(bug);
     }
 
     /// Takes one event to its end. Effects are added to `fx`; the verdict is about the event's connection.
@@ -178,6 +187,9 @@ impl Shard {
                 Verdict::Continue
             }
         };
+        if self.planted.is(Bug::AckBeforeCommit) {
+            self.stored(self.appended, fx);
+        }
         while let Some((conn, login)) = self.sessions.ended.pop() {
             self.forget_login(conn, &login, fx);
         }
@@ -194,7 +206,8 @@ impl Shard {
                     self.sessions.counters.connections_closed += 1;
                 }
             }
-            Event::Stored { upto } => self.stored(upto, fx),
+            Event::Stored { upto } if !self.planted.is(Bug::AckBeforeCommit) => self.stored(upto, fx),
+            Event::Stored { .. } => {}
             Event::StoreFailed => self.store_failed(fx),
             Event::DiskSpace { full } => self.disk_full = full,
             Event::Loaded { token, answer } => self.loaded(token, answer, fx),

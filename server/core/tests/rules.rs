@@ -528,6 +528,30 @@ fn a_device_can_only_acknowledge_what_it_was_given() {
     assert_eq!((conversations[0].with, conversations[0].head, conversations[0].acked), ("ann", Seq(1), Seq(1)));
 }
 
+/// A client says an ACK again that died with a connection or a node, when the list shows its conversation behind.
+#[test]
+fn what_the_list_shows_can_be_acknowledged() {
+    let mut node = Node::new(|_| ());
+    let (ann, bob) = (node.login("ann"), node.login("bob"));
+    node.send(ann, "bob", Class::Durable, 1);
+    let told = node.told(bob);
+    let Reply::Deliver(message) = decode(&told[0]) else { panic!() };
+    let _ = node.event(Event::Closed { conn: bob });
+    let bob = node.login("bob");
+    let cursor = ringline_schema::ids::ConversationId(0);
+    let _ = node.ask(bob, Request::Conversations { cursor, limit: 10 });
+    node.told(bob);
+    let ack = |seq| Request::Ack(Ack::Upto { conversation: message.conversation, seq: Seq(seq) });
+    let _ = node.ask(bob, ack(2));
+    assert_eq!(node.told_codes(bob), [ErrorCode::BadRequest], "above the head");
+    let _ = node.ask(bob, ack(1));
+    assert_eq!(node.told_codes(bob), []);
+    let _ = node.ask(bob, Request::Conversations { cursor, limit: 10 });
+    let told = node.told(bob);
+    let Reply::ConversationsOk { conversations, .. } = decode(&told[0]) else { panic!() };
+    assert_eq!(conversations[0].acked, Seq(1));
+}
+
 #[test]
 fn a_slow_reader_lags_then_fetches_and_in_the_end_is_closed() {
     let mut node = Node::new(|config| config.outbox_bytes_max = 8 * 1024);

@@ -1,0 +1,538 @@
+//! The world of a run: a queue of what happens when, and the clients' side of it.
+//!
+//! Invariants: what is put into the queue for one moment comes out in the order it was put in; bytes of one direction of
+//! a connection arrive in order; nothing that belongs to an earlier life of the node or of a process has an effect.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap, VecDeque};
+use std::time::Duration;
+
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+use ringline_client::{Class, SendOptions};
+use ringline_core::event::{ConnId, ShardMessage, Token, Work};
+use ringline_schema::frame::FrameDecoder;
+use ringline_schema::record::Query;
+
+use super::Bug;
+use super::device::{Device, Tap};
+use super::disk::Disk;
+use super::node::Side;
+use crate::checker::{Device as Name, Happening, History};
+
+pub const USERS: u32 = 5;
+const DEVICES_PER_USER: u64 = 2;
+/// Steps after which a run is given up: something spins.
+const STEPS_MAX: u64 = 3_000_000;
+/// Virtual time after the faults within which everything must have settled.
+const HEAL_US: u64 = 180_000_000;
+/// A moved cursor is written within a second; this is longer.
+const CURSOR_TIME_US: u64 = 5_000_000;
+/// As the SDK's shell: a random time up to a bound that doubles from here …
+const BACK_OFF_US_MIN: u64 = 200_000;
+/// … to here (the SDK's is 30 s; shorter, so that more happens in a run).
+const BACK_OFF_US_MAX: u64 = 5_000_000;
+
+/// What can happen.
+pub enum Action {
+    /// A client tries to connect.
+    Connect {
+        client: usize,
+        process: u32,
+    },
+    ToServer {
+        link: u64,
+        bytes: Vec<u8>,
+    },
+    ToClient {
+        link: u64,
+        bytes: Vec<u8>,
+    },
+    ServerSeesEnd {
+        link: u64,
+    },
+    ClientSeesEnd {
+        link: u64,
+    },
+    /// A connection arrives at the shard of its user.
+    HandOver {
+        link: u64,
+    },
+    /// The client's kernel has taken bytes.
+    Sent {
+        link: u64,
+        bytes: usize,
+    },
+    Lane {
+        epoch: u32,
+        lane: (u16, u16),
+    },
+    Commit {
+        epoch: u32,
+        shard: usize,
+    },
+    Loaded {
+        epoch: u32,
+        shard: usize,
+        token: Token,
+        query: Query,
+    },
+    Worked {
+        epoch: u32,
+        shard: usize,
+        token: Token,
+        work: Work,
+    },
+    Timer {
+        epoch: u32,
+        shard: usize,
+    },
+    Wake {
+        client: usize,
+        process: u32,
+    },
+    Take {
+        client: usize,
+        process: u32,
+    },
+    Act {
+        client: usize,
+    },
+    Fault,
+    Restart {
+        epoch: u32,
+        orderly: bool,
+    },
+}
+
+struct Due {
+    at_us: u64,
+    number: u64,
+    action: Action,
+}
+
+impl PartialEq for Due {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+impl Eq for Due {}
+impl PartialOrd for Due {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Due {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.at_us, self.number).cmp(&(other.at_us, other.number))
+    }
+}
+
+/// A connection.
+pub struct Link {
+    pub client: usize,
+    pub shard: usize,
+    pub conn: ConnId,
+    pub decoder: FrameDecoder,
+    /// The server reads no more.
+    pub stopped: bool,
+    /// On its way to another shard: the bytes that came meanwhile.
+    pub moving: Option<Vec<u8>>,
+    pub in_flight: bool,
+    pub server_open: bool,
+    pub client_open: bool,
+    pub tap: Tap,
+    pub to_server_us: u64,
+    pub to_client_us: u64,
+}
+
+/// See the module.
+pub struct World {
+    pub(super) rng: SmallRng,
+    pub(super) bug: Option<Bug>,
+    pub now_us: u64,
+    queue: BinaryHeap<Reverse<Due>>,
+    queued: u64,
+    pub(super) disk: Disk,
+    pub(super) sides: Vec<Side>,
+    /// Rises with each life of the node.
+    pub(super) epoch: u32,
+    /// False between a crash and the restart.
+    pub(super) up: bool,
+    pub(super) next_shards: u16,
+    pub(super) lanes: BTreeMap<(u16, u16), VecDeque<ShardMessage>>,
+    pub(super) lane_due_us: BTreeMap<(u16, u16), u64>,
+    pub(super) links: BTreeMap<u64, Link>,
+    pub(super) next_link: u64,
+    pub(super) clients: Vec<Device>,
+    pub history: History,
+    /// The workload goes on, and things break.
+    pub(super) lively: bool,
+    /// Chance in percent that a write or an answer of the disk takes long.
+    pub(super) slow_disk_percent: u32,
+    ends_us: u64,
+    pub trace: u64,
+    pub steps: u64,
+    pub faults: u64,
+}
+
+impl World {
+    pub fn new(seed: u64, bug: Option<Bug>) -> Self {
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let shards = rng.random_range(1..=4);
+        let names = (0..USERS).flat_map(|user| (1..=DEVICES_PER_USER).map(move |number| Name { user, number }));
+        let mut world = Self {
+            bug,
+            now_us: 1,
+            queue: BinaryHeap::new(),
+            queued: 0,
+            disk: Disk::new(shards, bug),
+            sides: Vec::new(),
+            epoch: 0,
+            up: true,
+            next_shards: shards,
+            lanes: BTreeMap::new(),
+            lane_due_us: BTreeMap::new(),
+            links: BTreeMap::new(),
+            next_link: 0,
+            clients: names.map(Device::new).collect(),
+            history: History::default(),
+            lively: true,
+            slow_disk_percent: rng.random_range(0..10),
+            ends_us: rng.random_range(4_000_000..10_000_000),
+            trace: seed,
+            steps: 0,
+            faults: 0,
+            rng,
+        };
+        world.boot(shards);
+        for client in 0..world.clients.len() {
+            world.history.push(world.clients[client].name, Happening::Started);
+            let (connect, act) = (world.random_us(0, 50_000), world.random_us(0, 500_000));
+            world.after(connect, Action::Connect { client, process: 0 });
+            world.after(act, Action::Act { client });
+        }
+        world.after(300_000, Action::Fault);
+        world
+    }
+
+    pub(super) fn random_us(&mut self, from: u64, to: u64) -> u64 {
+        self.rng.random_range(from..=to)
+    }
+
+    pub(super) fn chance(&mut self, percent: u32) -> bool {
+        self.rng.random_range(0..100) < percent
+    }
+
+    pub(super) fn now_ms(&self) -> u64 {
+        self.now_us / 1_000
+    }
+
+    pub(super) fn after(&mut self, delay_us: u64, action: Action) {
+        self.at(self.now_us + delay_us, action);
+    }
+
+    pub(super) fn at(&mut self, at_us: u64, action: Action) {
+        self.queued += 1;
+        self.queue.push(Reverse(Due { at_us, number: self.queued, action }));
+    }
+
+    /// Mixes something that happened into the trace.
+    pub(super) fn note(&mut self, kind: u64, what: u64) {
+        self.trace = (self.trace ^ kind ^ what.rotate_left(17) ^ self.now_us).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        self.trace ^= self.trace >> 29;
+    }
+
+    fn step(&mut self) -> bool {
+        let Some(Reverse(due)) = self.queue.pop() else { return false };
+        self.steps += 1;
+        assert!(self.steps < STEPS_MAX, "the run does not come to an end");
+        self.now_us = self.now_us.max(due.at_us);
+        self.perform(due.action);
+        true
+    }
+
+    /// Faults and load, until the seed's time is over.
+    pub fn play(&mut self) {
+        while self.now_us < self.ends_us && self.step() {}
+        self.lively = false;
+        self.slow_disk_percent = 0;
+    }
+
+    /// Nothing breaks any more: everybody gets time to finish, logs are read back, cursors are held to their word.
+    pub fn finish(&mut self) {
+        if self.up && self.disk.any_failed() {
+            self.crash();
+        }
+        self.free_lanes();
+        self.clients.iter_mut().for_each(|client| client.stalled_until_us = 0);
+        let deadline = self.now_us + HEAL_US;
+        self.run_until(deadline, |world| {
+            world.up && world.clients.iter().all(|client| client.open_sends == 0 && client.machine.is_online())
+        });
+        // Whoever is behind catches up, and acknowledges.
+        self.run_until(self.now_us + CURSOR_TIME_US, |_| false);
+        let now_ms = self.now_ms();
+        for client in 0..self.clients.len() {
+            if self.clients[client].name.number == 1 {
+                self.clients[client].read_back(now_ms, 0..USERS);
+                self.pump(client);
+            }
+        }
+        self.run_until(self.now_us + HEAL_US, |world| world.clients.iter().all(|client| client.reading.is_none()));
+        self.run_until(self.now_us + CURSOR_TIME_US, |_| false);
+        for client in 0..self.clients.len() {
+            let online = self.clients[client].machine.is_online();
+            if online && self.clients[client].inbox.is_empty() {
+                self.history.push(self.clients[client].name, Happening::Settled);
+            }
+            self.restart_process(client);
+        }
+        self.run_until(self.now_us + CURSOR_TIME_US, |_| false);
+        self.sides.iter().for_each(|side| side.shard.check_invariants());
+    }
+
+    fn run_until(&mut self, deadline_us: u64, done: impl Fn(&Self) -> bool) {
+        while self.now_us < deadline_us && !done(self) {
+            if self.queue.peek().is_none_or(|due| due.0.at_us > deadline_us) {
+                self.now_us = deadline_us;
+                return;
+            }
+            self.step();
+        }
+    }
+
+    fn perform(&mut self, action: Action) {
+        match action {
+            Action::Connect { client, process } => {
+                if self.clients[client].process == process && self.clients[client].link.is_none() {
+                    self.connect(client);
+                }
+            }
+            Action::ToServer { link, bytes } => self.server_receives(link, &bytes),
+            Action::ToClient { link, bytes } => self.client_receives(link, &bytes),
+            Action::ServerSeesEnd { link } => self.server_sees_end(link),
+            Action::ClientSeesEnd { link } => self.client_sees_end(link),
+            Action::HandOver { link } => self.hand_over(link),
+            Action::Sent { link, bytes } => self.sent(link, bytes),
+            Action::Lane { epoch, lane } if epoch == self.epoch => self.lane_moves(lane),
+            Action::Commit { epoch, shard } if epoch == self.epoch => self.commit(shard),
+            Action::Loaded { epoch, shard, token, query } if epoch == self.epoch => self.loaded(shard, token, query),
+            Action::Worked { epoch, shard, token, work } if epoch == self.epoch => self.worked(shard, token, &work),
+            Action::Timer { epoch, shard } if epoch == self.epoch => self.timer(shard),
+            Action::Lane { .. }
+            | Action::Commit { .. }
+            | Action::Loaded { .. }
+            | Action::Worked { .. }
+            | Action::Timer { .. } => {}
+            Action::Wake { client, process } => {
+                if self.clients[client].process == process {
+                    self.clients[client].wake_us = 0;
+                    self.pump(client);
+                }
+            }
+            Action::Take { client, process } => self.take(client, process),
+            Action::Act { client } => self.act(client),
+            Action::Fault => self.fault(),
+            Action::Restart { epoch, orderly } => {
+                if epoch == self.epoch {
+                    self.restart(orderly);
+                }
+            }
+        }
+    }
+
+    // --- clients -------------------------------------------------------------------------------------------------
+
+    fn act(&mut self, client: usize) {
+        if !self.lively {
+            return;
+        }
+        let pause = self.random_us(10_000, 400_000);
+        self.after(pause, Action::Act { client });
+        if self.clients[client].open_sends > 40 {
+            return;
+        }
+        // Now and then a burst, so that several are in one batch of the disk.
+        let count = if self.chance(10) { self.rng.random_range(2..12) } else { 1 };
+        for _ in 0..count {
+            let to = self.rng.random_range(0..USERS);
+            let padding = if self.chance(5) { self.rng.random_range(200..3_000) } else { 0 };
+            let timeout = Duration::from_millis(self.rng.random_range(1..1_500));
+            let options = SendOptions {
+                class: if self.chance(15) { Class::Transient } else { Class::Durable },
+                delivery_timeout: self.chance(20).then_some(timeout),
+                give_up_after: self.chance(10).then_some(Duration::from_secs(2)),
+                ..SendOptions::default()
+            };
+            let now_ms = self.now_ms();
+            self.clients[client].send((now_ms, to), (options, padding), &mut self.history);
+        }
+        self.pump(client);
+    }
+
+    /// Lets a client's machine do what is due, and takes out what it brought.
+    pub(super) fn pump(&mut self, client: usize) {
+        let now_ms = self.now_ms();
+        let device = &mut self.clients[client];
+        let cut = device.machine.advance(now_ms).is_err();
+        device.finish(now_ms, &mut self.history);
+        let mut bytes = Vec::new();
+        device.machine.take_output(&mut bytes);
+        device.inbox.extend(device.machine.take_events());
+        let (process, link) = (device.process, device.link);
+        if let Some(link) = link {
+            self.client_writes(link, &bytes);
+            if cut {
+                self.client_cuts(link);
+            }
+        }
+        let device = &mut self.clients[client];
+        if !device.inbox.is_empty() && !device.taking {
+            device.taking = true;
+            let at_us = device.stalled_until_us.max(self.now_us);
+            let delay = self.random_us(0, 5_000);
+            self.at(at_us + delay, Action::Take { client, process });
+        }
+        let wake = self.clients[client].machine.next_wake(now_ms).map(|at_ms| at_ms.max(now_ms + 1) * 1_000);
+        if let Some(at_us) = wake
+            && (self.clients[client].wake_us == 0 || at_us < self.clients[client].wake_us)
+        {
+            self.clients[client].wake_us = at_us;
+            self.at(at_us, Action::Wake { client, process });
+        }
+    }
+
+    fn take(&mut self, client: usize, process: u32) {
+        if self.clients[client].process != process {
+            return;
+        }
+        self.clients[client].taking = false;
+        if self.clients[client].stalled_until_us <= self.now_us {
+            let count = self.rng.random_range(1..20);
+            self.clients[client].take(count, &mut self.history);
+        }
+        self.pump(client);
+    }
+
+    fn connect(&mut self, client: usize) {
+        if !self.up {
+            return self.try_again(client);
+        }
+        let shard = self.rng.random_range(0..self.sides.len());
+        self.next_link += 1;
+        let number = self.next_link;
+        let link = Link {
+            client,
+            shard,
+            conn: self.open_conn(shard),
+            decoder: FrameDecoder::new(),
+            stopped: false,
+            moving: None,
+            in_flight: false,
+            server_open: true,
+            client_open: true,
+            tap: Tap::default(),
+            to_server_us: 0,
+            to_client_us: 0,
+        };
+        self.links.insert(number, link);
+        self.sides[shard].conns.insert(self.links[&number].conn, number);
+        self.opened(shard, self.links[&number].conn);
+        let now_ms = self.now_ms();
+        self.clients[client].link = Some(number);
+        self.clients[client].machine.connected(now_ms, "token");
+        self.pump(client);
+    }
+
+    /// After a back-off with full jitter.
+    fn try_again(&mut self, client: usize) {
+        let device = &mut self.clients[client];
+        device.attempts += 1;
+        let (attempts, process) = (device.attempts, device.process);
+        let bound = (BACK_OFF_US_MIN << attempts.min(10)).min(BACK_OFF_US_MAX);
+        let delay = self.random_us(0, bound);
+        self.after(delay, Action::Connect { client, process });
+    }
+
+    fn client_writes(&mut self, link: u64, bytes: &[u8]) {
+        let mut rest = bytes;
+        while !rest.is_empty() && self.links.get(&link).is_some_and(|link| link.client_open) {
+            // In pieces, whose ends have nothing to do with those of frames.
+            let size = if self.chance(20) { self.rng.random_range(1..=rest.len()) } else { rest.len() };
+            let (piece, left) = rest.split_at(size);
+            rest = left;
+            let delay = self.random_us(50, 2_000);
+            let (now_us, Some(open)) = (self.now_us, self.links.get_mut(&link)) else { return };
+            open.tap.wrote(piece);
+            open.to_server_us = open.to_server_us.max(now_us + delay);
+            let (at_us, bytes) = (open.to_server_us, piece.to_vec());
+            self.at(at_us, Action::ToServer { link, bytes });
+        }
+    }
+
+    fn client_receives(&mut self, link: u64, bytes: &[u8]) {
+        let Some(open) = self.links.get_mut(&link).filter(|link| link.client_open) else { return };
+        let client = open.client;
+        open.tap.reached((self.clients[client].name, link), bytes, &mut self.history);
+        self.note(1, link.wrapping_mul(31).wrapping_add(ringline_schema::ids::body_hash(bytes)));
+        let now_ms = self.now_ms();
+        let cut = self.clients[client].machine.received(now_ms, bytes).is_err();
+        if self.clients[client].machine.is_online() {
+            self.clients[client].attempts = 0;
+        }
+        if cut {
+            self.client_cuts(link);
+        }
+        self.pump(client);
+    }
+
+    /// The client ends a connection.
+    pub(super) fn client_cuts(&mut self, link: u64) {
+        let Some(open) = self.links.get_mut(&link) else { return };
+        let (at_us, was_open) = (open.to_server_us, std::mem::replace(&mut open.client_open, false));
+        if was_open {
+            self.at(at_us.max(self.now_us), Action::ServerSeesEnd { link });
+            self.client_lost(link);
+        }
+    }
+
+    fn client_sees_end(&mut self, link: u64) {
+        let Some(open) = self.links.get_mut(&link) else { return };
+        if std::mem::replace(&mut open.client_open, false) {
+            self.client_lost(link);
+        }
+        self.forget_link(link);
+    }
+
+    fn client_lost(&mut self, link: u64) {
+        let Some(client) = self.links.get(&link).map(|link| link.client) else { return };
+        if self.clients[client].link == Some(link) {
+            self.clients[client].link = None;
+            self.clients[client].machine.disconnected();
+            self.try_again(client);
+            self.pump(client);
+        }
+    }
+
+    pub(super) fn forget_link(&mut self, link: u64) {
+        if self.links.get(&link).is_some_and(|link| !link.client_open && !link.server_open) {
+            self.links.remove(&link);
+        }
+    }
+
+    /// The process of a device dies, and another begins.
+    pub(super) fn restart_process(&mut self, client: usize) {
+        if let Some(link) = self.clients[client].link.take()
+            && let Some(open) = self.links.get_mut(&link)
+        {
+            open.client_open = false;
+            let at_us = open.to_server_us.max(self.now_us);
+            self.at(at_us, Action::ServerSeesEnd { link });
+        }
+        let now_us = self.now_us;
+        self.clients[client].restart(now_us, &mut self.history);
+        let (delay, process) = (self.random_us(0, 300_000), self.clients[client].process);
+        self.after(delay, Action::Connect { client, process });
+    }
+}

@@ -1,0 +1,130 @@
+//! The server under torture: one data folder and port over many lives of the process.
+//!
+//! Used by the main thread, whose end takes the process with it (`PR_SET_PDEATHSIG`, set by `setpriv`). Invariant: at
+//! most one process lives, and none is left when this is dropped.
+
+use std::fs::OpenOptions;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::net::TcpStream;
+use tokio::time::sleep;
+
+use super::failed;
+use crate::Failure;
+
+/// How long a server may take until it listens, and until it has ended in order.
+const START_TIME: Duration = Duration::from_secs(60);
+const STOP_TIME: Duration = Duration::from_secs(60);
+const BETWEEN_TRIES: Duration = Duration::from_millis(10);
+
+/// See the module.
+pub struct Server {
+    program: PathBuf,
+    folder: PathBuf,
+    target: SocketAddr,
+    child: Option<Child>,
+}
+
+impl Server {
+    pub fn new(program: PathBuf, folder: PathBuf) -> Result<Self, Failure> {
+        let program = std::path::absolute(program).map_err(|error| failed("the server's path", &error))?;
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|listener| listener.local_addr());
+        let target = listener.map_err(|error| failed("no free port", &error))?;
+        Ok(Self { program, folder, target, child: None })
+    }
+
+    pub fn target(&self) -> SocketAddr {
+        self.target
+    }
+
+    /// Where the server writes its key at its first start.
+    pub fn issuer_key(&self) -> PathBuf {
+        self.folder.join("data/issuer.pem")
+    }
+
+    /// Starts it and waits until it listens. Errors: it ended, or took too long; its log says why.
+    pub async fn start(&mut self, cores: u16) -> Result<(), Failure> {
+        let log = OpenOptions::new().create(true).append(true).open(self.folder.join("output.log"));
+        let log = log.map_err(|error| failed("cannot write the server's log", &error))?;
+        let other = log.try_clone().map_err(|error| failed("cannot write the server's log", &error))?;
+        let child = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL"])
+            .arg(&self.program)
+            .args(["serve", "--listen", &self.target.to_string(), "--cores", &cores.to_string(), "--log", "error"])
+            .arg("--data-dir")
+            .arg(self.folder.join("data"))
+            .stdin(Stdio::null())
+            .stdout(log)
+            .stderr(other)
+            .spawn();
+        self.child = Some(child.map_err(|error| failed("cannot start setpriv (util-linux)", &error))?);
+        let deadline = Instant::now() + START_TIME;
+        while Instant::now() < deadline {
+            if TcpStream::connect(self.target).await.is_ok() && self.issuer_key().exists() {
+                return Ok(());
+            }
+            if let Some(Ok(Some(status))) = self.child.as_mut().map(Child::try_wait) {
+                return Err(failed("the server did not start", &format!("{status}: {}", self.last_words())));
+            }
+            sleep(BETWEEN_TRIES).await;
+        }
+        Err(failed("the server did not start in time", &self.last_words()))
+    }
+
+    fn last_words(&self) -> String {
+        const LINES: usize = 5;
+        let text = std::fs::read_to_string(self.folder.join("output.log")).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().rev().take(LINES).collect();
+        lines.into_iter().rev().collect::<Vec<_>>().join(" | ")
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            // Fails only when it has ended already.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
+    fn signal(&self, signal: Signal) -> Result<(), Failure> {
+        let Some(child) = &self.child else { return Ok(()) };
+        kill_process(Pid::from_child(child), signal).map_err(|error| failed("cannot signal the server", &error))
+    }
+
+    pub fn freeze(&self) -> Result<(), Failure> {
+        self.signal(Signal::STOP)
+    }
+
+    pub fn thaw(&self) -> Result<(), Failure> {
+        self.signal(Signal::CONT)
+    }
+
+    /// SIGTERM, and waits. Errors: it did not end in time, or not with 0.
+    pub async fn stop(&mut self) -> Result<(), Failure> {
+        self.signal(Signal::TERM)?;
+        let deadline = Instant::now() + STOP_TIME;
+        while Instant::now() < deadline {
+            match self.child.as_mut().map(Child::try_wait) {
+                Some(Ok(None)) => sleep(BETWEEN_TRIES).await,
+                Some(Ok(Some(status))) => {
+                    self.child = None;
+                    let text = || format!("{status}: {}", self.last_words());
+                    return if status.success() { Ok(()) } else { Err(failed("an orderly stop ended with", &text())) };
+                }
+                Some(Err(_)) | None => return Ok(()),
+            }
+        }
+        Err(failed("the server did not stop in time", &self.last_words()))
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}

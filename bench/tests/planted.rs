@@ -1,0 +1,36 @@
+//! The checker can see: every planted bug is found within a bounded number of seeds, and by what clients saw.
+//!
+//! Needs the feature `planted-bugs`.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use ringline_bench::sim::{self, Bug};
+
+/// Seeds within which a bug has to be found.
+const SEEDS_MAX: u64 = 40;
+
+#[test]
+fn every_planted_bug_is_caught() {
+    let mut missed = Vec::new();
+    for bug in Bug::all() {
+        // A panic of the shard's own assertions is no proof of the checker: only verdicts count.
+        let caught = (0..SEEDS_MAX).find_map(|seed| {
+            let run = catch_unwind(AssertUnwindSafe(|| sim::run(seed, Some(bug)))).ok()?;
+            let first = run.verdict.violations.into_iter().next()?;
+            Some((seed, first))
+        });
+        match caught {
+            Some((seed, violation)) => println!("{bug:?}: seed {seed}, {violation}"),
+            None => missed.push(bug),
+        }
+    }
+    assert!(missed.is_empty(), "not seen within {SEEDS_MAX} seeds: {missed:?}");
+}
+
+#[test]
+fn without_a_bug_the_same_seeds_are_clean() {
+    for seed in 0..SEEDS_MAX / 4 {
+        let run = sim::run(seed, None);
+        assert!(run.verdict.is_clean(), "seed {seed}: {:?}", run.verdict.violations.first());
+    }
+}
