@@ -4,7 +4,7 @@
 //! terminal is never left in raw mode. Invariant: nothing that another user chose reaches the terminal without
 //! [`clean`], which leaves no control character in it.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{self, BufRead, IsTerminal, Read, Write};
@@ -50,7 +50,9 @@ const HELP: &str = "\
 /typing             tells whom you write to that you are typing
 /notice TEXT        for administrators: to everyone online
 /history NAME [N]   the last N messages with NAME (20, at most 200); a NAME with spaces goes in \"quotes\"
-/conversations      with whom, how many messages, how many are new to this device
+/conversations      with whom, how many messages, how many you have not read
+/pin NAME           /unpin NAME, /mute NAME HOURS: what you keep in sight, what may not disturb you
+/devices            where you are or were logged in; /drop ID logs one out
 /help               this list
 /quit               leave (or Ctrl-D)";
 
@@ -330,6 +332,7 @@ fn clean(text: &str) -> String {
     clean
 }
 
+mod account;
 mod social;
 
 // --- the conversation ----------------------------------------------------------------------------------------------
@@ -423,6 +426,7 @@ impl Chat {
             Event::CaughtUp { .. } => self.show_missed(),
             Event::Message(message) => self.message(message),
             Event::Receipt(_) => {}
+            Event::ReadUpto(upto) => self.read_upto(&upto),
             Event::Signal(signal) => self.signal(&signal),
             Event::SignalRefused { code, .. } => self.signal_refused(code),
             Event::Presence(rows) => self.presence(&rows),
@@ -468,6 +472,7 @@ impl Chat {
             None => {
                 let text = self.format(&message);
                 self.screen.line(&text);
+                self.seen(message.conversation, message.seq);
             }
         }
     }
@@ -484,10 +489,13 @@ impl Chat {
                 self.screen.line(&format!("{count} messages while you were away, the last {shown} are"));
             }
         }
+        let mut shown = BTreeMap::new();
         for message in &missed.newest {
             let text = self.format(message);
             self.screen.line(&text);
+            shown.insert(message.conversation, message.seq);
         }
+        shown.into_iter().for_each(|(conversation, seq)| self.seen(conversation, seq));
     }
 
     /// `12:03:04 bob: hello`, with the date if it is not today's.
@@ -549,7 +557,7 @@ impl Chat {
             "/conversations" => self.conversations().await,
             "/help" => self.screen.line(HELP),
             "/quit" => return false,
-            other if self.social(other, rest).await => {}
+            other if self.social(other, rest).await || self.account(other, rest).await => {}
             unknown => self.screen.line(&format!("no command {}; /help lists them", clean(unknown))),
         }
         true
@@ -643,7 +651,7 @@ impl Chat {
             };
             for row in page.conversations {
                 let (with, time) = (clean(row.with.as_str()), self.time(row.last_time_ms));
-                let unread = row.head.0.saturating_sub(row.acked.0);
+                let unread = row.unread();
                 let unread = if unread == 0 { String::new() } else { format!(", {unread} unread") };
                 self.screen.line(&format!("  {with}: {} messages{unread}, last {time}", row.head));
             }

@@ -39,6 +39,7 @@
 //! Inside, `pending`, `streams` and `session` are pure and take the time as an argument; `connection` is the one task
 //! that owns them and a socket; `client` holds the handles. The terminal chat is the feature `chat`.
 
+mod account;
 mod client;
 mod connection;
 #[cfg(feature = "machine")]
@@ -54,6 +55,7 @@ pub mod chat;
 #[cfg(feature = "testing")]
 pub mod testing;
 
+pub use account::{Device, MemberReceipt, ReadUpto, ReceiptPage};
 pub use client::{Client, ClientBuilder, ConnectError, Events, Sending};
 pub use connection::TokenFuture;
 pub use pending::{

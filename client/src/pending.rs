@@ -15,6 +15,7 @@ use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
 use ringline_schema::limits;
 use ringline_schema::message::{self, BodyKind, Class, Mentions, Outcome, Receipt, Request};
 
+use crate::account::{AccountAnswer, AccountQuery};
 use crate::social::{SocialAnswer, SocialQuery};
 use crate::streams::Message;
 
@@ -553,6 +554,20 @@ pub struct Conversation {
     pub last_time_ms: u64,
     /// How far this device has acknowledged.
     pub acked: Seq,
+    /// How far this user has read, on whatever device.
+    pub read: Seq,
+    pub pinned: bool,
+    /// Unix milliseconds; 0: not muted.
+    pub muted_until_ms: u64,
+    /// The newest message, unless it is too large for a list.
+    pub last: Option<Message>,
+}
+
+impl Conversation {
+    /// Messages that this user has not read: head less read, never a counter of its own.
+    pub fn unread(&self) -> u64 {
+        self.head.0.saturating_sub(self.read.0)
+    }
 }
 
 /// Conversations in order of id.
@@ -600,6 +615,7 @@ pub(crate) enum Query {
     Online { cursor: String, limit: u16 },
     Conversations { cursor: ConversationId, limit: u16 },
     Social(SocialQuery),
+    Account(AccountQuery),
 }
 
 impl Query {
@@ -612,6 +628,7 @@ impl Query {
             Self::Online { cursor, limit } => Request::Online { cursor, limit: *limit },
             Self::Conversations { cursor, limit } => Request::Conversations { cursor: *cursor, limit: *limit },
             Self::Social(query) => query.as_wire(),
+            Self::Account(query) => query.as_wire(),
         }
     }
 }
@@ -622,6 +639,7 @@ pub(crate) enum Answer {
     Online(OnlinePage),
     Conversations(ConversationPage),
     Social(SocialAnswer),
+    Account(AccountAnswer),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -673,10 +691,14 @@ impl Calls {
             (Query::History { .. }, Answer::History(_))
             | (Query::Online { .. }, Answer::Online(_))
             | (Query::Conversations { .. }, Answer::Conversations(_)) => self.end(number, Ok(answer)),
+            (Query::Account(query), Answer::Account(account)) if query.is_answered_by(account) => {
+                self.end(number, Ok(answer));
+            }
             (Query::Social(query), Answer::Social(social)) if query.is_answered_by(social) => {
                 self.end(number, Ok(answer));
             }
-            (Query::History { .. } | Query::Online { .. } | Query::Conversations { .. } | Query::Social(_), _) => {
+            (Query::History { .. } | Query::Online { .. } | Query::Conversations { .. }, _)
+            | (Query::Social(_) | Query::Account(_), _) => {
                 return Err(ErrorCode::BadBody);
             }
         }

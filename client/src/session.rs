@@ -16,6 +16,7 @@ use ringline_schema::message::{
     self, Credential, DeviceKind, GoawayReason, GroupReply, KickReason, Login, LoginOk, Receipt, Reply, Request,
 };
 
+use crate::account::{self, ReadUpto};
 use crate::pending::{
     Accepted, Answer, CallError, Calls, Conversation, ConversationPage, Done, History, Millis, OnlinePage, OnlineUser,
     Outgoing, Query, Refusal, SendError, Sends, Waiting, Wire,
@@ -61,6 +62,8 @@ pub enum Event {
     Presence(Vec<Presence>),
     /// An administrator tells everyone.
     Notice(Notice),
+    /// Somebody has received or read more of a conversation; at most once a second a conversation.
+    ReadUpto(ReadUpto),
     /// Messages of a conversation that can't be had, so its stream goes on after them.
     Skipped {
         conversation: ConversationId,
@@ -472,6 +475,16 @@ impl Session {
                 let answer = match reply {
                     Reply::FetchOk { .. } => Answer::History(history(reply)?),
                     Reply::ConversationsOk { .. } => Answer::Conversations(conversation_page(reply)?),
+                    Reply::Chat(message::ChatReply::Truncated { .. }) => {
+                        let code = ErrorCode::Truncated;
+                        self.calls.refused(now, number, Refusal { code, retry_after_ms: 0, detail: code.text() });
+                        return Ok(());
+                    }
+                    Reply::Chat(reply) if matches!(self.calls.query(number), Some(Query::Account(_))) => {
+                        Answer::Account(account::answer(&reply).map_err(Cut::protocol)?)
+                    }
+                    // Nobody waits for it any more.
+                    Reply::Chat(_) if self.calls.query(number).is_none() => return Ok(()),
                     Reply::Chat(reply) => {
                         let answer = social::answer(&reply).map_err(Cut::protocol)?;
                         self.watching(number, &answer);
@@ -582,8 +595,10 @@ fn history(reply: Reply<'_>) -> Result<History, Cut> {
 fn conversation_page(reply: Reply<'_>) -> Result<ConversationPage, Cut> {
     let Reply::ConversationsOk { conversations, next } = reply else { return Err(wrong_answer()) };
     let row = |row: message::Conversation<'_>| {
-        let message::Conversation { conversation, with, first, head, last_time_ms, acked, .. } = row;
-        UserName::new(with).map(|with| Conversation { conversation, with, first, head, last_time_ms, acked })
+        let message::Conversation { conversation, first, head, last_time_ms, acked, read, .. } = row;
+        let message::Conversation { pinned, muted_until_ms, .. } = row;
+        let (with, last) = (UserName::new(row.with)?, row.last.as_ref().map(Message::from_wire).transpose()?);
+        Ok(Conversation { conversation, with, first, head, last_time_ms, acked, read, pinned, muted_until_ms, last })
     };
     let conversations = conversations.into_iter().map(row).collect::<Result<_, _>>().map_err(Cut::protocol)?;
     Ok(ConversationPage { conversations, next: (next != ConversationId(0)).then_some(next) })

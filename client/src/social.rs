@@ -13,6 +13,7 @@ use ringline_schema::limits;
 use ringline_schema::message::chat::{MessagesFrom, SIGNAL_TYPING};
 use ringline_schema::message::{self, BodyKind, ChatReply, ChatRequest, Reply, Request};
 
+use crate::account::ReadUpto;
 use crate::client::Client;
 use crate::connection::Command;
 use crate::pending::{Answer, CallError, Millis, Query, Wire};
@@ -156,6 +157,10 @@ pub(crate) fn event(reply: &Reply<'_>) -> Result<Option<Event>, ErrorCode> {
             Event::Signal(Signal { conversation: *conversation, from, to, kind: *kind, body })
         }
         ChatReply::PresenceChanged { users } => Event::Presence(presence(users)?),
+        ChatReply::ReceiptUpto { conversation, with, user, delivered, read } => {
+            let (with, user) = (name(with)?, name(user)?);
+            Event::ReadUpto(ReadUpto { conversation: *conversation, with, user, delivered: *delivered, read: *read })
+        }
         ChatReply::Notice { from, time_ms, kind, body } => {
             let (from, body) = (name(from)?, Bytes::copy_from_slice(body));
             Event::Notice(Notice { from, time_ms: *time_ms, kind: *kind, body })

@@ -49,7 +49,7 @@ impl Chat {
         true
     }
 
-    fn settled(&mut self, result: Result<(), CallError>, done: &str) {
+    pub(super) fn settled(&mut self, result: Result<(), CallError>, done: &str) {
         match result {
             Ok(()) => self.screen.line(done),
             Err(error) => self.refused(&error),

@@ -1,0 +1,182 @@
+//! What the devices of one user share with each other and with whom they write to: how far they have read, marks of
+//! conversations, the list of devices.
+//!
+//! Pure, as `pending`, which carries these calls; the functions of [`Client`] are handles. All of them may be repeated
+//! without harm, and are, after a lost connection.
+
+use ringline_schema::errors::ErrorCode;
+use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
+use ringline_schema::message::chat::{self, ChatReply, ChatRequest};
+use ringline_schema::message::{DeviceKind, Request};
+
+use crate::client::Client;
+use crate::pending::{Answer, CallError, Query};
+
+/// A device of this user.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Device {
+    pub device: DeviceId,
+    pub kind: DeviceKind,
+    /// What the application calls itself; cut at 128 bytes.
+    pub agent: String,
+    /// First and last login, Unix milliseconds; 0: not known.
+    pub first_ms: u64,
+    pub last_ms: u64,
+    pub online: bool,
+}
+
+/// How far a user has a conversation. Both places only rise.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReadUpto {
+    pub conversation: ConversationId,
+    /// The other user of the conversation.
+    pub with: UserName,
+    /// Who has it so far: the other user, or this one on another device.
+    pub user: UserName,
+    pub delivered: Seq,
+    pub read: Seq,
+}
+
+/// Who has a message: counts over all members but its sender, and a page of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReceiptPage {
+    pub members: u32,
+    pub delivered: u32,
+    pub read: u32,
+    /// How far each has the conversation, in order of name.
+    pub rows: Vec<MemberReceipt>,
+    /// Where the next page starts; `None`: this was the last.
+    pub next: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemberReceipt {
+    pub user: UserName,
+    pub delivered: Seq,
+    pub read: Seq,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum AccountQuery {
+    Read { conversation: ConversationId, seq: Seq },
+    Mark(chat::Mark),
+    Devices,
+    Drop(DeviceId),
+    Receipts { conversation: ConversationId, seq: Seq, cursor: String, limit: u16 },
+}
+
+#[derive(Debug)]
+pub(crate) enum AccountAnswer {
+    Done,
+    Devices(Vec<Device>),
+    Receipts(ReceiptPage),
+}
+
+impl AccountQuery {
+    pub(crate) fn as_wire(&self) -> Request<'_> {
+        Request::Chat(match self {
+            Self::Read { conversation, seq } => ChatRequest::Read { conversation: *conversation, seq: *seq },
+            Self::Mark(mark) => ChatRequest::Mark(*mark),
+            Self::Devices => ChatRequest::Devices,
+            Self::Drop(device) => ChatRequest::DropDevice { device: *device },
+            Self::Receipts { conversation, seq, cursor, limit } => {
+                ChatRequest::Receipts { conversation: *conversation, seq: *seq, cursor, limit: *limit }
+            }
+        })
+    }
+
+    pub(crate) fn is_answered_by(&self, answer: &AccountAnswer) -> bool {
+        match (self, answer) {
+            (Self::Read { .. } | Self::Mark(_) | Self::Drop(_), AccountAnswer::Done)
+            | (Self::Devices, AccountAnswer::Devices(_))
+            | (Self::Receipts { .. }, AccountAnswer::Receipts(_)) => true,
+            (Self::Read { .. } | Self::Mark(_) | Self::Drop(_) | Self::Devices | Self::Receipts { .. }, _) => false,
+        }
+    }
+}
+
+/// The answer in a reply. Errors: `BAD_BODY` for one that answers no question of this kind, or names nobody.
+pub(crate) fn answer(reply: &ChatReply<'_>) -> Result<AccountAnswer, ErrorCode> {
+    let name = |text: &str| UserName::new(text).map_err(|_| ErrorCode::BadBody);
+    match reply {
+        ChatReply::Done => Ok(AccountAnswer::Done),
+        ChatReply::DevicesOk { devices } => {
+            let device = |row: &chat::Device<'_>| Device {
+                device: row.device,
+                kind: row.kind,
+                agent: row.agent.to_owned(),
+                first_ms: row.first_ms,
+                last_ms: row.last_ms,
+                online: row.online,
+            };
+            Ok(AccountAnswer::Devices(devices.iter().map(device).collect()))
+        }
+        ChatReply::ReceiptsOk { members, delivered, read, rows, next } => {
+            let row = |row: &chat::MemberReceipt<'_>| {
+                name(row.user).map(|user| MemberReceipt { user, delivered: row.delivered, read: row.read })
+            };
+            let rows = rows.iter().map(row).collect::<Result<_, _>>()?;
+            let next = (!next.is_empty()).then(|| (*next).to_owned());
+            let (members, delivered, read) = (*members, *delivered, *read);
+            Ok(AccountAnswer::Receipts(ReceiptPage { members, delivered, read, rows, next }))
+        }
+        ChatReply::Truncated { .. }
+        | ChatReply::SyncOk { .. }
+        | ChatReply::BroadcastOk { .. }
+        | ChatReply::PresenceOk { .. }
+        | ChatReply::BlocksOk { .. }
+        | ChatReply::ExportOk { .. }
+        | ChatReply::ReceiptUpto { .. }
+        | ChatReply::Signalled { .. }
+        | ChatReply::PresenceChanged { .. }
+        | ChatReply::Notice { .. } => Err(ErrorCode::BadBody),
+    }
+}
+
+impl Client {
+    /// This user has read a conversation up to `seq`, on whatever device; those they write with are told. Never goes back.
+    pub async fn read(&self, conversation: ConversationId, seq: Seq) -> Result<(), CallError> {
+        self.done(AccountQuery::Read { conversation, seq }).await
+    }
+
+    /// Pins a conversation for this user, or unpins it. At most 100 are pinned: `TOO_MANY_PINS`.
+    pub async fn pin(&self, conversation: ConversationId, pinned: bool) -> Result<(), CallError> {
+        self.done(AccountQuery::Mark(chat::Mark { conversation, pinned: Some(pinned), muted_until_ms: None })).await
+    }
+
+    /// Says until when (Unix milliseconds; 0: not) this user wants no notifications of a conversation.
+    pub async fn mute(&self, conversation: ConversationId, until_ms: u64) -> Result<(), CallError> {
+        self.done(AccountQuery::Mark(chat::Mark { conversation, pinned: None, muted_until_ms: Some(until_ms) })).await
+    }
+
+    /// The devices of this user, those that are away as well.
+    pub async fn devices(&self) -> Result<Vec<Device>, CallError> {
+        let answer = self.call(Query::Account(AccountQuery::Devices)).await?;
+        let Answer::Account(AccountAnswer::Devices(devices)) = answer else { return Err(CallError::Closed) };
+        Ok(devices)
+    }
+
+    /// Logs a device of this user out and forgets it: `NO_SUCH_DEVICE` if there is none.
+    pub async fn drop_device(&self, device: DeviceId) -> Result<(), CallError> {
+        self.done(AccountQuery::Drop(device)).await
+    }
+
+    /// Who has received and read message `seq` of a conversation: from the first with `None`, then from the `next` of the
+    /// page before. `limit` 0 stands for 50.
+    pub async fn receipts(
+        &self,
+        conversation: ConversationId,
+        seq: Seq,
+        from: Option<&str>,
+        limit: u16,
+    ) -> Result<ReceiptPage, CallError> {
+        let cursor = from.unwrap_or_default().to_owned();
+        let answer = self.call(Query::Account(AccountQuery::Receipts { conversation, seq, cursor, limit })).await?;
+        let Answer::Account(AccountAnswer::Receipts(page)) = answer else { return Err(CallError::Closed) };
+        Ok(page)
+    }
+
+    async fn done(&self, query: AccountQuery) -> Result<(), CallError> {
+        self.call(Query::Account(query)).await.map(|_| ())
+    }
+}

@@ -1,0 +1,88 @@
+//! What the prompt says of one's own devices and conversations: read and delivered, pins, mutes, the device list. Part of
+//! the chat, on its thread.
+//!
+//! Invariant as in the chat: what others chose passes [`clean`] on its way to the screen.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::{Chat, clean, split_name};
+use crate::{ConversationId, DeviceId, ReadUpto, Seq, UserName};
+
+const MS_PER_HOUR: u64 = 3_600_000;
+
+impl Chat {
+    /// A command of this module. False: it is none.
+    pub(super) async fn account(&mut self, command: &str, rest: &str) -> bool {
+        let (name, more) = split_name(rest);
+        match command {
+            "/devices" => self.devices().await,
+            "/drop" => match rest.parse() {
+                Ok(device) => {
+                    let result = self.client.drop_device(DeviceId(device)).await;
+                    self.settled(result, "logged out");
+                }
+                Err(_) => self.screen.line("/drop ID, as /devices shows it"),
+            },
+            "/pin" | "/unpin" => match self.conversation_with(name) {
+                Some(id) => {
+                    let result = self.client.pin(id, command == "/pin").await;
+                    self.settled(result, if command == "/pin" { "pinned" } else { "not pinned any more" });
+                }
+                None => self.screen.line("/pin NAME or /unpin NAME"),
+            },
+            "/mute" => match (self.conversation_with(name), more.parse::<u64>()) {
+                (Some(id), Ok(hours)) => {
+                    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+                    let now_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
+                    let until_ms =
+                        if hours == 0 { 0 } else { now_ms.saturating_add(hours.saturating_mul(MS_PER_HOUR)) };
+                    let result = self.client.mute(id, until_ms).await;
+                    self.settled(result, if hours == 0 { "not muted any more" } else { "muted" });
+                }
+                (_, _) => self.screen.line("/mute NAME HOURS, 0 to end it"),
+            },
+            _ => return false,
+        }
+        true
+    }
+
+    fn conversation_with(&self, name: &str) -> Option<ConversationId> {
+        UserName::new(name).ok().map(|name| ConversationId::with(self.client.user(), &name))
+    }
+
+    async fn devices(&mut self) {
+        let devices = match self.client.devices().await {
+            Ok(devices) => devices,
+            Err(error) => return self.screen.line(&error.to_string()),
+        };
+        for row in devices {
+            let here = if row.device == self.client.device() { ", this one" } else { "" };
+            let state = if row.online { "online" } else { "away" };
+            let (id, agent, last) = (row.device.0, clean(&row.agent), self.time(row.last_ms));
+            self.screen.line(&format!("  {id}: {:?} {agent}, {state}{here}, last login {last}", row.kind));
+        }
+    }
+
+    /// `✓✓ bob has read up to 7`, `✓ bob has received up to 9`.
+    pub(super) fn read_upto(&mut self, upto: &ReadUpto) {
+        // What another device of this user has read is not news for the screen.
+        if !self.interactive || upto.user == *self.client.user() {
+            return;
+        }
+        let user = clean(upto.user.as_str());
+        let text = if upto.read == upto.delivered {
+            format!("  ✓✓ {user} has read up to {}", upto.read)
+        } else {
+            format!("  ✓ {user} has received up to {}", upto.delivered)
+        };
+        self.screen.line(&text);
+    }
+
+    /// What is on the screen is read. Told without waiting; if it is lost, the next one says more.
+    pub(super) fn seen(&self, conversation: ConversationId, seq: Seq) {
+        if self.interactive && seq != Seq::ZERO {
+            let client = self.client.clone();
+            tokio::spawn(async move { client.read(conversation, seq).await });
+        }
+    }
+}

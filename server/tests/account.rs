@@ -1,0 +1,84 @@
+//! What the devices of a user share, from SDK to SDK over a real server of two cores: receipts, marks, devices.
+
+mod common;
+
+use std::time::Duration;
+
+use common::Server;
+use ringline_client::{CallError, Client, CloseReason, DeviceId, ErrorCode, Event, Events, KickReason, ReadUpto, Seq};
+
+/// No test takes so long: it stops one that would hang.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+async fn log_in(server: &Server, address: &str, (user, device): (&str, u64)) -> (Client, Events) {
+    let token = server.token(user);
+    let builder = Client::builder(address).user(user).device(DeviceId(device)).token(move || {
+        let token = token.clone();
+        Box::pin(async move { Ok(token) })
+    });
+    builder.connect().await.unwrap()
+}
+
+/// The next event that is looked for; others are passed over.
+async fn find<T>(events: &mut Events, wanted: impl Fn(Event) -> Option<T>) -> T {
+    let found = async {
+        loop {
+            let event = events.next().await.expect("an event");
+            if let Some(found) = wanted(event) {
+                return found;
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, found).await.expect("in time")
+}
+
+async fn read_upto(events: &mut Events, seq: u64) -> ReadUpto {
+    find(events, |event| match event {
+        Event::ReadUpto(upto) if upto.read == Seq(seq) => Some(upto),
+        _ => None,
+    })
+    .await
+}
+
+async fn account(server: &Server, address: &str) {
+    // Names on both cores, whichever owns the conversations.
+    for (a, b) in [("ann", "bob"), ("carl", "dora"), ("eve", "fred")] {
+        let (one, mut ones) = log_in(server, address, (a, 1)).await;
+        let (other, _others) = log_in(server, address, (b, 1)).await;
+        let (desk, mut desks) = log_in(server, address, (b, 2)).await;
+        let mut last = one.send(b, "first").await.unwrap();
+        for text in ["second", "third"] {
+            last = one.send(b, text).await.unwrap();
+        }
+        other.read(last.conversation, Seq(2)).await.unwrap();
+        assert_eq!(read_upto(&mut ones, 2).await.user.as_str(), b);
+        assert_eq!(read_upto(&mut desks, 2).await.with.as_str(), a, "the reader's other device knows it too");
+        other.pin(last.conversation, true).await.unwrap();
+        other.mute(last.conversation, 9).await.unwrap();
+        let page = desk.conversations(None, 0).await.unwrap();
+        let row = &page.conversations[0];
+        assert_eq!((row.unread(), row.pinned, row.muted_until_ms), (1, true, 9));
+        assert_eq!(row.last.as_ref().unwrap().text(), "third");
+        let receipts = one.receipts(last.conversation, Seq(2), None, 0).await.unwrap();
+        assert_eq!((receipts.members, receipts.delivered, receipts.read), (1, 1, 1));
+        assert_eq!(receipts.rows[0].read, Seq(2));
+        let devices = other.devices().await.unwrap();
+        assert_eq!(devices.iter().map(|row| (row.device.0, row.online)).collect::<Vec<_>>(), [(1, true), (2, true)]);
+        other.drop_device(DeviceId(2)).await.unwrap();
+        let closed = find(&mut desks, |event| match event {
+            Event::Closed { why } => Some(why),
+            _ => None,
+        });
+        assert!(matches!(closed.await, CloseReason::Kicked { reason: KickReason::LoggedOut, .. }));
+        let again = other.drop_device(DeviceId(2)).await;
+        assert!(matches!(again, Err(CallError::Refused { code: ErrorCode::NoSuchDevice, .. })), "{again:?}");
+    }
+}
+
+#[test]
+fn devices_and_receipts_over_a_real_server() {
+    let server = Server::start(&["--cores", "2"]);
+    let address = server.address.clone();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(account(&server, &address));
+}
