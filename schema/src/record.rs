@@ -3,6 +3,7 @@
 
 use bytes::Bytes;
 
+use crate::errors::ErrorCode;
 use crate::ids::{ConversationId, DeviceId, DeviceKey, Partition, Seq, UserName, body_hash};
 use crate::message::group::What;
 use crate::message::{self, BodyKind, Class, Extra, GroupChange, Mentions, MessageState, Standing};
@@ -48,6 +49,13 @@ pub struct StoredChange {
 }
 
 impl StoredChange {
+    /// The owned form. Errors: `BAD_BODY` for a name that is none.
+    pub fn from_wire(change: &GroupChange<'_>) -> Result<Self, ErrorCode> {
+        let users = change.users.iter().map(UserName::new).collect::<Result<_, _>>();
+        let (users, text) = (users.map_err(|_| ErrorCode::BadBody)?, change.text.to_owned());
+        Ok(Self { what: change.what, users, text, number: change.number })
+    }
+
     /// The wire form.
     pub fn as_wire(&self) -> GroupChange<'_> {
         GroupChange { what: self.what, users: self.users[..].into(), text: &self.text, number: self.number }
@@ -55,6 +63,22 @@ impl StoredChange {
 }
 
 impl StoredExtra {
+    /// The owned form; `None` when there is nothing in it. Errors: `BAD_BODY` for a name that is none.
+    pub fn from_wire(extra: &Extra<'_>) -> Result<Option<Box<Self>>, ErrorCode> {
+        if *extra == Extra::default() {
+            return Ok(None);
+        }
+        let mentions = extra.mentions.users.iter().map(UserName::new).collect::<Result<_, _>>();
+        Ok(Some(Box::new(Self {
+            mentions: mentions.map_err(|_| ErrorCode::BadBody)?,
+            mention_all: extra.mentions.all,
+            refers: extra.refers,
+            state: extra.state,
+            amended_ms: extra.amended_ms,
+            change: extra.change.as_ref().map(StoredChange::from_wire).transpose()?,
+        })))
+    }
+
     /// The wire form.
     pub fn as_wire(&self) -> Extra<'_> {
         Extra {
@@ -64,6 +88,14 @@ impl StoredExtra {
             amended_ms: self.amended_ms,
             change: self.change.as_ref().map(StoredChange::as_wire),
         }
+    }
+
+    /// About what it takes in a frame.
+    fn bytes(&self) -> usize {
+        const NAME_BYTES: usize = 16;
+        let names = |names: &[UserName]| names.iter().map(|name| NAME_BYTES + name.as_str().len()).sum::<usize>();
+        let change = self.change.as_ref().map_or(0, |change| 64 + names(&change.users) + change.text.len());
+        names(&self.mentions) + change
     }
 
     pub fn encode(&self) -> Vec<u8> {
@@ -105,6 +137,11 @@ impl StoredMessage {
     /// The duplicate-filter entry of this message.
     pub fn accepted(&self) -> Accepted {
         Accepted { client_seq: self.client_seq, seq: self.seq, time_ms: self.time_ms, body_hash: body_hash(&self.body) }
+    }
+
+    /// Bytes of what can be large in it: what bounds a page.
+    pub fn bytes(&self) -> usize {
+        self.body.len() + self.extra.as_ref().map_or(0, |extra| extra.bytes())
     }
 
     /// The wire form.

@@ -44,6 +44,10 @@ pub struct CoreConfig {
     /// Conversations and users kept in memory by this shard.
     pub conversations_cached_max: usize,
     pub users_cached_max: usize,
+    /// Groups kept in memory by this shard, and members of all of them together (about 100 bytes each). A single group
+    /// is kept whatever its size.
+    pub groups_cached_max: usize,
+    pub group_members_cached_max: usize,
     pub connections_max: usize,
 }
 
@@ -69,6 +73,8 @@ impl CoreConfig {
             admins: Vec::new(),
             conversations_cached_max: 65_536,
             users_cached_max: 65_536,
+            groups_cached_max: 4_096,
+            group_members_cached_max: 200_000,
             connections_max: 100_000,
         }
     }

@@ -9,13 +9,14 @@ use ringline_cluster::placement::ShardIndex;
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, DeviceId, DeviceKey, Seq, UserName, body_hash};
 use ringline_schema::message::SendAck;
-use ringline_schema::record::{Answer, Change, Query, Record, StoredMessage, User};
+use ringline_schema::record::{Accepted, Answer, Change, Query, Record, StoredMessage, User};
 use ringline_schema::rows::{Row, RowKey, RowValue};
 use smallvec::SmallVec;
 
 use crate::config::WAITERS_PER_LOAD_MAX;
 use crate::event::{ConnId, Effects, ShardMessage};
 use crate::filter::{Filter, Seen};
+use crate::group::change::GroupPending;
 use crate::peer::{Ask, Origin, Submit, Wanted};
 use crate::planted::Bug;
 use crate::receipts::ReceiptWrite;
@@ -110,6 +111,13 @@ impl Conversation {
         new
     }
 
+    /// Notes an accepted send.
+    pub(crate) fn remember(&mut self, device: DeviceKey, accepted: Accepted) {
+        if let Some(filter) = self.filter(device) {
+            filter.insert(accepted);
+        }
+    }
+
     fn filter(&mut self, device: DeviceKey) -> Option<&mut Filter> {
         self.filters.iter_mut().find(|(key, _)| *key == device).map(|(_, filter)| filter)
     }
@@ -147,6 +155,7 @@ pub(crate) enum PendingWork {
     Dropped(Origin, DeviceId),
     /// A request that is answered by DONE.
     Done(Origin),
+    Group(Box<GroupPending>),
 }
 
 impl Shard {
@@ -156,6 +165,13 @@ impl Shard {
             return self.refuse(submit.origin, code, fx);
         }
         let id = submit.conversation;
+        let submit = match submit.to.is_group() {
+            true => match self.group_is_there(submit, fx) {
+                Some(submit) => submit,
+                None => return,
+            },
+            false => submit,
+        };
         if self.conversations.get(&id).is_none() {
             if !self.may_load() {
                 return self.refuse(submit.origin, ErrorCode::Busy, fx);
@@ -208,6 +224,9 @@ impl Shard {
         if let Err(code) = self.may_append() {
             return self.refuse(submit.origin, code, fx);
         }
+        if submit.act().is_some() {
+            return self.accept_in_group(submit, fx);
+        }
         let id = submit.conversation;
         let Some(conversation) = self.conversations.get_mut(&id) else { return };
         let Some(filter) = conversation.filter(submit.device_key) else {
@@ -219,6 +238,7 @@ impl Shard {
         let unfiltered = self.planted.is(Bug::NoDuplicateFilter);
         let seen = if unfiltered { Seen::New } else { filter.check(submit.client_seq, body_hash(&submit.body)) };
         match seen {
+            Seen::New if submit.to.is_group() => self.accept_in_group(submit, fx),
             Seen::New => match self.permission(&submit) {
                 Some(Ok(())) => self.write(submit, fx),
                 Some(Err(code)) => self.refuse(submit.origin, code, fx),
@@ -263,7 +283,7 @@ impl Shard {
             time_ms,
             kind: submit.kind,
             body: submit.body,
-            extra: None,
+            extra: submit.more.and_then(|more| more.extra),
         };
         let mut known_device = false;
         if !self.planted.is(Bug::NoDuplicateFilter)
@@ -326,8 +346,10 @@ impl Shard {
             conversation.committed = conversation.head;
         }
         if conversation.filter(device).is_none() {
-            if conversation.filters.len() >= FILTERS_PER_CONVERSATION_MAX && conversation.in_flight == 0 {
-                conversation.filters.clear();
+            if conversation.filters.len() >= FILTERS_PER_CONVERSATION_MAX {
+                // What is not on disk yet is nowhere but here.
+                let committed = conversation.committed;
+                conversation.filters.retain(|(_, filter)| filter.newest_seq() > committed);
             }
             conversation.filters.push((device, Filter::restore(head.filter)));
         }
@@ -458,6 +480,7 @@ impl Shard {
                 PendingWork::Mark(origin, user) => self.marked(origin, &user, Ok(()), fx),
                 PendingWork::Dropped(origin, device) => self.dropped(origin, device, fx),
                 PendingWork::Done(origin) => self.tell_done(origin, Ok(()), fx),
+                PendingWork::Group(pending) => self.group_committed(*pending, fx),
             }
         }
     }
@@ -502,10 +525,11 @@ impl Shard {
             PendingWork::Dropped(origin, _) | PendingWork::Done(origin) => {
                 self.tell_done(origin, Err(ErrorCode::StoreFailed), fx);
             }
+            PendingWork::Group(pending) => self.refuse(pending.origin, ErrorCode::StoreFailed, fx),
         }
     }
 
-    fn refuse(&mut self, origin: Origin, code: ErrorCode, fx: &mut Effects) {
+    pub(crate) fn refuse(&mut self, origin: Origin, code: ErrorCode, fx: &mut Effects) {
         self.answer_send(origin, (true, Err(code)), None, fx);
     }
 

@@ -48,6 +48,9 @@ counters! {
     conversations_evicted "conversations dropped from the cache";
     signals              "signals taken from clients";
     signals_coalesced    "signals dropped because they repeat one of the same second";
+    group_changes        "changes of groups appended";
+    fan_outs             "shards that messages of groups were given to";
+    groups_evicted       "groups dropped from the cache";
     orphaned_answers     "answers whose connection was gone";
 }
 

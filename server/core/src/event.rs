@@ -8,6 +8,9 @@ use ringline_schema::ids::UserName;
 use ringline_schema::message::Request;
 use ringline_schema::record::{Answer, Query, Record};
 
+pub use crate::group::act::Act;
+pub use crate::group::fan_out::{GroupAnswer, GroupPush, InfoAnswer, MemberAnswer};
+pub use crate::group::state::Targets;
 pub use crate::peer::ShardMessage;
 
 /// Time as the shell sees it at the head of an event.

@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 
+use ringline_schema::ids::Seq;
 use ringline_schema::limits::DUPLICATE_WINDOW;
 use ringline_schema::record::Accepted;
 
@@ -71,6 +72,11 @@ impl Filter {
             self.accepted.pop_front();
             self.accepted.insert(at - 1, entry);
         }
+    }
+
+    /// The highest place of a remembered send.
+    pub fn newest_seq(&self) -> Seq {
+        self.accepted.iter().map(|entry| entry.seq).max().unwrap_or_default()
     }
 
     pub fn is_well_formed(&self) -> bool {

@@ -11,6 +11,7 @@ impl Shard {
         self.check_conversations();
         self.check_pending();
         self.receipts.check_invariants();
+        self.check_groups();
         assert!(self.users.len() <= self.config.users_cached_max.max(1));
         for (key, number) in &self.delivery_index {
             let wait = self.delivery_waits.get(number).expect("an indexed wait exists");
@@ -47,6 +48,16 @@ impl Shard {
         }
     }
 
+    fn check_groups(&self) {
+        for (id, slot) in &self.groups {
+            assert!(self.is_here(self.owner(id.partition())), "{id} lives elsewhere");
+            assert!(slot.loading || slot.waiting.is_empty(), "nobody waits for nothing");
+            if let Some(group) = slot.group.as_ref().filter(|_| !slot.loading) {
+                assert!(group.is_well_formed(), "{id}: members in order, one owner");
+            }
+        }
+    }
+
     fn check_pending(&self) {
         if self.poisoned {
             return;
@@ -59,7 +70,11 @@ impl Shard {
         assert_eq!(weight, self.pending_bytes);
         let mut in_flight = 0;
         for pending in &self.pending {
-            in_flight += u64::from(matches!(pending.work, PendingWork::Message { .. }));
+            in_flight += match &pending.work {
+                PendingWork::Message { .. } => 1,
+                PendingWork::Group(group) => u64::from(group.message.is_some()),
+                PendingWork::Repeat { .. } | PendingWork::User { .. } | PendingWork::Social(_) => 0,
+            };
         }
         let counted: u64 = self.conversations.iter().map(|(_, conversation)| conversation.in_flight).sum();
         assert_eq!(counted, in_flight, "what is in flight is pinned in the cache");

@@ -8,7 +8,8 @@
 //! - `session`: connections, their states and output. `login`: who is who. `send`, `conversation`: the way of a
 //!   message from its sender to the log. `deliver`: from the log to the devices, and back as acknowledgements.
 //!   `read`: history. `list`: conversations and marks. `devices`: of a user. `sync`: what a device missed. `receipts`,
-//!   `receipt_list`: who has received and read what. `social`: signals, block lists, privacy, presence. `chat`: who serves which.
+//!   `receipt_list`: who has received and read what. `social`: signals, block lists, privacy, presence. `group`: groups,
+//!   their rules and their fan-out. `chat`: who serves which.
 
 #![forbid(unsafe_code)]
 
@@ -20,6 +21,7 @@ mod deliver;
 mod devices;
 pub mod event;
 mod filter;
+mod group;
 mod invariants;
 mod list;
 mod login;

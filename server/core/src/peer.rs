@@ -1,13 +1,17 @@
 //! What shards of one node say to each other. In order per pair, never lost, bounded by the lanes that carry it.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use ringline_cluster::placement::ShardIndex;
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, DeviceId, DeviceKey, UserName};
 use ringline_schema::message::{BodyKind, Receipt, SendAck};
-use ringline_schema::record::{Answer, Range, StoredMessage};
+use ringline_schema::record::{Answer, Range, StoredExtra, StoredMessage};
 
 use crate::event::ConnId;
+use crate::group::act::Act;
+use crate::group::fan_out::{GroupAnswer, GroupPush};
 use crate::receipt_list::{NoReceipts, ReceiptAsk, ReceiptPage};
 use crate::receipts::{ReceiptNews, ReceiptUp};
 pub use crate::social::SocialMessage;
@@ -33,6 +37,25 @@ pub struct Submit {
     pub kind: BodyKind,
     pub body: Bytes,
     pub ack_timeout_ms: Option<u32>,
+    /// What few sends have.
+    pub more: Option<Box<SubmitMore>>,
+}
+
+/// What goes the way of a durable send and is more than a plain message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SubmitMore {
+    pub extra: Option<Box<StoredExtra>>,
+    /// A command to the group: nothing is sent.
+    pub act: Option<Act>,
+    /// Users that the act names and whose shards it has yet to see.
+    pub unvisited: Vec<UserName>,
+}
+
+impl Submit {
+    /// The act, if it is one and no message.
+    pub fn act(&self) -> Option<&Act> {
+        self.more.as_ref().and_then(|more| more.act.as_ref())
+    }
 }
 
 /// A transient send on its way to the shard of its target.
@@ -106,6 +129,8 @@ pub enum ShardMessage {
         origin: Origin,
         conversation: ConversationId,
         range: Range,
+        /// Of a group: who reads.
+        reader: Option<UserName>,
     },
     Fetched {
         origin: Origin,
@@ -143,6 +168,25 @@ pub enum ShardMessage {
         origin: Origin,
         after: Option<UserName>,
         limit: u16,
+    },
+    /// To the shard of the next user that an act names.
+    Visit(Box<Submit>),
+    /// To the origin of an act.
+    GroupAnswered {
+        origin: Origin,
+        answer: GroupAnswer,
+    },
+    /// To a shard with members of a group. Message and list are shared, not copied.
+    DeliverGroup {
+        message: Arc<StoredMessage>,
+        members: Arc<[UserName]>,
+        /// The connection that sent it.
+        skip: Option<ConnId>,
+    },
+    /// To the shard of users who are told of a change of a group.
+    PushGroup {
+        users: Vec<UserName>,
+        push: Arc<GroupPush>,
     },
     OnlinePage {
         origin: Origin,

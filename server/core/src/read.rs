@@ -38,10 +38,12 @@ impl Shard {
 
     fn try_fetch(&mut self, origin: Origin, fetch: &Fetch<'_>, fx: &mut Effects) -> Result<(), ErrorCode> {
         self.may_page(origin.conn)?;
-        let with = UserName::of_user(fetch.with)?;
+        let with = UserName::new(fetch.with)?;
         let login = self.sessions.login_mut(origin.conn).ok_or(ErrorCode::NotLoggedIn)?;
-        // The id is made from the session's own name, so nobody reads a conversation of others.
-        let conversation = ConversationId::direct(&login.user, &with);
+        // The id is made from the session's own name, so nobody reads a conversation of others; what of a group its
+        // reader may see, the store finds out from the memberships.
+        let conversation = ConversationId::with(&login.user, &with);
+        let reader = with.is_group().then(|| login.user.clone());
         let range = Range {
             after: Seq(fetch.after.0.saturating_add(self.planted.is(Bug::PageSkipsOne).into())),
             before: fetch.before,
@@ -51,11 +53,11 @@ impl Shard {
         };
         let owner = self.owner(conversation.partition());
         if self.is_here(owner) {
-            self.load(Question::Fetch(origin, conversation), Query::Messages { conversation, range, reader: None }, fx);
+            self.load(Question::Fetch(origin, conversation), Query::Messages { conversation, range, reader }, fx);
         } else if self.is_blocked(owner) {
             return Err(ErrorCode::Busy);
         } else {
-            self.tell_shard(owner, ShardMessage::Fetch { origin, conversation, range }, fx);
+            self.tell_shard(owner, ShardMessage::Fetch { origin, conversation, range, reader }, fx);
         }
         Ok(())
     }
@@ -65,6 +67,9 @@ impl Shard {
         if !self.is_here(origin.shard) {
             let message = ShardMessage::Fetched { origin, conversation: id, answer };
             return self.tell_shard(origin.shard, message, fx);
+        }
+        if answer == Answer::NotReadable {
+            return self.sessions.fail(origin.conn, origin.request_id, ErrorCode::NoSuchGroup, fx);
         }
         let Answer::Messages { first, head, messages } = answer else {
             return self.sessions.fail(origin.conn, origin.request_id, ErrorCode::Internal, fx);

@@ -5,11 +5,11 @@ use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, Seq, UserName};
 use ringline_schema::limits;
 use ringline_schema::message::{Class, Extra, Message, Reply, Send, SendAck};
-use ringline_schema::record::StoredMessage;
+use ringline_schema::record::{StoredExtra, StoredMessage};
 
 use crate::deliver::DeliveryWait;
 use crate::event::{ConnId, Effects, ShardMessage};
-use crate::peer::{Origin, Submit, TransientSend, Wanted};
+use crate::peer::{Origin, Submit, SubmitMore, TransientSend, Wanted};
 use crate::shard::Shard;
 use crate::social::settings::Parked;
 
@@ -52,8 +52,7 @@ impl Shard {
         } else if send.body.len() > body_bytes_max as usize {
             Err(ErrorCode::BodyTooLarge)
         } else {
-            // Groups are not served yet.
-            UserName::of_user(send.to)
+            UserName::new(send.to)
         };
         let sent = checked.and_then(|to| match send.class {
             Class::Durable => self.send_durable(conn, request_id, (to, send), fx),
@@ -80,7 +79,8 @@ impl Shard {
         if login.sends_in_flight >= limits::SENDS_IN_FLIGHT_MAX {
             return Err(ErrorCode::Busy);
         }
-        let conversation = login.direct(&to);
+        let extra = extra_of(&to, send)?;
+        let conversation = login.conversation(&to);
         let (from, device, device_key) = (login.user.clone(), login.device, login.key);
         let owner = self.owner(conversation.partition());
         if !self.is_here(owner) && self.is_blocked(owner) {
@@ -97,6 +97,7 @@ impl Shard {
             kind: send.kind,
             body: keep_body(&mut self.bodies, send.body),
             ack_timeout_ms: send.ack_timeout_ms.map(|ms| ms.min(limits::ACK_TIMEOUT_MS_MAX)),
+            more: extra.map(|extra| Box::new(SubmitMore { extra: Some(extra), act: None, unvisited: Vec::new() })),
         };
         if let Some(login) = self.sessions.login_mut(conn) {
             login.sends_in_flight += 1;
@@ -118,6 +119,12 @@ impl Shard {
         fx: &mut Effects,
     ) -> Result<(), ErrorCode> {
         let origin = self.origin(conn, request_id);
+        if to.is_group() {
+            return Err(ErrorCode::Unsupported);
+        }
+        if !send.mentions.is_empty() {
+            return Err(ErrorCode::BadRequest);
+        }
         let target = self.owner(to.partition());
         let here = self.is_here(target);
         if !here && self.is_blocked(target) {
@@ -269,6 +276,25 @@ impl Shard {
             }
         }
     }
+}
+
+/// What a durable send carries beside its body. `None` for most.
+fn extra_of(to: &UserName, send: &Send<'_>) -> Result<Option<Box<StoredExtra>>, ErrorCode> {
+    if to.is_group() && send.ack_timeout_ms.is_some() {
+        // Which of many devices would it be?
+        return Err(ErrorCode::Unsupported);
+    }
+    if send.mentions.is_empty() {
+        return Ok(None);
+    }
+    if send.mentions.all && !to.is_group() {
+        return Err(ErrorCode::BadRequest);
+    }
+    if send.mentions.users.len() > limits::MENTIONS_MAX {
+        return Err(ErrorCode::TooManyMentions);
+    }
+    let mentions = send.mentions.users.iter().map(UserName::of_user).collect::<Result<_, _>>()?;
+    Ok(Some(Box::new(StoredExtra { mentions, mention_all: send.mentions.all, ..StoredExtra::default() })))
 }
 
 /// Transient messages belong to no stored conversation.

@@ -11,6 +11,7 @@ use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, DeviceId, DeviceKey, Seq, UserName};
 use ringline_schema::limits;
 use ringline_schema::message::{DeviceKind, Message, Reply};
+use ringline_schema::record::StoredMessage;
 
 use crate::config::{CoreConfig, LAGGED_CONVERSATIONS_MAX, SPARE_BUFFER_BYTES_MAX, SPARE_BUFFERS_MAX};
 use crate::counters::Counters;
@@ -75,14 +76,14 @@ pub struct Lag {
 }
 
 impl Login {
-    /// The id of the conversation with `to`.
-    pub fn direct(&mut self, to: &UserName) -> ConversationId {
+    /// The id of the conversation with `to`, a user or a group.
+    pub fn conversation(&mut self, to: &UserName) -> ConversationId {
         if let Some((name, conversation)) = self.last_sent.as_deref()
             && name == to
         {
             return *conversation;
         }
-        let conversation = ConversationId::direct(&self.user, to);
+        let conversation = ConversationId::with(&self.user, to);
         let sent = (to.clone(), conversation);
         match &mut self.last_sent {
             Some(last) => **last = sent,
@@ -352,24 +353,58 @@ impl Sessions {
 
     /// Queues a durable delivery, or notes that the device lags. `with` names the conversation to the device.
     pub fn deliver_durable(&mut self, conn: ConnId, message: &Message<'_>, with: &UserName, fx: &mut Effects) {
+        if self.may_deliver(conn, (message.conversation, message.seq), with, fx) {
+            self.write(conn, 0, &Reply::Deliver(*message), fx);
+        }
+    }
+
+    /// Queues one durable delivery to many devices: encoded once, then copied to each.
+    pub fn deliver_to_all(&mut self, conns: &[ConnId], message: &StoredMessage, fx: &mut Effects) {
+        let mut frame = self.spare.pop().unwrap_or_default();
+        let mut encoded = None;
+        for &conn in conns {
+            if !self.may_deliver(conn, (message.conversation, message.seq), &message.to, fx) {
+                continue;
+            }
+            let Some(codec) = self.get(conn).map(|session| session.codec) else { continue };
+            if encoded != Some(codec) {
+                frame.clear();
+                self.encoder.reply(codec, 0, &Reply::Deliver(message.as_wire()), &mut frame);
+                encoded = Some(codec);
+            }
+            if let Some(session) = self.output(conn, fx) {
+                session.out.extend_from_slice(&frame);
+            }
+        }
+        self.give_back(frame);
+    }
+
+    /// Whether a durable delivery can be queued; otherwise it is noted that the device lags.
+    fn may_deliver(
+        &mut self,
+        conn: ConnId,
+        (conversation, seq): (ConversationId, Seq),
+        with: &UserName,
+        fx: &mut Effects,
+    ) -> bool {
         let room = self.room(conn);
-        let Some(login) = self.login_mut(conn) else { return };
-        login.show(message.conversation, message.seq);
+        let Some(login) = self.login_mut(conn) else { return false };
+        login.show(conversation, seq);
         // Once told to fetch from a place, what follows is part of that range until it has been told.
-        let lagging = login.lagged.as_ref().is_some_and(|lagged| lagged.contains_key(&message.conversation));
+        let lagging = login.lagged.as_ref().is_some_and(|lagged| lagged.contains_key(&conversation));
         if room && !lagging {
             self.counters.delivered += 1;
-            self.write(conn, 0, &Reply::Deliver(*message), fx);
-            return;
+            return true;
         }
-        let lag = Lag { with: with.clone(), from: message.seq, to: message.seq };
+        let lag = Lag { with: with.clone(), from: seq, to: seq };
         let lagged = login.lagged.get_or_insert_default();
-        lagged.entry(message.conversation).or_insert(lag).to = message.seq;
+        lagged.entry(conversation).or_insert(lag).to = seq;
         let too_many = lagged.len() > LAGGED_CONVERSATIONS_MAX;
         self.counters.dropped_durable += 1;
         if too_many {
             self.fail(conn, 0, ErrorCode::SlowReader, fx);
         }
+        false
     }
 
     fn room(&self, conn: ConnId) -> bool {
@@ -414,19 +449,28 @@ impl Sessions {
     }
 
     fn write(&mut self, conn: ConnId, request_id: u32, reply: &Reply<'_>, fx: &mut Effects) {
+        if self.output(conn, fx).is_some()
+            && let Some(session) = self.table.get_mut(conn.slot as usize).and_then(Option::as_mut)
+        {
+            self.encoder.reply(session.codec, request_id, reply, &mut session.out);
+        }
+    }
+
+    /// A connection that is about to get output.
+    fn output(&mut self, conn: ConnId, fx: &mut Effects) -> Option<&mut Session> {
         let now_us = self.now_us;
-        let Some(session) = self.table.get_mut(conn.slot as usize).and_then(Option::as_mut) else { return };
+        let session = self.table.get_mut(conn.slot as usize).and_then(Option::as_mut)?;
         if session.out.capacity() == 0 {
             session.out = self.spare.pop().unwrap_or_default();
         }
         if session.waiting_bytes() == 0 {
             session.progress_us = now_us;
         }
-        self.encoder.reply(session.codec, request_id, reply, &mut session.out);
         if !session.dirty {
             session.dirty = true;
             fx.dirty.push(conn);
         }
+        Some(session)
     }
 
     /// Hands the queued output of a connection to the shell.

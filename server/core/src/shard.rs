@@ -22,8 +22,9 @@ use crate::counters::{Counters, Levels};
 use crate::deliver::DeliveryWait;
 use crate::devices::DeviceWork;
 use crate::event::{CloseReason, ConnId, Effect, Effects, Event, Now, ShardMessage, Token, Verdict, Work};
+use crate::group::cache::{GroupQuestion, Slot};
 use crate::list::{ListWork, MarkWork};
-use crate::peer::{Ask, Origin};
+use crate::peer::{Ask, Origin, Submit};
 use crate::planted::{Bug, Planted};
 use crate::receipt_list::ReceiptList;
 use crate::receipts::{Reader, Receipts};
@@ -44,6 +45,11 @@ pub(crate) enum Question {
     KnowUser(ShardIndex, Box<Ask>),
     Social(SocialQuestion),
     Fetch(Origin, ConversationId),
+    Group(GroupQuestion),
+    /// How many groups the sender of an act is in.
+    GroupCount(Box<Submit>),
+    /// Whether the next user that an act names exists.
+    Visited(Box<Submit>),
     Conversations(Origin),
     /// The last message of the next conversation of a page.
     Last(Box<ListWork>),
@@ -85,6 +91,9 @@ pub struct Shard {
 
     /// Conversations this shard owns, bounded; those with something in flight are never evicted.
     pub(crate) conversations: LruCache<ConversationId, Conversation, FixedState>,
+    /// Groups this shard owns, bounded by their number and their members together.
+    pub(crate) groups: LruCache<ConversationId, Slot, FixedState>,
+    pub(crate) groups_members: usize,
     /// Appends that somebody waits for, in order of their record numbers.
     pub(crate) pending: VecDeque<Pending>,
     pub(crate) pending_bytes: usize,
@@ -138,7 +147,9 @@ impl Shard {
             users: LruCache::unbounded_with_hasher(hasher.clone()),
             creating: BTreeSet::new(),
             social: Social::new(&hasher),
-            conversations: LruCache::unbounded_with_hasher(hasher),
+            conversations: LruCache::unbounded_with_hasher(hasher.clone()),
+            groups: LruCache::unbounded_with_hasher(hasher),
+            groups_members: 0,
             pending: VecDeque::new(),
             pending_bytes: 0,
             bodies: BytesMut::new(),
@@ -292,7 +303,7 @@ impl Shard {
             Request::Online { cursor, limit } => self.online(conn, request_id, (cursor, limit), fx),
             Request::Conversations { cursor, limit } => self.conversations(conn, request_id, (cursor, limit), fx),
             Request::Chat(request) => self.chat(conn, request_id, request, fx),
-            Request::Group { .. } => self.sessions.fail(conn, request_id, ErrorCode::Unsupported, fx),
+            Request::Group { group, act } => self.group_request(conn, request_id, (group, &act), fx),
         }
         match self.sessions.get(conn) {
             Some(session) if !session.is_draining() => Verdict::Continue,
@@ -314,13 +325,16 @@ impl Shard {
                 self.user_known(conversation, &user, known, fx);
             }
             ShardMessage::Social(message) => self.social_message(from, message, fx),
-            ShardMessage::Fetch { origin, conversation, range } => {
-                self.load(
-                    Question::Fetch(origin, conversation),
-                    Query::Messages { conversation, range, reader: None },
-                    fx,
-                );
+            ShardMessage::Fetch { origin, conversation, range, reader } => {
+                let query = Query::Messages { conversation, range, reader };
+                self.load(Question::Fetch(origin, conversation), query, fx);
             }
+            ShardMessage::Visit(submit) => self.visit(*submit, fx),
+            ShardMessage::GroupAnswered { origin, answer } => self.group_answered(origin, &answer, fx),
+            ShardMessage::DeliverGroup { message, members, skip } => {
+                self.deliver_to_members(&message, &members, skip, fx);
+            }
+            ShardMessage::PushGroup { users, push } => self.group_pushed(&users, &push, fx),
             ShardMessage::Fetched { origin, conversation, answer } => {
                 self.fetched(origin, conversation, answer, fx);
             }
@@ -343,6 +357,9 @@ impl Shard {
             Some(Question::KnowUser(asker, ask)) => self.user_loaded(asker, ask, answer, fx),
             Some(Question::Social(question)) => self.social_loaded(question, answer, fx),
             Some(Question::Fetch(origin, conversation)) => self.fetched(origin, conversation, answer, fx),
+            Some(Question::Group(question)) => self.group_loaded(question, answer, fx),
+            Some(Question::GroupCount(submit)) => self.groups_counted(*submit, &answer, fx),
+            Some(Question::Visited(submit)) => self.visited(*submit, answer, fx),
             Some(Question::Conversations(origin)) => self.conversations_loaded(origin, answer, fx),
             Some(Question::Last(work)) => self.last_loaded(work, answer, fx),
             Some(Question::Mark(work)) => self.mark_loaded(work, answer, fx),

@@ -173,7 +173,8 @@ fn large_bytes(record: &Record) -> usize {
 /// What of a group a reader is given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Readable {
-    /// Where the membership begins that the page is from; the lowest readable seq when nothing is in the range.
+    /// Where the membership begins that the page is from, or, if nothing is in the range, the next one above it: whoever
+    /// reads on goes on there. The lowest readable seq when the newest were asked for.
     first: Seq,
     /// The highest readable seq; 0: nothing is.
     head: Seq,
@@ -191,7 +192,8 @@ fn readable(member: &MemberRow, (first, head): (Seq, Seq), range: &Range) -> Rea
     let lowest = parts.first().map_or(Seq::ZERO, |(start, _)| *start);
     let head = parts.last().map_or(Seq::ZERO, |(_, end)| *end);
     let Some((start, end)) = part else {
-        return Readable { first: lowest, head, range: Range { limit: 0, ..*range } };
+        let above = parts.iter().map(|(start, _)| *start).find(|start| *start > range.after && !range.newest);
+        return Readable { first: above.unwrap_or(lowest), head, range: Range { limit: 0, ..*range } };
     };
     let end = Seq(end.0.saturating_add(1));
     let after = range.after.max(Seq(start.0.saturating_sub(1)));
@@ -204,6 +206,10 @@ fn readable(member: &MemberRow, (first, head): (Seq, Seq), range: &Range) -> Rea
 ///
 /// May hold up to twice `DUPLICATE_WINDOW` entries, so that trimming costs little a message; [`newest`] gives the window.
 fn remember(filter: &mut Vec<Accepted>, accepted: Accepted) {
+    // What no client numbered, nobody repeats.
+    if accepted.client_seq == 0 {
+        return;
+    }
     match filter.last() {
         Some(last) if accepted.client_seq <= last.client_seq => {
             match filter.binary_search_by_key(&accepted.client_seq, |entry| entry.client_seq) {

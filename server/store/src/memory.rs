@@ -302,7 +302,7 @@ impl Tables {
         let mut bytes = 0;
         let mut fits = |message: &&StoredMessage| {
             let first = bytes == 0;
-            bytes += message.body.len().max(1);
+            bytes += message.bytes().max(1);
             first || bytes <= range.bytes_max as usize
         };
         let limit = usize::from(range.limit);

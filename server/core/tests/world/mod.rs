@@ -1,7 +1,7 @@
 //! The simulated node: shards, a store that commits when chance says so, lanes with delay and loss, and clients that
 //! retry under the same client_seq, as the SDK does.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -13,14 +13,19 @@ use ringline_schema::codec::{Codec, decode_reply};
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::frame::{Flags, FrameDecoder};
 use ringline_schema::ids::{ConversationId, DeviceId, Partition, Seq, UserName};
+use ringline_schema::message::group::{JoinPolicy, What};
 use ringline_schema::message::{
-    Ack, BodyKind, ChatReply, Class, Credential, DeviceKind, Fetch, Login, Mentions, Reply, Request, Secret, Send,
+    Ack, BodyKind, ChatReply, Class, Credential, DeviceKind, Fetch, GroupAct, Login, Mentions, Names, Reply, Request,
+    Secret, Send,
 };
 use ringline_store::memory::{self, MemoryStore};
 use ringline_store::{LoadToken, Store, StoreEvent};
 
 const USERS: usize = 6;
 const DEVICES_PER_USER: u64 = 2;
+/// The group that everyone may join, and its place behind the users.
+const GROUP: &str = "#group";
+const TO_GROUP: usize = USERS;
 
 /// One durable send as its client sees it.
 #[derive(Clone, Debug)]
@@ -28,6 +33,8 @@ struct Outstanding {
     to: usize,
     body: String,
     tried_us: u64,
+    /// The request that carried it last.
+    last_request: u32,
 }
 
 /// One device of one user. Its connection comes and goes; what it has sent and seen stays.
@@ -46,6 +53,8 @@ struct Client {
     stream: HashMap<ConversationId, Seq>,
     /// Everything ever seen, from deliveries and fetches.
     seen: BTreeMap<(ConversationId, Seq), String>,
+    /// What happened to the group: who came (true) or went.
+    changes: BTreeMap<Seq, (bool, String)>,
     login_us: u64,
 }
 
@@ -72,7 +81,11 @@ pub struct World {
 }
 
 fn name(user: usize) -> String {
-    format!("user-{user}")
+    if user == TO_GROUP { GROUP.to_owned() } else { format!("user-{user}") }
+}
+
+fn group_id() -> ConversationId {
+    ConversationId::group(&UserName::new(GROUP).unwrap())
 }
 
 impl World {
@@ -90,6 +103,7 @@ impl World {
             accepted: BTreeMap::new(),
             stream: HashMap::new(),
             seen: BTreeMap::new(),
+            changes: BTreeMap::new(),
             login_us: 0,
         });
         let mut world = Self {
@@ -222,24 +236,35 @@ impl World {
         if !self.clients[who].logged_in {
             return;
         }
-        match self.rng.random_range(0..10) {
+        match self.rng.random_range(0..11) {
             0..6 if self.clients[who].outstanding.len() < 20 => {
-                let to = self.rng.random_range(0..USERS);
+                let to = self.rng.random_range(0..=TO_GROUP);
                 self.bodies += 1;
                 let body = format!("m{}", self.bodies);
                 let client = &mut self.clients[who];
                 let client_seq = client.next_client_seq;
                 client.next_client_seq += 1;
-                client.outstanding.insert(client_seq, Outstanding { to, body, tried_us: 0 });
+                client.outstanding.insert(client_seq, Outstanding { to, body, tried_us: 0, last_request: 0 });
                 self.transmit(who, client_seq);
             }
             6..8 => self.acknowledge(who),
             8 => {
-                let (with, after) = (self.rng.random_range(0..USERS), Seq(self.rng.random_range(0..30)));
+                let (with, after) = (self.rng.random_range(0..=TO_GROUP), Seq(self.rng.random_range(0..30)));
                 self.fetch(who, with, after);
             }
+            9 => self.come_or_go(who),
             _ => self.request(who, 0, Request::Online { cursor: "", limit: 3 }),
         }
+    }
+
+    /// User 0 makes the group and stays; others come and go.
+    fn come_or_go(&mut self, who: usize) {
+        let act = match (self.clients[who].user, self.rng.random_range(0..2)) {
+            (0, _) => GroupAct::Create { title: "all", join: JoinPolicy::Open, users: Names::default() },
+            (_, 0) => GroupAct::Join { greeting: "" },
+            (_, _) => GroupAct::Leave,
+        };
+        self.request(who, u32::MAX - 2, Request::Group { group: GROUP, act });
     }
 
     fn connect(&mut self, who: usize) {
@@ -267,15 +292,16 @@ impl World {
         let now_us = self.now.mono_us;
         let Some(send) = self.clients[who].outstanding.get_mut(&client_seq) else { return };
         send.tried_us = now_us;
+        send.last_request = self.rng.random_range(1..u32::MAX);
         let (to, body) = (name(send.to), send.body.clone());
-        let request_id = self.rng.random_range(1..u32::MAX);
+        let request_id = send.last_request;
         self.clients[who].requests.insert(request_id, client_seq);
         let send = Send {
             to: &to,
             class: Class::Durable,
             kind: BodyKind::Text,
             client_seq,
-            ack_timeout_ms: Some(500),
+            ack_timeout_ms: (to != GROUP).then_some(500),
             body: body.as_bytes(),
             mentions: Mentions::default(),
         };
@@ -412,9 +438,10 @@ impl World {
             }
         }
         for who in 0..self.clients.len() {
-            for with in 0..USERS {
-                for page in 0..20 {
-                    self.fetch(who, with, Seq(page * 50));
+            for with in 0..=TO_GROUP {
+                // A page of the group ends where a membership ends, so it takes more of them.
+                for page in 0..if with == TO_GROUP { 100 } else { 20 } {
+                    self.fetch(who, with, Seq(if with == TO_GROUP { page * 10 } else { page * 50 }));
                     self.settle();
                 }
             }
@@ -459,6 +486,7 @@ impl World {
         for (key, body) in &log {
             assert_eq!(bodies.insert(body, *key), None, "{body} is there twice");
         }
+        self.check_group();
         let mut accepted = 0;
         for client in &self.clients {
             for ((_, client_seq), place) in &client.accepted {
@@ -466,8 +494,28 @@ impl World {
                 accepted += 1;
             }
         }
-        assert_eq!(accepted, log.len(), "what is in the log was accepted, once each");
+        let changes = self.clients.iter().flat_map(|client| client.changes.keys()).collect::<BTreeSet<_>>().len();
+        assert_eq!(accepted + changes, log.len(), "what is in the log was accepted, once each");
         assert!(accepted > 50, "the run did something: {accepted}");
+    }
+
+    /// Everyone saw of the group what lay in the times of their membership, and nothing else.
+    fn check_group(&self) {
+        let mut changes: BTreeMap<Seq, (bool, String)> = BTreeMap::new();
+        for client in &self.clients {
+            for (seq, change) in &client.changes {
+                assert_eq!(changes.entry(*seq).or_insert_with(|| change.clone()), change);
+            }
+        }
+        for client in &self.clients {
+            let me = name(client.user);
+            let own: Vec<_> = changes.iter().filter(|(_, (_, user))| *user == me).collect();
+            let seen = client.seen.keys().filter(|(id, _)| *id == group_id());
+            for (_, seq) in seen {
+                let last = own.iter().rev().find(|(at, _)| *at <= seq);
+                assert!(last.is_some_and(|(_, (came, _))| *came), "{me} saw {seq} of a group and was not in it");
+            }
+        }
     }
 
     pub fn fingerprint(&self) -> u64 {
@@ -505,10 +553,26 @@ impl Client {
             }
             Reply::FetchOk { messages, .. } => messages.iter().for_each(|message| self.see(message)),
             Reply::Failure { code, .. } => {
-                let known =
+                const KNOWN: [ErrorCode; 4] =
                     [ErrorCode::Busy, ErrorCode::BadRequest, ErrorCode::NoSuchUser, ErrorCode::NoSuchConversation];
-                assert!(known.contains(code), "unexpected {code}");
+                const OF_GROUPS: [ErrorCode; 5] = [
+                    ErrorCode::NoSuchGroup,
+                    ErrorCode::NotMember,
+                    ErrorCode::GroupExists,
+                    ErrorCode::AlreadyMember,
+                    ErrorCode::Unsupported,
+                ];
+                assert!(KNOWN.contains(code) || OF_GROUPS.contains(code), "unexpected {code}");
+                // Not a member: it was not accepted, and is not tried again. But an earlier copy's refusal says nothing of
+                // the last one, which may meet the group at a better moment.
+                if OF_GROUPS.contains(code)
+                    && let Some(client_seq) = self.requests.remove(&request_id)
+                    && self.outstanding.get(&client_seq).is_some_and(|send| send.last_request == request_id)
+                {
+                    self.outstanding.remove(&client_seq);
+                }
             }
+            Reply::Group(_) => {}
             Reply::Receipt(_)
             | Reply::OnlineOk { .. }
             | Reply::Kicked { .. }
@@ -519,10 +583,15 @@ impl Client {
 
     fn see(&mut self, message: &ringline_schema::message::Message<'_>) {
         let me = name(self.user);
-        assert!(message.from == me || message.to == me, "{me} was shown a message of others");
-        let id = ConversationId::direct(&UserName::new(message.from).unwrap(), &UserName::new(message.to).unwrap());
+        let of_group = message.to == GROUP;
+        assert!(of_group || message.from == me || message.to == me, "{me} was shown a message of others");
+        let id = ConversationId::with(&UserName::new(message.from).unwrap(), &UserName::new(message.to).unwrap());
         assert_eq!(message.conversation, id);
-        let body = String::from_utf8(message.body.to_vec()).unwrap();
+        let mut body = String::from_utf8(message.body.to_vec()).unwrap();
+        if let Some(change) = message.extra.change {
+            body = format!("{} {change:?}", message.seq);
+            self.changes.insert(message.seq, (change.what != What::Left, message.from.to_owned()));
+        }
         let first = self.seen.entry((message.conversation, message.seq)).or_insert_with(|| body.clone());
         assert_eq!(*first, body);
     }

@@ -181,7 +181,8 @@ pub fn memberships(open: Opener<'_>) {
     assert_eq!(bob(5, None, false), (10, 20, vec![10, 11, 12]));
     assert_eq!(bob(12, None, false), (19, 20, vec![19, 20]));
     assert_eq!(bob(5, Some(12), false), (10, 20, vec![10, 11]));
-    assert_eq!(bob(5, Some(10), false), (3, 20, vec![]));
+    assert_eq!(bob(5, Some(10), false), (10, 20, vec![]), "where to go on");
+    assert_eq!(bob(5, Some(10), true), (3, 20, vec![]));
     assert_eq!(bob(20, None, false), (3, 20, vec![]));
     assert_eq!(bob(0, None, true), (3, 20, vec![19, 20]));
     assert_eq!(bob(0, Some(19), true), (3, 20, vec![10, 11, 12]));

@@ -105,7 +105,7 @@ impl Node {
             let message = found
                 .filter(|message| (message.conversation, message.seq) == (conversation, seq))
                 .ok_or(IndexError::Wrong(conversation, seq))?;
-            bytes += message.body.len().max(1);
+            bytes += message.bytes().max(1);
             if bytes > range.bytes_max as usize && !messages.is_empty() {
                 break;
             }

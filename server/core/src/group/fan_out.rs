@@ -1,0 +1,178 @@
+//! From the log to the members: one message a shard, encoded once there, whatever the number of members.
+
+use std::sync::Arc;
+
+use ringline_cluster::placement::ShardIndex;
+use ringline_schema::ids::{ConversationId, Seq, UserName};
+use ringline_schema::message::group::{GroupInfo, Member, Role};
+use ringline_schema::message::{GroupReply, Reply, Standing};
+use ringline_schema::record::{StoredChange, StoredMessage};
+use ringline_schema::rows::{GroupRow, MemberRow};
+
+use crate::event::{ConnId, Effects, ShardMessage};
+use crate::group::state::Targets;
+use crate::peer::Origin;
+use crate::shard::Shard;
+
+/// How an act ended well; travels to the shard of the session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GroupAnswer {
+    Ok { conversation: ConversationId, seq: Seq, standing: Option<Standing> },
+    Info(Box<InfoAnswer>),
+    Members { members: Vec<MemberAnswer>, next: String },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InfoAnswer {
+    pub conversation: ConversationId,
+    pub row: GroupRow,
+    pub members: u32,
+    /// What the asking user is to the group.
+    pub known: Option<MemberRow>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemberAnswer {
+    pub user: UserName,
+    pub row: MemberRow,
+}
+
+impl GroupAnswer {
+    /// The wire form.
+    pub(crate) fn as_wire(&self) -> GroupReply<'_> {
+        match self {
+            Self::Ok { conversation, seq, standing } => {
+                GroupReply::Ok { conversation: *conversation, seq: *seq, standing: *standing }
+            }
+            Self::Info(info) => {
+                let InfoAnswer { conversation, row, members, known } = &**info;
+                GroupReply::Info(GroupInfo {
+                    conversation: *conversation,
+                    group: row.name.as_str(),
+                    title: &row.title,
+                    join: row.join,
+                    owner: row.owner.as_str(),
+                    members: *members,
+                    created_ms: row.created_ms,
+                    dissolved: row.dissolved != Seq::ZERO,
+                    standing: known.as_ref().map(|row| row.standing),
+                    role: known.as_ref().map_or(Role::Member, |row| row.role),
+                    muted_until_ms: known.as_ref().map_or(0, |row| row.muted_until_ms),
+                })
+            }
+            Self::Members { members, next } => {
+                let members = members.iter().map(|member| Member {
+                    user: member.user.as_str(),
+                    role: member.row.role,
+                    standing: member.row.standing,
+                    joined_ms: member.row.since_ms,
+                    muted_until_ms: member.row.muted_until_ms,
+                });
+                GroupReply::Members { members: members.collect(), next }
+            }
+        }
+    }
+}
+
+/// What users who do not see the messages of a group are told of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupPush {
+    pub conversation: ConversationId,
+    pub group: UserName,
+    pub title: String,
+    pub by: UserName,
+    pub time_ms: u64,
+    pub change: StoredChange,
+}
+
+impl Shard {
+    /// Tells the session whose act it was.
+    pub(crate) fn answer_group(&mut self, origin: Origin, answer: GroupAnswer, fx: &mut Effects) {
+        if self.is_here(origin.shard) {
+            self.group_answered(origin, &answer, fx);
+        } else {
+            self.tell_shard(origin.shard, ShardMessage::GroupAnswered { origin, answer }, fx);
+        }
+    }
+
+    /// Gives a message on disk to the shards of its members. The device that sent it knows it by its acknowledgement.
+    pub(crate) fn fan_out(
+        &mut self,
+        message: &Arc<StoredMessage>,
+        targets: &Targets,
+        origin: Origin,
+        fx: &mut Effects,
+    ) {
+        for (shard, members) in &**targets {
+            let is_sender = *shard == origin.shard && message.client_seq != 0;
+            let skip = is_sender.then_some(origin.conn);
+            self.sessions.counters.fan_outs += 1;
+            if self.is_here(*shard) {
+                self.deliver_to_members(message, members, skip, fx);
+            } else {
+                let (message, members) = (Arc::clone(message), Arc::clone(members));
+                self.tell_shard(*shard, ShardMessage::DeliverGroup { message, members, skip }, fx);
+            }
+        }
+    }
+
+    /// Gives a message of a group to every device of the members that are online here, but `skip`.
+    pub(crate) fn deliver_to_members(
+        &mut self,
+        message: &StoredMessage,
+        members: &[UserName],
+        skip: Option<ConnId>,
+        fx: &mut Effects,
+    ) {
+        // Whichever is shorter is walked, the other looked into.
+        let mut conns: Vec<ConnId> = Vec::new();
+        if self.online.len() < members.len() {
+            let here = self.online.iter().filter(|(user, _)| members.binary_search(user).is_ok());
+            conns.extend(here.flat_map(|(_, devices)| devices.iter().copied()));
+            // The table has no order of its own; replays must agree.
+            conns.sort_unstable();
+        } else {
+            let here = members.iter().filter_map(|user| self.online.get(user));
+            conns.extend(here.flat_map(|devices| devices.iter().copied()));
+        }
+        conns.retain(|conn| Some(*conn) != skip);
+        self.sessions.deliver_to_all(&conns, message, fx);
+    }
+
+    /// Tells users of a change of a group whose messages they do not see.
+    pub(crate) fn push_to_users(&mut self, users: Vec<UserName>, push: &Arc<GroupPush>, fx: &mut Effects) {
+        let mut lists: Vec<Vec<UserName>> = vec![Vec::new(); usize::from(self.config.placement.shards())];
+        for user in users {
+            let shard = self.owner(user.partition());
+            if let Some(list) = lists.get_mut(usize::from(shard.0)) {
+                list.push(user);
+            }
+        }
+        for (shard, users) in (0..).map(ShardIndex).zip(lists).filter(|(_, users)| !users.is_empty()) {
+            if self.is_here(shard) {
+                self.group_pushed(&users, push, fx);
+            } else {
+                self.tell_shard(shard, ShardMessage::PushGroup { users, push: Arc::clone(push) }, fx);
+            }
+        }
+    }
+
+    /// Users of this shard are told; who is not online finds it in the list of conversations.
+    pub(crate) fn group_pushed(&mut self, users: &[UserName], push: &GroupPush, fx: &mut Effects) {
+        let change = push.change.as_wire();
+        let reply = Reply::Group(GroupReply::Changed {
+            conversation: push.conversation,
+            group: push.group.as_str(),
+            title: &push.title,
+            by: push.by.as_str(),
+            time_ms: push.time_ms,
+            change,
+        });
+        for user in users {
+            let Some(devices) = self.online.get(user) else { continue };
+            for &conn in devices {
+                self.sessions.push(conn, &reply, fx);
+            }
+        }
+    }
+}

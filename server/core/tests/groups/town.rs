@@ -1,0 +1,299 @@
+//! A node of several shards whose lanes and store move at once, for the rules of groups.
+
+use std::collections::{HashMap, VecDeque};
+
+use ringline_cluster::placement::{CorePlacement, ShardIndex};
+use ringline_core::Shard;
+use ringline_core::config::CoreConfig;
+use ringline_core::event::{ConnId, Effect, Effects, Event, Now, ShardMessage, Token, Work, WorkOutcome};
+use ringline_schema::codec::{Codec, decode_reply};
+use ringline_schema::errors::ErrorCode;
+use ringline_schema::frame::{Flags, FrameDecoder, Header};
+use ringline_schema::ids::{DeviceId, Partition, Seq, UserName};
+use ringline_schema::message::*;
+use ringline_schema::record::{Answer, Change, Query, Record, User};
+use ringline_schema::rows::Row;
+use ringline_store::memory::{self, MemoryStore};
+use ringline_store::{LoadToken, Store, StoreEvent};
+
+/// One device that is logged in: its shard and connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Seat {
+    shard: usize,
+    conn: ConnId,
+}
+
+/// How an act ended: its place and what the actor is now.
+pub type Acted = Result<(Seq, Option<Standing>), ErrorCode>;
+
+struct Side {
+    shard: Shard,
+    store: MemoryStore,
+}
+
+pub struct Town {
+    sides: Vec<Side>,
+    placement: CorePlacement,
+    pub now: Now,
+    lanes: VecDeque<(ShardIndex, usize, ShardMessage)>,
+    inbox: HashMap<Seat, Vec<Vec<u8>>>,
+    next: u32,
+    /// Whether stores commit.
+    pub committing: bool,
+    /// What was done since it was last looked at.
+    pub records: usize,
+    pub fan_outs: usize,
+    pub loads: usize,
+}
+
+pub fn name(text: &str) -> UserName {
+    UserName::new(text).unwrap()
+}
+
+pub fn decode(frame: &[u8]) -> Reply<'_> {
+    let header = Header::decode(frame.first_chunk().unwrap(), u32::MAX).unwrap();
+    decode_reply(&header, &frame[16..]).unwrap()
+}
+
+impl Town {
+    pub fn new(shards: u16) -> Self {
+        Self::with(memory::open(shards), |_| ())
+    }
+
+    pub fn with(stores: Vec<MemoryStore>, change: impl Fn(&mut CoreConfig)) -> Self {
+        let placement = CorePlacement::new(stores.len() as u16).unwrap();
+        let side = |(at, store)| {
+            let mut config = CoreConfig::new(ShardIndex(at), placement);
+            change(&mut config);
+            Side { shard: Shard::new(config, 1), store }
+        };
+        Self {
+            sides: (0..).zip(stores).map(side).collect(),
+            placement,
+            now: Now { mono_us: 1_000_000, unix_ms: 1_700_000_000_000 },
+            lanes: VecDeque::new(),
+            inbox: HashMap::new(),
+            next: 0,
+            committing: true,
+            records: 0,
+            fan_outs: 0,
+            loads: 0,
+        }
+    }
+
+    /// The same data under new shards, as after a restart.
+    pub fn restarted(&self, shards: u16) -> Self {
+        Self::with(self.sides[0].store.reopen(shards), |_| ())
+    }
+
+    fn owner(&self, partition: Partition) -> usize {
+        usize::from(self.placement.shard_of(partition).0)
+    }
+
+    /// Puts records into the store behind the back of the shards.
+    pub fn seed(&mut self, record: &Record) {
+        let at = self.owner(record.partition());
+        self.sides[at].store.reopen(1).iter_mut().for_each(|store| {
+            store.append(record).unwrap();
+            store.submit();
+        });
+    }
+
+    pub fn seed_rows(&mut self, rows: Vec<Row>) {
+        const ROWS_PER_RECORD: usize = 1_000;
+        for rows in rows.chunks(ROWS_PER_RECORD) {
+            self.seed(&Record::Change(Box::new(Change { message: None, rows: rows.to_vec() })));
+        }
+    }
+
+    pub fn seed_user(&mut self, user: &str) {
+        self.seed(&Record::User(User { name: name(user), password_hash: None, created_ms: 1 }));
+    }
+
+    /// Asks the store itself.
+    pub fn stored(&mut self, query: Query) -> Answer {
+        let mut store = self.sides[0].store.reopen(1).remove(0);
+        store.load(LoadToken(1), query).unwrap();
+        let mut events = Vec::new();
+        store.poll(&mut events);
+        match events.pop() {
+            Some(StoreEvent::Loaded(_, answer)) => answer,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn event(&mut self, at: usize, event: Event<'_>) {
+        let mut fx = Effects::default();
+        let _ = self.sides[at].shard.handle(event, self.now, &mut fx);
+        for effect in fx.list {
+            match effect {
+                Effect::Close { .. } => {}
+                Effect::Append(record) => {
+                    self.records += 1;
+                    self.sides[at].store.append(&record).unwrap();
+                }
+                Effect::Load { token, query } => {
+                    self.loads += 1;
+                    self.sides[at].store.load(LoadToken(token.0), query).unwrap();
+                }
+                Effect::Work { token, work } => {
+                    let Work::VerifyToken { .. } = work else { panic!("{work:?}") };
+                    self.event(at, Event::Worked { token, outcome: WorkOutcome::Verified(true) });
+                }
+                Effect::ToShard { to, message } => {
+                    self.fan_outs += usize::from(matches!(message, ShardMessage::DeliverGroup { .. }));
+                    self.lanes.push_back((ShardIndex(at as u16), usize::from(to.0), message));
+                }
+            }
+        }
+        for conn in fx.dirty {
+            let Some(bytes) = self.sides[at].shard.take_output(conn) else { continue };
+            let (mut decoder, mut input) = (FrameDecoder::new(), &bytes[..]);
+            while let Some(frame) = decoder.next(&mut input, 1 << 20).unwrap() {
+                self.inbox.entry(Seat { shard: at, conn }).or_default().push(frame.raw.to_vec());
+            }
+            self.event(at, Event::Sent { conn, bytes: bytes.len() });
+        }
+    }
+
+    /// Until nothing moves.
+    pub fn settle(&mut self) {
+        loop {
+            let mut moved = false;
+            while let Some((from, to, message)) = self.lanes.pop_front() {
+                moved = true;
+                self.event(to, Event::Shard { from, message });
+            }
+            for at in 0..self.sides.len() {
+                if self.committing {
+                    self.sides[at].store.submit();
+                }
+                let mut events = Vec::new();
+                self.sides[at].store.poll(&mut events);
+                for event in events {
+                    moved = true;
+                    self.event(
+                        at,
+                        match event {
+                            StoreEvent::Committed(lsn) => Event::Stored { upto: lsn.0 },
+                            StoreEvent::Failed => Event::StoreFailed,
+                            StoreEvent::Loaded(token, answer) => Event::Loaded { token: Token(token.0), answer },
+                        },
+                    );
+                }
+            }
+            if !moved {
+                return self.sides.iter().for_each(|side| side.shard.check_invariants());
+            }
+        }
+    }
+
+    pub fn login_as(&mut self, user: &str, device: u64) -> Seat {
+        self.next += 1;
+        let shard = self.owner(Partition::of_user(user));
+        let conn = ConnId { slot: self.next, generation: 1 };
+        let seat = Seat { shard, conn };
+        self.event(shard, Event::Opened { conn });
+        let credential = Credential::Token(Secret("token"));
+        let (device, device_kind) = (DeviceId(device), DeviceKind::Other);
+        self.ask(seat, Request::Login(Login { user, credential, device, device_kind, agent: "" }));
+        let told = self.told(seat);
+        assert!(matches!(decode(&told[0]), Reply::LoginOk(_)), "{:?}", decode(&told[0]));
+        seat
+    }
+
+    pub fn login(&mut self, user: &str) -> Seat {
+        self.login_as(user, 1)
+    }
+
+    pub fn ask(&mut self, seat: Seat, request: Request<'_>) {
+        let (codec, flags) = (Codec::FlatBuffers, Flags::default());
+        self.event(seat.shard, Event::Request { conn: seat.conn, codec, flags, request_id: 7, request });
+        self.settle();
+    }
+
+    /// What a device was told since the last look.
+    pub fn told(&mut self, seat: Seat) -> Vec<Vec<u8>> {
+        self.inbox.remove(&seat).unwrap_or_default()
+    }
+
+    /// Asks, and takes the answer out of what the device was told.
+    pub fn answer(&mut self, seat: Seat, request: Request<'_>) -> Vec<u8> {
+        self.ask(seat, request);
+        let told = self.inbox.get_mut(&seat).unwrap();
+        let at = told.iter().position(|frame| u32::from_le_bytes(frame[8..12].try_into().unwrap()) == 7).unwrap();
+        told.remove(at)
+    }
+
+    pub fn act(&mut self, seat: Seat, group: &str, act: GroupAct<'_>) -> Acted {
+        match decode(&self.answer(seat, Request::Group { group, act })) {
+            Reply::Group(GroupReply::Ok { seq, standing, .. }) => Ok((seq, standing)),
+            Reply::Failure { code, .. } => Err(code),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub fn send_with(
+        &mut self,
+        seat: Seat,
+        (to, client_seq): (&str, u64),
+        mentions: Mentions<'_>,
+    ) -> Result<SendAck, ErrorCode> {
+        let body = format!("body {client_seq}");
+        let (class, kind, ack_timeout_ms) = (Class::Durable, BodyKind::Text, None);
+        let send = Send { to, class, kind, client_seq, ack_timeout_ms, body: body.as_bytes(), mentions };
+        match decode(&self.answer(seat, Request::Send(send))) {
+            Reply::SendAck(ack) => Ok(ack),
+            Reply::Failure { code, .. } => Err(code),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub fn send(&mut self, seat: Seat, to: &str, client_seq: u64) -> Result<Seq, ErrorCode> {
+        self.send_with(seat, (to, client_seq), Mentions::default()).map(|ack| ack.seq)
+    }
+
+    /// The numbers of messages that were delivered since the last look.
+    pub fn delivered(&mut self, seat: Seat) -> Vec<u64> {
+        let seq = |frame: &Vec<u8>| match decode(frame) {
+            Reply::Deliver(message) => Some(message.seq.0),
+            _ => None,
+        };
+        self.told(seat).iter().filter_map(seq).collect()
+    }
+
+    /// First, head and numbers of a page.
+    pub fn fetch(&mut self, seat: Seat, with: &str, after: u64) -> Result<(u64, u64, Vec<u64>), ErrorCode> {
+        let fetch = Fetch { with, after: Seq(after), before: None, limit: 200, newest: false };
+        match decode(&self.answer(seat, Request::Fetch(fetch))) {
+            Reply::FetchOk { first, head, messages, .. } => {
+                Ok((first.0, head.0, messages.iter().map(|message| message.seq.0).collect()))
+            }
+            Reply::Failure { code, .. } => Err(code),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Names of a page of members, and where the next begins.
+    pub fn members(
+        &mut self,
+        seat: Seat,
+        group: &str,
+        (cursor, standing): (&str, Standing),
+    ) -> Result<(Vec<String>, String), ErrorCode> {
+        let act = GroupAct::Members { cursor, limit: 200, standing };
+        match decode(&self.answer(seat, Request::Group { group, act })) {
+            Reply::Group(GroupReply::Members { members, next }) => {
+                Ok((members.iter().map(|member| member.user.to_owned()).collect(), next.to_owned()))
+            }
+            Reply::Failure { code, .. } => Err(code),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Lets the clock of messages go on.
+    pub fn pass(&mut self, ms: u64) {
+        self.now.unix_ms += ms;
+        self.now.mono_us += ms * 1_000;
+    }
+}
