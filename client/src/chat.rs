@@ -4,6 +4,8 @@
 //! terminal is never left in raw mode. Invariant: nothing that another user chose reaches the terminal without
 //! [`clean`], which leaves no control character in it.
 
+mod groups;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Write as _;
 use std::fs;
@@ -20,7 +22,7 @@ use tokio::task::JoinSet;
 
 use crate::{
     BodyKind, CallError, Client, ClientBuilder, CloseReason, ConnectError, DeviceId, DeviceKind, ErrorCode, Event,
-    Events, HistoryRange, Message, SendError, UserName,
+    Events, HistoryRange, Message, SendError, Standing, UserName,
 };
 
 /// Messages of `/history` without a number, and the most that it shows.
@@ -50,6 +52,7 @@ const HELP: &str = "\
 /typing             tells whom you write to that you are typing
 /notice TEXT        for administrators: to everyone online
 /history NAME [N]   the last N messages with NAME (20, at most 200); a NAME with spaces goes in \"quotes\"
+/group              the commands of groups
 /conversations      with whom, how many messages, how many you have not read
 /pin NAME           /unpin NAME, /mute NAME HOURS: what you keep in sight, what may not disturb you
 /devices            where you are or were logged in; /drop ID logs one out
@@ -431,6 +434,7 @@ impl Chat {
             Event::SignalRefused { code, .. } => self.signal_refused(code),
             Event::Presence(rows) => self.presence(&rows),
             Event::Notice(notice) => self.notice(&notice),
+            Event::GroupChanged(changed) => self.group_changed(&changed),
             Event::Skipped { with, from, to, .. } => {
                 let text = format!("messages {from} to {to} with {} are not kept any more", clean(with.as_str()));
                 self.screen.line(&text);
@@ -501,20 +505,25 @@ impl Chat {
     /// `12:03:04 bob: hello`, with the date if it is not today's.
     fn format(&self, message: &Message) -> String {
         let body = match message.kind {
+            BodyKind::System => String::new(),
             BodyKind::Text | BodyKind::Emoji | BodyKind::Link => clean(&message.text()),
             BodyKind::Image
             | BodyKind::Voice
             | BodyKind::Video
             | BodyKind::File
             | BodyKind::Custom
-            | BodyKind::System
             | BodyKind::Amendment => {
                 format!("[{:?}, {} bytes]", message.kind, message.body.len())
             }
         };
         let time = self.time(message.time_ms);
         let from = clean(message.from.as_str());
-        if message.from == *self.client.user() && message.to != message.from {
+        let change = message.extra.as_ref().and_then(|extra| extra.change.as_ref());
+        if let Some(change) = change {
+            format!("{time} {} * {from} {}", clean(message.to.as_str()), groups::what_happened(change))
+        } else if message.to.is_group() {
+            format!("{time} {} {from}: {body}", clean(message.to.as_str()))
+        } else if message.from == *self.client.user() && message.to != message.from {
             format!("{time} {from} → {}: {body}", clean(message.to.as_str()))
         } else {
             format!("{time} {from}: {body}")
@@ -552,6 +561,7 @@ impl Chat {
                     self.screen.line(&format!("writing to {}", clean(name)));
                 }
             }
+            "/group" => self.group(rest).await,
             "/who" => self.who().await,
             "/history" => self.history(rest).await,
             "/conversations" => self.conversations().await,
@@ -653,7 +663,8 @@ impl Chat {
                 let (with, time) = (clean(row.with.as_str()), self.time(row.last_time_ms));
                 let unread = row.unread();
                 let unread = if unread == 0 { String::new() } else { format!(", {unread} unread") };
-                self.screen.line(&format!("  {with}: {} messages{unread}, last {time}", row.head));
+                let invited = if row.standing == Some(Standing::Invited) { ", you are invited" } else { "" };
+                self.screen.line(&format!("  {with}: {} messages{unread}{invited}, last {time}", row.head));
             }
             from = match page.next {
                 Some(next) if from.is_none_or(|from| next > from) => Some(next),

@@ -253,7 +253,11 @@ impl Client {
         let with = UserName::new(with).map_err(|_| CallError::BadName)?;
         match self.call(Query::History { with, range }).await? {
             Answer::History(history) => Ok(history),
-            Answer::Online(_) | Answer::Conversations(_) | Answer::Social(_) | Answer::Account(_) => {
+            Answer::Online(_)
+            | Answer::Conversations(_)
+            | Answer::Social(_)
+            | Answer::Account(_)
+            | Answer::Group(_) => {
                 Err(CallError::Closed)
             }
         }
@@ -265,7 +269,9 @@ impl Client {
         let cursor = from.unwrap_or(ConversationId(0));
         match self.call(Query::Conversations { cursor, limit }).await? {
             Answer::Conversations(page) => Ok(page),
-            Answer::Online(_) | Answer::History(_) | Answer::Social(_) | Answer::Account(_) => Err(CallError::Closed),
+            Answer::Online(_) | Answer::History(_) | Answer::Social(_) | Answer::Account(_) | Answer::Group(_) => {
+                Err(CallError::Closed)
+            }
         }
     }
 
@@ -278,7 +284,11 @@ impl Client {
         }
         match self.call(Query::Online { cursor: cursor.to_owned(), limit }).await? {
             Answer::Online(page) => Ok(page),
-            Answer::History(_) | Answer::Conversations(_) | Answer::Social(_) | Answer::Account(_) => {
+            Answer::History(_)
+            | Answer::Conversations(_)
+            | Answer::Social(_)
+            | Answer::Account(_)
+            | Answer::Group(_) => {
                 Err(CallError::Closed)
             }
         }

@@ -42,6 +42,7 @@
 mod account;
 mod client;
 mod connection;
+pub mod group;
 #[cfg(feature = "machine")]
 pub mod machine;
 mod pending;
@@ -65,7 +66,8 @@ pub use pending::{
 pub use ringline_schema::errors::ErrorCode;
 pub use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
 pub use ringline_schema::message::chat::MessagesFrom;
-pub use ringline_schema::message::{BodyKind, Class, DeviceKind, GoawayReason, KickReason, Outcome, Receipt};
+pub use ringline_schema::message::group::{JoinPolicy, Role, What};
+pub use ringline_schema::message::{BodyKind, Class, DeviceKind, GoawayReason, KickReason, Outcome, Receipt, Standing};
 pub use session::{CloseReason, Event, LinkError};
 pub use social::{BlockPage, Notice, Presence, Signal};
 pub use streams::{CatchUp, Message};

@@ -13,9 +13,10 @@ use ringline_schema::codec::{Codec, Encoder};
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
 use ringline_schema::limits;
-use ringline_schema::message::{self, BodyKind, Class, Mentions, Outcome, Receipt, Request};
+use ringline_schema::message::{self, BodyKind, Class, Mentions, Outcome, Receipt, Request, Standing};
 
 use crate::account::{AccountAnswer, AccountQuery};
+use crate::group::{Act, Extra, GroupAnswer};
 use crate::social::{SocialAnswer, SocialQuery};
 use crate::streams::Message;
 
@@ -123,6 +124,10 @@ pub struct SendOptions {
     /// Ask to be told whether a device of the receiver acknowledged the message within this time (at most 60 s); see
     /// [`Sending::delivered`](crate::Sending::delivered).
     pub delivery_timeout: Option<Duration>,
+    /// Users this message is meant for above others (at most 100). Durable messages only.
+    pub mentions: Vec<UserName>,
+    /// Meant for every member of a group; its owner and administrators only.
+    pub mention_all: bool,
     /// Stop trying after this. `None`: never for durable messages, 10 s for transient ones.
     pub give_up_after: Option<Duration>,
 }
@@ -131,6 +136,17 @@ impl SendOptions {
     /// Options of a transient message.
     pub fn transient() -> Self {
         Self { class: Class::Transient, ..Self::default() }
+    }
+
+    fn as_mentions(&self) -> Mentions<'_> {
+        Mentions { users: self.mentions[..].into(), all: self.mention_all }
+    }
+
+    /// What a message sent with these options carries.
+    pub(crate) fn extra(&self) -> Option<Box<Extra>> {
+        let Self { mentions, mention_all, .. } = self;
+        let some = !self.as_mentions().is_empty();
+        some.then(|| Box::new(Extra { mentions: mentions.clone(), mention_all: *mention_all, ..Extra::default() }))
     }
 }
 
@@ -234,7 +250,7 @@ impl Send {
             client_seq,
             ack_timeout_ms: options.delivery_timeout.map(delivery_timeout_ms),
             body: &self.outgoing.body,
-            mentions: Mentions::default(),
+            mentions: options.as_mentions(),
         }
     }
 
@@ -559,6 +575,10 @@ pub struct Conversation {
     pub pinned: bool,
     /// Unix milliseconds; 0: not muted.
     pub muted_until_ms: u64,
+    /// What this user is to a group; `None` for a conversation with a user.
+    pub standing: Option<Standing>,
+    /// Of a group.
+    pub title: String,
     /// The newest message, unless it is too large for a list.
     pub last: Option<Message>,
 }
@@ -593,7 +613,7 @@ pub struct OnlinePage {
     pub next: Option<String>,
 }
 
-/// Why a call has no answer. Calls only read, so trying again is always safe.
+/// Why a call has no answer. A command to a group that had none may be done all the same.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CallError {
     #[error("{}", ErrorCode::BadName.text())]
@@ -616,6 +636,7 @@ pub(crate) enum Query {
     Conversations { cursor: ConversationId, limit: u16 },
     Social(SocialQuery),
     Account(AccountQuery),
+    Group { group: UserName, act: Act },
 }
 
 impl Query {
@@ -629,6 +650,7 @@ impl Query {
             Self::Conversations { cursor, limit } => Request::Conversations { cursor: *cursor, limit: *limit },
             Self::Social(query) => query.as_wire(),
             Self::Account(query) => query.as_wire(),
+            Self::Group { group, act } => act.as_wire(group),
         }
     }
 }
@@ -640,6 +662,7 @@ pub(crate) enum Answer {
     Conversations(ConversationPage),
     Social(SocialAnswer),
     Account(AccountAnswer),
+    Group(GroupAnswer),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -690,7 +713,8 @@ impl Calls {
         match (&call.query, &answer) {
             (Query::History { .. }, Answer::History(_))
             | (Query::Online { .. }, Answer::Online(_))
-            | (Query::Conversations { .. }, Answer::Conversations(_)) => self.end(number, Ok(answer)),
+            | (Query::Conversations { .. }, Answer::Conversations(_))
+            | (Query::Group { .. }, Answer::Group(_)) => self.end(number, Ok(answer)),
             (Query::Account(query), Answer::Account(account)) if query.is_answered_by(account) => {
                 self.end(number, Ok(answer));
             }
@@ -698,7 +722,7 @@ impl Calls {
                 self.end(number, Ok(answer));
             }
             (Query::History { .. } | Query::Online { .. } | Query::Conversations { .. }, _)
-            | (Query::Social(_) | Query::Account(_), _) => {
+            | (Query::Social(_) | Query::Account(_) | Query::Group { .. }, _) => {
                 return Err(ErrorCode::BadBody);
             }
         }

@@ -17,6 +17,7 @@ use ringline_schema::message::{
 };
 
 use crate::account::{self, ReadUpto};
+use crate::group::{GroupAnswer, GroupChanged};
 use crate::pending::{
     Accepted, Answer, CallError, Calls, Conversation, ConversationPage, Done, History, Millis, OnlinePage, OnlineUser,
     Outgoing, Query, Refusal, SendError, Sends, Waiting, Wire,
@@ -73,6 +74,8 @@ pub enum Event {
         /// `TRUNCATED`: older than what the server keeps.
         why: ErrorCode,
     },
+    /// A group changed for this user, or somebody asks to join one.
+    GroupChanged(Box<GroupChanged>),
     /// The application took events too slowly, and so many were dropped: transient messages, receipts and news of the
     /// connection. Durable messages are not among them, they wait.
     Missed { count: u64 },
@@ -416,8 +419,14 @@ impl Session {
                 Some(waiting) => self.answer(now, waiting, Reply::Chat(reply)),
                 None => Err(Cut::protocol(ErrorCode::BadRequest)),
             },
+            Reply::Group(reply @ GroupReply::Changed { .. }) => {
+                if let Some(changed) = GroupChanged::from_wire(&reply) {
+                    self.streams.emit(Event::GroupChanged(Box::new(changed)));
+                }
+                Ok(())
+            }
             // Nothing that a stream could miss: each is told again, or can be asked for.
-            Reply::Chat(_) | Reply::Group(GroupReply::Changed { .. }) => {
+            Reply::Chat(_) => {
                 if let Some(event) = social::event(&reply).map_err(Cut::protocol)? {
                     self.streams.emit(event);
                 }
@@ -490,6 +499,7 @@ impl Session {
                         self.watching(number, &answer);
                         Answer::Social(answer)
                     }
+                    Reply::Group(reply) => Answer::Group(GroupAnswer::from_wire(&reply).map_err(Cut::protocol)?),
                     other => Answer::Online(online_page(other)?),
                 };
                 self.calls.answered(number, answer).map_err(Cut::protocol)?;
@@ -547,7 +557,9 @@ impl Session {
         if seq != Seq::ZERO {
             let (from, device) = (self.config.user.clone(), self.config.device);
             let (class, kind) = (options.class, options.kind);
-            let message = Message { conversation, seq, time_ms, from, to, device, client_seq, class, kind, body };
+            let extra = options.extra();
+            let message =
+                Message { conversation, seq, time_ms, from, to, device, client_seq, class, kind, body, extra };
             self.streams.arrived(message, 0);
         }
     }
@@ -596,9 +608,23 @@ fn conversation_page(reply: Reply<'_>) -> Result<ConversationPage, Cut> {
     let Reply::ConversationsOk { conversations, next } = reply else { return Err(wrong_answer()) };
     let row = |row: message::Conversation<'_>| {
         let message::Conversation { conversation, first, head, last_time_ms, acked, read, .. } = row;
-        let message::Conversation { pinned, muted_until_ms, .. } = row;
+        let message::Conversation { pinned, muted_until_ms, standing, .. } = row;
         let (with, last) = (UserName::new(row.with)?, row.last.as_ref().map(Message::from_wire).transpose()?);
-        Ok(Conversation { conversation, with, first, head, last_time_ms, acked, read, pinned, muted_until_ms, last })
+        let title = row.title.to_owned();
+        Ok(Conversation {
+            conversation,
+            with,
+            first,
+            head,
+            last_time_ms,
+            acked,
+            read,
+            pinned,
+            muted_until_ms,
+            last,
+            standing,
+            title,
+        })
     };
     let conversations = conversations.into_iter().map(row).collect::<Result<_, _>>().map_err(Cut::protocol)?;
     Ok(ConversationPage { conversations, next: (next != ConversationId(0)).then_some(next) })

@@ -14,6 +14,7 @@ use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
 use ringline_schema::limits;
 use ringline_schema::message::{self, Ack, BodyKind, Class, Fetch, Request};
 
+use crate::group::Extra;
 use crate::pending::{Conversation, Millis, Refusal, Waiting, Wire};
 use crate::session::Event;
 
@@ -61,6 +62,8 @@ pub struct Message {
     pub class: Class,
     pub kind: BodyKind,
     pub body: Bytes,
+    /// What few messages carry.
+    pub extra: Option<Box<Extra>>,
 }
 
 impl Message {
@@ -69,9 +72,9 @@ impl Message {
         String::from_utf8_lossy(&self.body)
     }
 
-    /// The other user of the conversation, as `me` sees it.
+    /// The other user of the conversation, as `me` sees it, or the group.
     pub fn peer(&self, me: &UserName) -> &UserName {
-        if self.from == *me { &self.to } else { &self.from }
+        if self.from == *me || self.to.is_group() { &self.to } else { &self.from }
     }
 
     /// Errors: `BAD_BODY` when a name is none.
@@ -88,6 +91,7 @@ impl Message {
             class: wire.class,
             kind: wire.kind,
             body: Bytes::copy_from_slice(wire.body),
+            extra: Extra::from_wire(&wire.extra)?,
         })
     }
 }

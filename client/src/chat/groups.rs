@@ -1,0 +1,153 @@
+//! Groups at the terminal: `/group …`, and how what happens to them is shown.
+
+use crate::group::{Change, GroupChanged, GroupDone};
+use crate::{CallError, JoinPolicy, Role, Standing, What};
+
+use super::{Chat, clean, split_name};
+
+pub(super) const HELP: &str = "\
+/group create #NAME [TITLE]      make a group; open to everyone with /group create-open
+/group invite #NAME USER         invite somebody (who has asked to join becomes a member)
+/group join #NAME [WORDS]        join, or ask to
+/group leave|info|members|dissolve #NAME
+/group kick|approve|reject|admin|member|transfer #NAME USER
+/group mute #NAME USER SECONDS   forbid somebody to write for a while; 0 ends it
+/group rename #NAME TITLE
+messages go to a group as to a user: /to #NAME";
+
+impl Chat {
+    pub(super) async fn group(&mut self, rest: &str) {
+        let (verb, rest) = split_name(rest);
+        let (group, rest) = split_name(rest);
+        if group.is_empty() {
+            return self.screen.line(HELP);
+        }
+        let (user, more) = split_name(rest);
+        let client = self.client.clone();
+        let done = match verb {
+            "create" | "create-open" => {
+                let join = if verb == "create" { JoinPolicy::Invite } else { JoinPolicy::Open };
+                let title = if rest.is_empty() { group } else { rest };
+                client.create_group(group, (title, join), &[]).await
+            }
+            "rename" => client.rename_group(group, rest).await,
+            "join" => client.join_group(group, rest).await,
+            "invite" => client.invite(group, &[user]).await,
+            "approve" => client.answer_request(group, user, true).await,
+            "reject" => client.answer_request(group, user, false).await,
+            "leave" => client.leave_group(group).await,
+            "kick" => client.kick(group, user).await,
+            "admin" => client.set_role(group, user, Role::Admin).await,
+            "member" => client.set_role(group, user, Role::Member).await,
+            "transfer" => client.transfer_group(group, user).await,
+            "mute" => match more.parse::<u64>() {
+                Ok(seconds) => client.mute_member(group, user, seconds.saturating_mul(1_000)).await,
+                Err(_) => return self.screen.line("/group mute #NAME USER SECONDS"),
+            },
+            "dissolve" => client.dissolve_group(group).await,
+            "members" => return self.members(group).await,
+            "info" => return self.group_info(group).await,
+            _ => return self.screen.line(HELP),
+        };
+        self.group_done(group, done);
+    }
+
+    fn group_done(&mut self, group: &str, done: Result<GroupDone, CallError>) {
+        let line = match done {
+            Ok(GroupDone { standing: Some(Standing::Asked), .. }) => {
+                format!("✓ {}: asked to join; wait for an answer", clean(group))
+            }
+            Ok(_) => format!("✓ {}", clean(group)),
+            Err(CallError::Refused { code, .. }) => format!("✗ {}: {}", clean(group), code.text()),
+            Err(error) => format!("✗ {}: {error}", clean(group)),
+        };
+        self.screen.line(&line);
+    }
+
+    async fn members(&mut self, group: &str) {
+        let mut from: Option<String> = None;
+        loop {
+            let page = match self.client.group_members(group, Standing::Member, from.as_deref()).await {
+                Ok(page) => page,
+                Err(error) => return self.group_done(group, Err(error)),
+            };
+            for member in page.members {
+                let role = match member.role {
+                    Role::Owner => " (owner)",
+                    Role::Admin => " (administrator)",
+                    Role::Member => "",
+                };
+                self.screen.line(&format!("  {}{role}", clean(member.user.as_str())));
+            }
+            // A list that does not rise would never end.
+            from = match page.next {
+                Some(next) if from.as_ref().is_none_or(|from| next > *from) => Some(next),
+                Some(_) | None => return,
+            };
+        }
+    }
+
+    async fn group_info(&mut self, group: &str) {
+        match self.client.group_info(group).await {
+            Ok(info) => {
+                let join = match info.join {
+                    JoinPolicy::Invite => "by invitation",
+                    JoinPolicy::Approval => "by approval",
+                    JoinPolicy::Open => "open",
+                };
+                let state = if info.dissolved { ", dissolved" } else { "" };
+                let (title, owner) = (clean(&info.title), clean(info.owner.as_str()));
+                let text = format!("  {title}: {} members, owner {owner}, {join}{state}", info.members);
+                self.screen.line(&text);
+            }
+            Err(error) => self.group_done(group, Err(error)),
+        }
+    }
+
+    pub(super) fn group_changed(&mut self, changed: &GroupChanged) {
+        let (group, by) = (clean(changed.group.as_str()), clean(changed.by.as_str()));
+        let line = match changed.change.what {
+            What::Invited => format!("{by} invites you to {group} ({}): /group join {group}", clean(&changed.title)),
+            What::Asked => {
+                let words = clean(&changed.change.text);
+                let words = if words.is_empty() { words } else { format!(" says {words:?} and") };
+                format!("{by}{words} asks to join {group}: /group approve {group} {by}")
+            }
+            What::Refused => format!("{group}: {by} said no"),
+            What::Kicked => format!("{by} took you out of {group}"),
+            What::Created
+            | What::Renamed
+            | What::Policy
+            | What::Joined
+            | What::Left
+            | What::Muted
+            | What::Role
+            | What::Transferred
+            | What::Dissolved => format!("{group}: {by} {}", what_happened(&changed.change)),
+        };
+        self.screen.line(&line);
+    }
+}
+
+/// What somebody did to a group, as the end of a sentence that begins with their name.
+pub(super) fn what_happened(change: &Change) -> String {
+    let users: Vec<_> = change.users.iter().map(|user| clean(user.as_str())).collect();
+    let (users, text) = (users.join(", "), clean(&change.text));
+    match change.what {
+        What::Created => format!("created the group {text:?}"),
+        What::Renamed => format!("named the group {text:?}"),
+        What::Policy => "changed who may join".to_owned(),
+        What::Joined => format!("let in {users}"),
+        What::Left => "left".to_owned(),
+        What::Kicked => format!("took out {users}"),
+        What::Muted if change.number == 0 => format!("let {users} write again"),
+        What::Muted => format!("muted {users}"),
+        What::Role if change.number == Role::Admin as u64 => format!("made {users} an administrator"),
+        What::Role => format!("made {users} a plain member"),
+        What::Transferred => format!("gave the group to {users}"),
+        What::Dissolved => "dissolved the group".to_owned(),
+        What::Invited => format!("invited {users}"),
+        What::Asked => "asks to join".to_owned(),
+        What::Refused => "said no".to_owned(),
+    }
+}
