@@ -520,7 +520,7 @@ impl Chat {
         let from = clean(message.from.as_str());
         let change = message.extra.as_ref().and_then(|extra| extra.change.as_ref());
         if let Some(change) = change {
-            format!("{time} {} * {from} {}", clean(message.to.as_str()), groups::what_happened(change))
+            format!("{time} {} * {from} {}", clean(message.to.as_str()), groups::what_happened(change, &message.from))
         } else if message.to.is_group() {
             format!("{time} {} {from}: {body}", clean(message.to.as_str()))
         } else if message.from == *self.client.user() && message.to != message.from {

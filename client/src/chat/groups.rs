@@ -1,7 +1,7 @@
 //! Groups at the terminal: `/group …`, and how what happens to them is shown.
 
 use crate::group::{Change, GroupChanged, GroupDone};
-use crate::{CallError, JoinPolicy, Role, Standing, What};
+use crate::{CallError, JoinPolicy, Role, Standing, UserName, What};
 
 use super::{Chat, clean, split_name};
 
@@ -123,20 +123,21 @@ impl Chat {
             | What::Muted
             | What::Role
             | What::Transferred
-            | What::Dissolved => format!("{group}: {by} {}", what_happened(&changed.change)),
+            | What::Dissolved => format!("{group}: {by} {}", what_happened(&changed.change, &changed.by)),
         };
         self.screen.line(&line);
     }
 }
 
-/// What somebody did to a group, as the end of a sentence that begins with their name.
-pub(super) fn what_happened(change: &Change) -> String {
+/// What `by` did to a group, as the end of a sentence that begins with that name.
+pub(super) fn what_happened(change: &Change, by: &UserName) -> String {
     let users: Vec<_> = change.users.iter().map(|user| clean(user.as_str())).collect();
     let (users, text) = (users.join(", "), clean(&change.text));
     match change.what {
         What::Created => format!("created the group {text:?}"),
         What::Renamed => format!("named the group {text:?}"),
         What::Policy => "changed who may join".to_owned(),
+        What::Joined if change.users == std::slice::from_ref(by) => "joined".to_owned(),
         What::Joined => format!("let in {users}"),
         What::Left => "left".to_owned(),
         What::Kicked => format!("took out {users}"),
@@ -149,5 +150,31 @@ pub(super) fn what_happened(change: &Change) -> String {
         What::Invited => format!("invited {users}"),
         What::Asked => "asks to join".to_owned(),
         What::Refused => "said no".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sentence_says_who_did_what_to_whom_and_shows_no_control_characters() {
+        let user = |text: &str| UserName::new(text).unwrap();
+        let change = |what, users: &[&str], text: &str, number| {
+            let users = users.iter().map(|name| user(name)).collect();
+            Change { what, users, text: text.to_owned(), number }
+        };
+        let ann = user("ann");
+        let cases = [
+            (change(What::Joined, &["ann"], "", 0), "joined"),
+            (change(What::Joined, &["bob", "cid"], "", 0), "let in bob, cid"),
+            (change(What::Muted, &["bob"], "", 5), "muted bob"),
+            (change(What::Muted, &["bob"], "", 0), "let bob write again"),
+            (change(What::Role, &["bob"], "", Role::Admin as u64), "made bob an administrator"),
+            (change(What::Renamed, &[], "a\u{1b}[2Jb", 0), "named the group \"a\u{fffd}[2Jb\""),
+        ];
+        for (change, wanted) in cases {
+            assert_eq!(what_happened(&change, &ann), wanted);
+        }
     }
 }
