@@ -73,7 +73,13 @@ impl Shard {
             in_flight += match &pending.work {
                 PendingWork::Message { .. } => 1,
                 PendingWork::Group(group) => u64::from(group.message.is_some()),
-                PendingWork::Repeat { .. } | PendingWork::User { .. } | PendingWork::Social(_) => 0,
+                PendingWork::Repeat { .. }
+                | PendingWork::User { .. }
+                | PendingWork::Social(_)
+                | PendingWork::Receipt(_)
+                | PendingWork::Mark(..)
+                | PendingWork::Dropped(..)
+                | PendingWork::Done(_) => 0,
             };
         }
         let counted: u64 = self.conversations.iter().map(|(_, conversation)| conversation.in_flight).sum();

@@ -445,8 +445,6 @@ fn what_a_group_does_not_do_has_a_name() {
         let told = town.answer(ann, request);
         assert!(matches!(decode(&told), Reply::Failure { code: ErrorCode::Unsupported, .. }));
     }
-    let told = town.answer(ann, Request::Chat(ChatRequest::Devices));
-    assert!(matches!(decode(&told), Reply::Failure { code: ErrorCode::Unsupported, .. }));
     assert_eq!(town.send(ann, TEAM, 1), Ok(Seq(2)), "a refused number can be used");
 }
 
