@@ -257,9 +257,7 @@ impl Client {
             | Answer::Conversations(_)
             | Answer::Social(_)
             | Answer::Account(_)
-            | Answer::Group(_) => {
-                Err(CallError::Closed)
-            }
+            | Answer::Group(_) => Err(CallError::Closed),
         }
     }
 
@@ -288,9 +286,7 @@ impl Client {
             | Answer::Conversations(_)
             | Answer::Social(_)
             | Answer::Account(_)
-            | Answer::Group(_) => {
-                Err(CallError::Closed)
-            }
+            | Answer::Group(_) => Err(CallError::Closed),
         }
     }
 

@@ -284,9 +284,11 @@ impl Client {
         let group = UserName::of_group(group).map_err(|code| CallError::Refused { code, detail: String::new() })?;
         match self.call(Query::Group { group, act }).await? {
             Answer::Group(answer) => Ok(answer),
-            Answer::History(_) | Answer::Online(_) | Answer::Conversations(_) | Answer::Social(_) => {
-                Err(CallError::Closed)
-            }
+            Answer::History(_)
+            | Answer::Online(_)
+            | Answer::Conversations(_)
+            | Answer::Social(_)
+            | Answer::Account(_) => Err(CallError::Closed),
         }
     }
 }
