@@ -18,7 +18,9 @@ fn main() -> ExitCode {
 }
 
 fn run(check: bool) -> Result<(), String> {
-    let schema = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    // Asked at run time: a program built in another checkout must not look there.
+    let folder = std::env::var("CARGO_MANIFEST_DIR").unwrap_or_else(|_| env!("CARGO_MANIFEST_DIR").to_owned());
+    let schema = Path::new(&folder).join("..");
     let source = schema.join("fbs/wire.fbs");
     let kept = schema.join("src/generated/wire_generated.rs");
     let folder = tempfile::tempdir().map_err(|error| format!("no temporary folder: {error}"))?;
@@ -38,7 +40,11 @@ fn run(check: bool) -> Result<(), String> {
         return Ok(());
     }
     if std::fs::read(&kept).map_err(|error| format!("{}: {error}", kept.display()))? != fresh {
-        return Err(format!("{} is not what {} generates: run flatgen without --check", kept.display(), source.display()));
+        return Err(format!(
+            "{} is not what {} generates: run flatgen without --check",
+            kept.display(),
+            source.display()
+        ));
     }
     println!("generated code is up to date");
     Ok(())

@@ -3539,7 +3539,7 @@ impl ::core::fmt::Debug for Blocks<'_> {
 pub enum PrivacyOffset {}
 #[derive(Copy, Clone, PartialEq)]
 
-/// Who may write to this user first: 0 unchanged, 1 anyone, 2 who has been written to, 3 nobody.
+/// Who may write to this user: 0 unchanged, 1 anyone, 2 who has been written to, 3 nobody.
 pub struct Privacy<'a> {
   pub _tab: ::flatbuffers::Table<'a>,
 }
