@@ -58,7 +58,7 @@ pub enum Happening {
         number: u64,
         place: Place,
     },
-    /// Refused for a while and tried again: others may have passed it.
+    /// Refused for a while and tried again, or its answer was lost and may have been that: others may have passed it.
     Passed {
         number: u64,
     },
@@ -76,6 +76,10 @@ pub enum Happening {
     },
     /// The application was handed a message.
     Saw(Shown),
+    /// A transient message is in the device; its application may not have been handed it yet, or never.
+    Arrived {
+        body: String,
+    },
     /// The application was told that it cannot have what is up to here.
     Skipped(Place),
     /// A durable message was pushed on a connection, before any filter of the client.
@@ -265,6 +269,8 @@ struct Checker<'a> {
     places: HashMap<(u32, u64, u64), Place>,
     /// Who was handed which body.
     saw: HashSet<(Device, &'a str)>,
+    /// Which transient bodies are in which devices.
+    arrived: HashSet<(Device, &'a str)>,
     logs: BTreeMap<u128, BTreeMap<u64, &'a Shown>>,
     firsts: BTreeMap<u128, u64>,
     devices: BTreeSet<Device>,
@@ -302,6 +308,9 @@ impl<'a> Checker<'a> {
                 }
             }
             Happening::Saw(shown) => self.saw(device, shown),
+            Happening::Arrived { body } => {
+                self.arrived.insert((device, body));
+            }
             Happening::Skipped(place) => {
                 let stream = self.streams.entry((device, place.conversation)).or_default();
                 stream.last = Some(place.seq);
@@ -519,7 +528,8 @@ impl<'a> Checker<'a> {
 
     fn check_receipts(&mut self) {
         for ((device, number), send) in self.sends.iter().filter(|(_, send)| send.delivered) {
-            let reached = self.devices.iter().any(|at| at.user == send.to && self.saw.contains(&(*at, send.body)));
+            let has = |at: &Device| self.saw.contains(&(*at, send.body)) || self.arrived.contains(&(*at, send.body));
+            let reached = self.devices.iter().any(|at| at.user == send.to && has(at));
             if !reached {
                 let text = format!("{device:?} was told that its send {number} reached {}, it did not", send.to);
                 self.verdict.broken(Rule::TrueReceipts, text);

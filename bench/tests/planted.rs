@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use ringline_bench::sim::{self, Bug};
 
 /// Seeds within which a bug has to be found.
-const SEEDS_MAX: u64 = 40;
+const SEEDS_MAX: u64 = 100;
 
 #[test]
 fn every_planted_bug_is_caught() {

@@ -144,6 +144,9 @@ fn order_receipts_pushes_and_ends() {
         and(vec![(ANN, sent(3)), (ANN, Happening::Delivered { number: 3 }), (ANN, Happening::Unknown { number: 3 })]),
         [Rule::TrueReceipts]
     );
+    let arrived = Happening::Arrived { body: "m3".to_owned() };
+    let told = Happening::Delivered { number: 3 };
+    assert_eq!(and(vec![(ANN, sent(3)), (BOB, arrived), (ANN, told), (ANN, Happening::Unknown { number: 3 })]), []);
     let push = |seq| (BOB, Happening::Pushed { connection: 1, place: place(seq) });
     assert_eq!(and(vec![push(1), push(2)]), []);
     assert_eq!(and(vec![push(2), push(1)]), [Rule::PushesRise]);

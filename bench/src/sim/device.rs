@@ -4,7 +4,7 @@
 //! history, in order; a body is used once; a process that is started anew knows nothing of the one before, but counts
 //! its sends from a higher number.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 
 use ringline_client::machine::{Finished, Machine, MachineConfig};
 use ringline_client::{
@@ -44,7 +44,8 @@ pub struct Reading {
 pub struct Tap {
     from_client: FrameDecoder,
     from_server: FrameDecoder,
-    asked: HashMap<u32, u64>,
+    /// Sends without an answer: request id → client_seq.
+    asked: BTreeMap<u32, u64>,
 }
 
 /// See the module.
@@ -222,6 +223,13 @@ impl Tap {
         }
     }
 
+    /// The connection is gone, and with it the answers to these.
+    pub fn lost(&self, device: Name, history: &mut History) {
+        for &number in self.asked.values() {
+            history.push(device, Happening::Passed { number });
+        }
+    }
+
     /// Bytes that reached the client.
     pub fn reached(&mut self, (device, connection): (Name, u64), mut bytes: &[u8], history: &mut History) {
         while let Ok(Some(frame)) = self.from_server.next(&mut bytes, limits::FRAME_BYTES_CEILING) {
@@ -230,10 +238,17 @@ impl Tap {
                     let place = Place { conversation: message.conversation.0, seq: message.seq.0 };
                     history.push(device, Happening::Pushed { connection, place });
                 }
+                Ok(Reply::Deliver(message)) => {
+                    let body = String::from_utf8_lossy(message.body).into_owned();
+                    history.push(device, Happening::Arrived { body });
+                }
                 Ok(Reply::Failure { code, .. }) if code.retryable() => {
-                    if let Some(&number) = self.asked.get(&frame.header.request_id) {
+                    if let Some(number) = self.asked.remove(&frame.header.request_id) {
                         history.push(device, Happening::Passed { number });
                     }
+                }
+                Ok(Reply::SendAck(_)) => {
+                    self.asked.remove(&frame.header.request_id);
                 }
                 _ => {}
             }

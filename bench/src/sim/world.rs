@@ -359,9 +359,12 @@ impl World {
             let to = self.rng.random_range(0..USERS);
             let padding = if self.chance(5) { self.rng.random_range(200..3_000) } else { 0 };
             let timeout = Duration::from_millis(self.rng.random_range(1..1_500));
+            let class = if self.chance(15) { Class::Transient } else { Class::Durable };
+            // A false receipt shows best on a message that never arrives, which only a transient one may.
+            let wanted_percent = if class == Class::Transient { 80 } else { 20 };
             let options = SendOptions {
-                class: if self.chance(15) { Class::Transient } else { Class::Durable },
-                delivery_timeout: self.chance(20).then_some(timeout),
+                class,
+                delivery_timeout: self.chance(wanted_percent).then_some(timeout),
                 give_up_after: self.chance(10).then_some(Duration::from_secs(2)),
                 ..SendOptions::default()
             };
@@ -506,7 +509,10 @@ impl World {
     }
 
     fn client_lost(&mut self, link: u64) {
-        let Some(client) = self.links.get(&link).map(|link| link.client) else { return };
+        let Some(open) = self.links.get(&link) else { return };
+        let client = open.client;
+        // What was not answered may have been refused, and the refusal lost: others may have passed it.
+        open.tap.lost(self.clients[client].name, &mut self.history);
         if self.clients[client].link == Some(link) {
             self.clients[client].link = None;
             self.clients[client].machine.disconnected();

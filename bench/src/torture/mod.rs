@@ -35,7 +35,7 @@ const QUIET_TIME: Duration = Duration::from_secs(2);
 const CURSOR_TIME: Duration = Duration::from_secs(2);
 const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
 /// Between two faults, in milliseconds.
-const PAUSE_MS: std::ops::Range<u64> = 100..1_300;
+const PAUSE_MS: std::ops::Range<u64> = 200..1_800;
 /// How long a stopped server stays stopped, in milliseconds.
 const FREEZE_MS: std::ops::Range<u64> = 100..1_000;
 const KILLS_MAX: i64 = 10_000;
