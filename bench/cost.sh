@@ -59,8 +59,8 @@ start_server() { # start_server [COMMAND PREFIX]
 }
 
 stop_server() {
-  kill "$server"
-  wait "$server" || true
+  # Dead before it was told to, or not ended in order: then the figures are of no server that works.
+  kill "$server" && wait "$server" || { echo "the server did not end in order" >&2; exit 1; }
   server=
 }
 
