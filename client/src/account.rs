@@ -6,8 +6,8 @@
 
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
-use ringline_schema::message::chat::{self, ChatReply, ChatRequest};
-use ringline_schema::message::{DeviceKind, Request};
+use ringline_schema::message::chat::{self, AmendAction, ChatReply, ChatRequest};
+use ringline_schema::message::{BodyKind, DeviceKind, Request};
 
 use crate::client::Client;
 use crate::pending::{Answer, CallError, Query};
@@ -58,11 +58,24 @@ pub struct MemberReceipt {
 
 #[derive(Clone, Debug)]
 pub(crate) enum AccountQuery {
-    Read { conversation: ConversationId, seq: Seq },
+    Read {
+        conversation: ConversationId,
+        seq: Seq,
+    },
     Mark(chat::Mark),
     Devices,
     Drop(DeviceId),
-    Receipts { conversation: ConversationId, seq: Seq, cursor: String, limit: u16 },
+    /// A message deleted for this user alone.
+    Hide {
+        with: UserName,
+        seq: Seq,
+    },
+    Receipts {
+        conversation: ConversationId,
+        seq: Seq,
+        cursor: String,
+        limit: u16,
+    },
 }
 
 #[derive(Debug)]
@@ -79,6 +92,10 @@ impl AccountQuery {
             Self::Mark(mark) => ChatRequest::Mark(*mark),
             Self::Devices => ChatRequest::Devices,
             Self::Drop(device) => ChatRequest::DropDevice { device: *device },
+            Self::Hide { with, seq } => {
+                let (with, action, kind) = (with.as_str(), AmendAction::DeleteForMe, BodyKind::Text);
+                ChatRequest::Amend(chat::Amend { with, seq: *seq, action, kind, client_seq: 0, body: &[] })
+            }
             Self::Receipts { conversation, seq, cursor, limit } => {
                 ChatRequest::Receipts { conversation: *conversation, seq: *seq, cursor, limit: *limit }
             }
@@ -87,10 +104,11 @@ impl AccountQuery {
 
     pub(crate) fn is_answered_by(&self, answer: &AccountAnswer) -> bool {
         match (self, answer) {
-            (Self::Read { .. } | Self::Mark(_) | Self::Drop(_), AccountAnswer::Done)
+            (Self::Read { .. } | Self::Mark(_) | Self::Drop(_) | Self::Hide { .. }, AccountAnswer::Done)
             | (Self::Devices, AccountAnswer::Devices(_))
             | (Self::Receipts { .. }, AccountAnswer::Receipts(_)) => true,
-            (Self::Read { .. } | Self::Mark(_) | Self::Drop(_) | Self::Devices | Self::Receipts { .. }, _) => false,
+            (Self::Read { .. } | Self::Mark(_) | Self::Drop(_) | Self::Hide { .. }, _)
+            | (Self::Devices | Self::Receipts { .. }, _) => false,
         }
     }
 }
@@ -129,6 +147,7 @@ pub(crate) fn answer(reply: &ChatReply<'_>) -> Result<AccountAnswer, ErrorCode> 
         | ChatReply::ReceiptUpto { .. }
         | ChatReply::Signalled { .. }
         | ChatReply::PresenceChanged { .. }
+        | ChatReply::Hidden { .. }
         | ChatReply::Notice { .. } => Err(ErrorCode::BadBody),
     }
 }
@@ -176,7 +195,7 @@ impl Client {
         Ok(page)
     }
 
-    async fn done(&self, query: AccountQuery) -> Result<(), CallError> {
+    pub(crate) async fn done(&self, query: AccountQuery) -> Result<(), CallError> {
         self.call(Query::Account(query)).await.map(|_| ())
     }
 }

@@ -4,7 +4,10 @@
 //! terminal is never left in raw mode. Invariant: nothing that another user chose reaches the terminal without
 //! [`clean`], which leaves no control character in it.
 
+mod account;
+mod amend;
 mod groups;
+mod social;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Write as _;
@@ -22,7 +25,7 @@ use tokio::task::JoinSet;
 
 use crate::{
     BodyKind, CallError, Client, ClientBuilder, CloseReason, ConnectError, DeviceId, DeviceKind, ErrorCode, Event,
-    Events, HistoryRange, Message, SendError, Standing, UserName,
+    Events, HistoryRange, Message, MessageState, SendError, Sending, Standing, UserName,
 };
 
 /// Messages of `/history` without a number, and the most that it shows.
@@ -52,6 +55,8 @@ const HELP: &str = "\
 /typing             tells whom you write to that you are typing
 /notice TEXT        for administrators: to everyone online
 /history NAME [N]   the last N messages with NAME (20, at most 200); a NAME with spaces goes in \"quotes\"
+/edit N TEXT        another text for your message N of this conversation; /recall N takes it back
+/delete N           deletes message N for you, /delete N all for everyone
 /group              the commands of groups
 /conversations      with whom, how many messages, how many you have not read
 /pin NAME           /unpin NAME, /mute NAME HOURS: what you keep in sight, what may not disturb you
@@ -335,9 +340,6 @@ fn clean(text: &str) -> String {
     clean
 }
 
-mod account;
-mod social;
-
 // --- the conversation ----------------------------------------------------------------------------------------------
 
 /// Messages that came before the chat had caught up.
@@ -435,6 +437,8 @@ impl Chat {
             Event::Presence(rows) => self.presence(&rows),
             Event::Notice(notice) => self.notice(&notice),
             Event::GroupChanged(changed) => self.group_changed(&changed),
+            // What is on the screen stays there.
+            Event::Hidden { .. } => {}
             Event::Skipped { with, from, to, .. } => {
                 let text = format!("messages {from} to {to} with {} are not kept any more", clean(with.as_str()));
                 self.screen.line(&text);
@@ -465,7 +469,10 @@ impl Chat {
         {
             return;
         }
+        // A later amendment has taken its place.
+        let overtaken = message.amendment().is_some_and(|amendment| amendment.state == MessageState::AsSent);
         match &mut self.missed {
+            _ if overtaken => {}
             Some(missed) => {
                 missed.count += 1;
                 missed.newest.push_back(message);
@@ -505,15 +512,16 @@ impl Chat {
     /// `12:03:04 bob: hello`, with the date if it is not today's.
     fn format(&self, message: &Message) -> String {
         let body = match message.kind {
-            BodyKind::System => String::new(),
+            BodyKind::System | BodyKind::Amendment => String::new(),
             BodyKind::Text | BodyKind::Emoji | BodyKind::Link => clean(&message.text()),
-            BodyKind::Image
-            | BodyKind::Voice
-            | BodyKind::Video
-            | BodyKind::File
-            | BodyKind::Custom
-            | BodyKind::Amendment => {
+            BodyKind::Image | BodyKind::Voice | BodyKind::Video | BodyKind::File | BodyKind::Custom => {
                 format!("[{:?}, {} bytes]", message.kind, message.body.len())
+            }
+        };
+        let body = match message.state() {
+            MessageState::AsSent | MessageState::Edited => body + Self::what_became(message.state()),
+            gone @ (MessageState::Recalled | MessageState::Deleted | MessageState::Hidden) => {
+                Self::what_became(gone).to_owned()
             }
         };
         let time = self.time(message.time_ms);
@@ -521,6 +529,9 @@ impl Chat {
         let change = message.extra.as_ref().and_then(|extra| extra.change.as_ref());
         if let Some(change) = change {
             format!("{time} {} * {from} {}", clean(message.to.as_str()), groups::what_happened(change, &message.from))
+        } else if let Some(what) = Self::what_amended(message) {
+            let place = if message.to.is_group() { clean(message.to.as_str()) + " " } else { String::new() };
+            format!("{time} {place}* {from} {what}")
         } else if message.to.is_group() {
             format!("{time} {} {from}: {body}", clean(message.to.as_str()))
         } else if message.from == *self.client.user() && message.to != message.from {
@@ -567,7 +578,8 @@ impl Chat {
             "/conversations" => self.conversations().await,
             "/help" => self.screen.line(HELP),
             "/quit" => return false,
-            other if self.social(other, rest).await || self.account(other, rest).await => {}
+            other if self.social(other, rest).await => {}
+            other if self.account(other, rest).await || self.amend(other, rest).await => {}
             unknown => self.screen.line(&format!("no command {}; /help lists them", clean(unknown))),
         }
         true
@@ -602,8 +614,13 @@ impl Chat {
             self.sent(sent);
         }
         let sending = self.client.send(peer.as_str(), text.to_owned());
+        self.show_result(sending, peer.as_str());
+    }
+
+    /// The number that a message gets, or why it gets none, as soon as that is known.
+    fn show_result(&mut self, sending: Sending, peer: &str) {
+        let peer = clean(peer);
         self.sends.spawn(async move {
-            let peer = clean(peer.as_str());
             match sending.await {
                 Ok(accepted) => format!("✓ {}", accepted.seq),
                 Err(SendError::Refused { code, .. }) => format!("✗ to {peer}: {}", code.text()),
@@ -642,9 +659,12 @@ impl Chat {
         match self.client.history(name, HistoryRange { limit, ..HistoryRange::default() }).await {
             Ok(history) if history.messages.is_empty() => self.screen.line("no messages"),
             Ok(history) => {
-                for message in &history.messages {
+                // It shows what has become of each; how that came about is no part of it.
+                let is_shown =
+                    |message: &&Message| message.amendment().is_none() && message.state() != MessageState::Hidden;
+                for message in history.messages.iter().filter(is_shown) {
                     let text = self.format(message);
-                    self.screen.line(&format!("  {text}"));
+                    self.screen.line(&format!("  {text}  [{}]", message.seq));
                 }
             }
             Err(CallError::Refused { code, .. }) => self.screen.line(code.text()),

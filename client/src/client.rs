@@ -16,6 +16,7 @@ use ringline_schema::limits;
 use ringline_schema::message::DeviceKind;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::amend::Amends;
 use crate::connection::{self, Command, Connection, Ends, Proof, Shared, TokenFuture};
 use crate::pending::{
     Accepted, Answer, CallError, ConversationPage, Delivery, History, HistoryRange, OnlinePage, Outgoing, Query,
@@ -219,6 +220,10 @@ impl Client {
 
     /// Sends with options.
     pub fn send_with(&self, to: &str, body: impl Into<Bytes>, options: SendOptions) -> Sending {
+        self.queue(to, body.into(), options, None)
+    }
+
+    pub(crate) fn queue(&self, to: &str, body: Bytes, options: SendOptions, amends: Option<Amends>) -> Sending {
         let (accepted, accepted_receiver) = oneshot::channel();
         let (delivered, delivered_receiver) = match options.delivery_timeout {
             Some(_) => Some(oneshot::channel()).unzip(),
@@ -232,9 +237,9 @@ impl Client {
                 let _ = delivered.map(|delivered| delivered.send(Err(error)));
             }
         };
-        let (name, body) = (UserName::new(to), body.into());
+        let name = UserName::new(to);
         let known_name = name.is_ok();
-        let outgoing = Outgoing { to: name.unwrap_or_else(|_| self.user.clone()), body, options };
+        let outgoing = Outgoing { to: name.unwrap_or_else(|_| self.user.clone()), body, options, amends };
         let command = Command::Send { outgoing, accepted, delivered };
         if !known_name {
             refuse(command, SendError::BadName);

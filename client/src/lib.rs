@@ -40,6 +40,7 @@
 //! that owns them and a socket; `client` holds the handles. The terminal chat is the feature `chat`.
 
 mod account;
+mod amend;
 mod client;
 mod connection;
 pub mod group;
@@ -57,6 +58,7 @@ pub mod chat;
 pub mod testing;
 
 pub use account::{Device, MemberReceipt, ReadUpto, ReceiptPage};
+pub use amend::Amendment;
 pub use client::{Client, ClientBuilder, ConnectError, Events, Sending};
 pub use connection::TokenFuture;
 pub use pending::{
@@ -67,7 +69,9 @@ pub use ringline_schema::errors::ErrorCode;
 pub use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
 pub use ringline_schema::message::chat::MessagesFrom;
 pub use ringline_schema::message::group::{JoinPolicy, Role, What};
-pub use ringline_schema::message::{BodyKind, Class, DeviceKind, GoawayReason, KickReason, Outcome, Receipt, Standing};
+pub use ringline_schema::message::{
+    BodyKind, Class, DeviceKind, GoawayReason, KickReason, MessageState, Outcome, Receipt, Standing,
+};
 pub use session::{CloseReason, Event, LinkError};
 pub use social::{BlockPage, Notice, Presence, Signal};
 pub use streams::{CatchUp, Message};

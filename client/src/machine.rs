@@ -65,7 +65,7 @@ impl Machine {
 
     /// Numbers a send: its client_seq. Errors: `QueueFull` keeps nothing.
     pub fn send(&mut self, now_ms: u64, (to, body): (UserName, Bytes), options: SendOptions) -> Result<u64, SendError> {
-        self.session.send(now_ms, Outgoing { to, body, options })
+        self.session.send(now_ms, Outgoing { to, body, options, amends: None })
     }
 
     /// Asks for a piece of a conversation. Errors: `QueueFull` asks nothing.

@@ -16,6 +16,7 @@ use ringline_schema::limits;
 use ringline_schema::message::{self, BodyKind, Class, Mentions, Outcome, Receipt, Request, Standing};
 
 use crate::account::{AccountAnswer, AccountQuery};
+use crate::amend::Amends;
 use crate::group::{Act, Extra, GroupAnswer};
 use crate::social::{SocialAnswer, SocialQuery};
 use crate::streams::Message;
@@ -202,6 +203,8 @@ pub(crate) struct Outgoing {
     pub to: UserName,
     pub body: Bytes,
     pub options: SendOptions,
+    /// `None`: a plain message.
+    pub amends: Option<Amends>,
 }
 
 /// A result for the caller.
@@ -241,17 +244,20 @@ struct Send {
 }
 
 impl Send {
-    fn as_wire(&self, client_seq: u64) -> message::Send<'_> {
-        let options = &self.outgoing.options;
-        message::Send {
-            to: self.outgoing.to.as_str(),
+    fn as_wire(&self, client_seq: u64) -> Request<'_> {
+        let Outgoing { to, body, options, amends } = &self.outgoing;
+        if let Some(amends) = amends {
+            return amends.as_wire((to, client_seq), options.kind, body);
+        }
+        Request::Send(message::Send {
+            to: to.as_str(),
             class: options.class,
             kind: options.kind,
             client_seq,
             ack_timeout_ms: options.delivery_timeout.map(delivery_timeout_ms),
-            body: &self.outgoing.body,
+            body,
             mentions: options.as_mentions(),
-        }
+        })
     }
 
     /// What can be said when nothing more will be tried.
@@ -365,7 +371,7 @@ impl Sends {
                 continue;
             }
             send.stage = Stage::InFlight;
-            wire.ask(now, Waiting::Send(client_seq), &Request::Send(send.as_wire(client_seq)));
+            wire.ask(now, Waiting::Send(client_seq), &send.as_wire(client_seq));
             self.waiting.remove(&client_seq);
         }
     }

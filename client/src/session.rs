@@ -13,7 +13,8 @@ use ringline_schema::frame::{Frame, FrameDecoder};
 use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
 use ringline_schema::limits;
 use ringline_schema::message::{
-    self, Credential, DeviceKind, GoawayReason, GroupReply, KickReason, Login, LoginOk, Receipt, Reply, Request,
+    self, BodyKind, Credential, DeviceKind, GoawayReason, GroupReply, KickReason, Login, LoginOk, Receipt, Reply,
+    Request,
 };
 
 use crate::account::{self, ReadUpto};
@@ -74,6 +75,8 @@ pub enum Event {
         /// `TRUNCATED`: older than what the server keeps.
         why: ErrorCode,
     },
+    /// Another device of this user has deleted a message for the user alone.
+    Hidden { conversation: ConversationId, seq: Seq },
     /// A group changed for this user, or somebody asks to join one.
     GroupChanged(Box<GroupChanged>),
     /// The application took events too slowly, and so many were dropped: transient messages, receipts and news of the
@@ -553,11 +556,15 @@ impl Session {
     fn send_acked(&mut self, now: Millis, client_seq: u64, ack: message::SendAck) {
         let message::SendAck { conversation, seq, time_ms, dup } = ack;
         let accepted = Accepted { conversation, seq, time_ms, dup };
-        let Some(Outgoing { to, body, options }) = self.sends.accepted(now, client_seq, accepted) else { return };
+        let Some(outgoing) = self.sends.accepted(now, client_seq, accepted) else { return };
+        let Outgoing { to, body, options, amends } = outgoing;
         if seq != Seq::ZERO {
             let (from, device) = (self.config.user.clone(), self.config.device);
-            let (class, kind) = (options.class, options.kind);
-            let extra = options.extra();
+            let class = options.class;
+            let (kind, extra) = match amends {
+                Some(amends) => (BodyKind::Amendment, Some(amends.extra(time_ms))),
+                None => (options.kind, options.extra()),
+            };
             let message =
                 Message { conversation, seq, time_ms, from, to, device, client_seq, class, kind, body, extra };
             self.streams.arrived(message, 0);

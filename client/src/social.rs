@@ -144,7 +144,16 @@ pub(crate) fn answer(reply: &ChatReply<'_>) -> Result<SocialAnswer, ErrorCode> {
         }
         ChatReply::PresenceOk { users } => presence(users).map(SocialAnswer::Presence),
         ChatReply::BroadcastOk { devices } => Ok(SocialAnswer::Broadcast { devices: *devices }),
-        _ => Err(ErrorCode::BadBody),
+        ChatReply::Truncated { .. }
+        | ChatReply::SyncOk { .. }
+        | ChatReply::DevicesOk { .. }
+        | ChatReply::ReceiptsOk { .. }
+        | ChatReply::ExportOk { .. }
+        | ChatReply::ReceiptUpto { .. }
+        | ChatReply::Signalled { .. }
+        | ChatReply::PresenceChanged { .. }
+        | ChatReply::Hidden { .. }
+        | ChatReply::Notice { .. } => Err(ErrorCode::BadBody),
     }
 }
 
@@ -157,6 +166,7 @@ pub(crate) fn event(reply: &Reply<'_>) -> Result<Option<Event>, ErrorCode> {
             Event::Signal(Signal { conversation: *conversation, from, to, kind: *kind, body })
         }
         ChatReply::PresenceChanged { users } => Event::Presence(presence(users)?),
+        ChatReply::Hidden { conversation, seq } => Event::Hidden { conversation: *conversation, seq: *seq },
         ChatReply::ReceiptUpto { conversation, with, user, delivered, read } => {
             let (with, user) = (name(with)?, name(user)?);
             Event::ReadUpto(ReadUpto { conversation: *conversation, with, user, delivered: *delivered, read: *read })
@@ -165,7 +175,15 @@ pub(crate) fn event(reply: &Reply<'_>) -> Result<Option<Event>, ErrorCode> {
             let (from, body) = (name(from)?, Bytes::copy_from_slice(body));
             Event::Notice(Notice { from, time_ms: *time_ms, kind: *kind, body })
         }
-        _ => return Ok(None),
+        ChatReply::Done
+        | ChatReply::Truncated { .. }
+        | ChatReply::SyncOk { .. }
+        | ChatReply::DevicesOk { .. }
+        | ChatReply::ReceiptsOk { .. }
+        | ChatReply::BroadcastOk { .. }
+        | ChatReply::PresenceOk { .. }
+        | ChatReply::BlocksOk { .. }
+        | ChatReply::ExportOk { .. } => return Ok(None),
     }))
 }
 
@@ -286,7 +304,11 @@ impl Client {
     async fn social(&self, query: SocialQuery) -> Result<SocialAnswer, CallError> {
         match self.call(Query::Social(query)).await? {
             Answer::Social(answer) => Ok(answer),
-            _ => Err(CallError::Closed),
+            Answer::History(_)
+            | Answer::Online(_)
+            | Answer::Conversations(_)
+            | Answer::Account(_)
+            | Answer::Group(_) => Err(CallError::Closed),
         }
     }
 }

@@ -3,7 +3,7 @@
 //! Not a model of the real one: no limits, no persistence, one lock. It runs on the runtime of the test. Invariant:
 //! conversations have dense sequences and a duplicate filter, so that a client's resending can be judged.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -13,9 +13,10 @@ use ringline_schema::errors::ErrorCode;
 use ringline_schema::frame::FrameDecoder;
 use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
 use ringline_schema::limits;
+use ringline_schema::message::chat::{Amend, AmendAction};
 use ringline_schema::message::{
-    self, Ack, Class, Conversation, Credential, Extra, Fetch, GoawayReason, KickReason, Login, LoginOk, OnlineUser,
-    Outcome, Receipt, Reply, Request, SendAck,
+    self, Ack, BodyKind, ChatReply, ChatRequest, Class, Conversation, Credential, Extra, Fetch, GoawayReason,
+    KickReason, Login, LoginOk, MessageState, OnlineUser, Outcome, Receipt, Reply, Request, SendAck,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -49,6 +50,8 @@ struct Stored {
     kind: message::BodyKind,
     body: Vec<u8>,
     ack_timeout: bool,
+    /// Of an amendment: which message becomes what.
+    amends: Option<(u64, MessageState)>,
 }
 
 struct Session {
@@ -71,6 +74,8 @@ struct State {
     cursors: HashMap<(UserName, u64, u128), u64>,
     sessions: Vec<Session>,
     tricks: VecDeque<Trick>,
+    /// Messages that a user has deleted for himself.
+    hidden: BTreeSet<(UserName, u128, u64)>,
     /// Transient deliveries that wait for their acknowledgement: number → (session of the sender, client_seq).
     deliveries: HashMap<u64, (u64, u64)>,
     last_number: u64,
@@ -138,6 +143,7 @@ impl FakeServer {
             kind: message::BodyKind::Text,
             body: body.as_bytes().to_vec(),
             ack_timeout: false,
+            amends: None,
         };
         locked(&self.state).append(stored);
     }
@@ -340,6 +346,7 @@ impl State {
             }
             Request::Fetch(fetch) => self.fetch(asker, user, &fetch),
             Request::Online { cursor, limit: _ } => self.online(asker, cursor),
+            Request::Chat(ChatRequest::Amend(amend)) => return self.amend(asker, who, &amend),
             Request::Group { .. } | Request::Chat(_) => asker.refuse(ErrorCode::Unsupported, 0),
             Request::Conversations { cursor, limit } => self.list(asker, who, (cursor, limit)),
             Request::Register { .. }
@@ -408,12 +415,50 @@ impl State {
             kind: send.kind,
             body: send.body.to_vec(),
             ack_timeout: send.ack_timeout_ms.is_some(),
+            amends: None,
         };
         match send.class {
             Class::Transient => self.send_transient(asker, stored),
             Class::Durable => return self.send_durable(asker, stored, trick),
         }
         true
+    }
+
+    /// Without any rule but that there must be such a message.
+    fn amend(&mut self, asker: &Asker<'_>, who: (&UserName, DeviceId), amend: &Amend<'_>) -> bool {
+        let ((from, device), at) = (who, amend.seq.0.wrapping_sub(1) as usize);
+        let Ok(to) = UserName::new(amend.with) else { return false };
+        let conversation = ConversationId::direct(from, &to);
+        let known = self.conversations.get(&conversation.0).is_some_and(|(_, messages)| at < messages.len());
+        let state = match amend.action {
+            _ if !known => {
+                asker.refuse(ErrorCode::NoSuchMessage, 0);
+                return true;
+            }
+            AmendAction::DeleteForMe => {
+                self.hidden.insert((from.clone(), conversation.0, amend.seq.0));
+                asker.answer(&Reply::Chat(ChatReply::Done));
+                let hidden = Reply::Chat(ChatReply::Hidden { conversation, seq: amend.seq });
+                let others = |session: &Session| session.user == *from && session.number != asker.number;
+                self.push_where(&hidden, others);
+                return true;
+            }
+            AmendAction::Edit => MessageState::Edited,
+            AmendAction::Recall => MessageState::Recalled,
+            AmendAction::DeleteForAll => MessageState::Deleted,
+        };
+        let stored = Stored {
+            from: from.clone(),
+            to,
+            device,
+            client_seq: amend.client_seq,
+            kind: BodyKind::Amendment,
+            body: amend.body.to_vec(),
+            ack_timeout: false,
+            amends: Some((amend.seq.0, state)),
+        };
+        let trick = self.tricks.pop_front();
+        self.send_durable(asker, stored, trick)
     }
 
     fn send_transient(&mut self, asker: &Asker<'_>, message: Stored) {
@@ -493,7 +538,19 @@ impl State {
             return asker.refuse(ErrorCode::Truncated, 0);
         }
         let wanted = |seq: u64| seq >= first && seq > fetch.after.0 && fetch.before.is_none_or(|before| seq < before.0);
-        let rows = (1..).zip(stored).filter(|(seq, _)| wanted(*seq)).map(|(seq, message)| wire(id, seq, message));
+        let shown = |(seq, message): (u64, &'_ Stored)| {
+            let changed = stored.iter().rev().find(|row| row.amends.is_some_and(|(of, _)| of == seq));
+            let hidden = self.hidden.contains(&(user.clone(), id.0, seq));
+            let state = if hidden { Some(MessageState::Hidden) } else { changed.and_then(|row| Some(row.amends?.1)) };
+            let Some(state) = state else { return (seq, message.clone(), MessageState::AsSent) };
+            let body = changed.filter(|_| state == MessageState::Edited).map_or(Vec::new(), |row| row.body.clone());
+            (seq, Stored { body, ..message.clone() }, state)
+        };
+        let rows: Vec<_> = (1..).zip(stored).filter(|(seq, _)| wanted(*seq)).map(shown).collect();
+        let rows = rows.iter().map(|(seq, message, state)| match state {
+            MessageState::AsSent => wire(id, *seq, message),
+            state => message::Message { extra: Extra { state: *state, ..Extra::default() }, ..wire(id, *seq, message) },
+        });
         let mut messages: Vec<_> = rows.collect();
         // Small pages, so that a few messages exercise paging; a person's question is answered in full.
         let limit = if fetch.newest { usize::from(fetch.limit.max(1)) } else { self.page_rows };
@@ -570,6 +627,10 @@ fn wire(conversation: ConversationId, seq: u64, stored: &Stored) -> message::Mes
         kind: stored.kind,
         delivery: 0,
         body: &stored.body,
-        extra: Extra::default(),
+        extra: stored.amends.map_or_else(Extra::default, |(of, state)| Extra {
+            refers: Seq(of),
+            state,
+            ..Extra::default()
+        }),
     }
 }

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use ringline_client::testing::{FakeServer, Trick};
 use ringline_client::{
-    CatchUp, Client, ClientBuilder, CloseReason, ConnectError, DeviceId, ErrorCode, Event, Events, HistoryRange,
-    LinkError, Message, Outcome, SendError, SendOptions,
+    Amendment, BodyKind, CatchUp, Client, ClientBuilder, CloseReason, ConnectError, DeviceId, ErrorCode, Event, Events,
+    HistoryRange, LinkError, Message, MessageState, Outcome, SendError, SendOptions, Seq,
 };
 
 const PASSWORD: &str = "secret word";
@@ -355,4 +355,45 @@ async fn lists_and_history_are_read_in_pages() {
     let history = ann.history("bob", HistoryRange { limit: 10, ..HistoryRange::default() }).await.unwrap();
     assert_eq!((history.head.0, history.messages.len()), (1, 1));
     assert_eq!(&*history.messages[0].text(), "hello");
+}
+
+#[tokio::test]
+async fn amendments_are_kept_once_and_told_in_order() {
+    let server = FakeServer::start().await.unwrap();
+    let (ann, mut own) = log_in(&server, "ann").await;
+    let (bob, mut events) = log_in(&server, "bob").await;
+    let laptop = builder(&server, "bob").device(DeviceId(77)).connect().await.unwrap();
+    let sent = ann.send("bob", "helo").await.unwrap();
+    server.trick(Trick::BreakBeforeAck);
+    let edit = ann.edit("bob", sent.seq, "hello");
+    let recall = ann.recall("bob", sent.seq);
+    let (edited, recalled) = (edit.await.unwrap(), recall.await.unwrap());
+    assert_eq!((edited.seq.0, edited.dup, recalled.seq.0), (2, true, 3), "written twice, kept once");
+    for events in [&mut own, &mut events] {
+        assert_eq!(next_message(events).await.amendment(), None);
+        let message = next_message(events).await;
+        let amendment = Amendment { of: sent.seq, state: MessageState::Edited };
+        assert_eq!(
+            (message.amendment(), &*message.text(), message.kind),
+            (Some(amendment), "hello", BodyKind::Amendment)
+        );
+        let message = next_message(events).await;
+        assert_eq!(message.amendment(), Some(Amendment { of: sent.seq, state: MessageState::Recalled }));
+    }
+    let history = ann.history("bob", HistoryRange { limit: 10, ..HistoryRange::default() }).await.unwrap();
+    assert_eq!((history.messages[0].state(), history.messages[0].body.len()), (MessageState::Recalled, 0));
+    let unknown = ann.edit("bob", Seq(9), "x").await.unwrap_err();
+    assert!(matches!(unknown, SendError::Refused { code: ErrorCode::NoSuchMessage, .. }), "{unknown:?}");
+    assert!(matches!(ann.edit(" ", Seq(1), "x").await, Err(SendError::BadName)));
+    bob.delete_for_me("ann", edited.seq).await.unwrap();
+    let (_laptop, mut other) = laptop;
+    loop {
+        match next(&mut other).await {
+            Event::Hidden { seq, .. } => break assert_eq!(seq, edited.seq),
+            Event::Closed { why } => panic!("{why}"),
+            _ => {}
+        }
+    }
+    let history = bob.history("ann", HistoryRange { limit: 10, ..HistoryRange::default() }).await.unwrap();
+    assert_eq!(history.messages[1].state(), MessageState::Hidden);
 }

@@ -146,6 +146,7 @@ commands! {
     0x0307 Signalled       "SIGNALLED"        Push    body="SignalPush"      max=MEDIUM, before_login=false;
     0x0308 PresenceChanged "PRESENCE_CHANGED" Push    body="PresenceChanged" max=LARGE, before_login=false;
     0x0309 Notice          "NOTICE"           Push    body="Notice"          max=LARGE, before_login=false;
+    0x030a Hidden          "HIDDEN"           Push    body="Read"            max=SMALL, before_login=false;
     0x0340 GroupChanged    "GROUP_CHANGED"    Push    body="GroupChanged"    max=LARGE, before_login=false;
 }
 

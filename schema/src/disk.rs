@@ -11,7 +11,7 @@ use rkyv::{Archive, Serialize};
 
 use crate::ids::{ConversationId, DeviceId, Seq, UserName, body_hash};
 use crate::message::BodyKind;
-use crate::record::{Accepted, Change, Record, StoredExtra, StoredMessage, User};
+use crate::record::{Accepted, Change, Record, StoredExtra, StoredMessage, User, sent_hash};
 use crate::rows::{Row, decode_rows, encode_rows};
 
 /// What the payload of a log record is.
@@ -282,6 +282,8 @@ fn change_for_index(payload: &[u8]) -> Result<Indexed, DiskError> {
     if seq == Seq::ZERO {
         return Ok(Indexed::Change { message: None, rows });
     }
+    let extra = if disk.extra.is_empty() { None } else { Some(StoredExtra::decode(&disk.extra)) };
+    let extra = extra.transpose().map_err(|error| DiskError(error.to_string()))?;
     let message = IndexedMessage {
         conversation: ConversationId(disk.conversation.to_native()),
         from: name(&disk.from)?,
@@ -290,7 +292,7 @@ fn change_for_index(payload: &[u8]) -> Result<Indexed, DiskError> {
             client_seq: disk.client_seq.to_native(),
             seq,
             time_ms: disk.time_ms.to_native(),
-            body_hash: body_hash(&disk.body),
+            body_hash: sent_hash(&disk.body, extra.as_ref()),
         },
     };
     Ok(if rows.is_empty() { Indexed::Message(message) } else { Indexed::Change { message: Some(message), rows } })

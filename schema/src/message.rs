@@ -249,7 +249,7 @@ pub struct Login<'a> {
     pub agent: &'a str,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Send<'a> {
     /// A user, or a group.
     pub to: &'a str,

@@ -136,7 +136,14 @@ impl StoredExtra {
 impl StoredMessage {
     /// The duplicate-filter entry of this message.
     pub fn accepted(&self) -> Accepted {
-        Accepted { client_seq: self.client_seq, seq: self.seq, time_ms: self.time_ms, body_hash: body_hash(&self.body) }
+        let body_hash = sent_hash(&self.body, self.extra.as_deref());
+        Accepted { client_seq: self.client_seq, seq: self.seq, time_ms: self.time_ms, body_hash }
+    }
+
+    /// The message that this row amends and what it makes of it, if it is an amendment.
+    pub fn amends(&self) -> Option<(Seq, MessageState)> {
+        let extra = self.extra.as_ref().filter(|extra| extra.refers != Seq::ZERO)?;
+        (self.kind == BodyKind::Amendment).then_some((extra.refers, extra.state))
     }
 
     /// Bytes of what can be large in it: what bounds a page.
@@ -160,6 +167,15 @@ impl StoredMessage {
             body: &self.body,
             extra: self.extra.as_deref().map(StoredExtra::as_wire).unwrap_or_default(),
         }
+    }
+}
+
+/// Fingerprint of what was sent, kept beside its client_seq: that of the body, and for an amendment of what it amends.
+pub fn sent_hash(body: &[u8], extra: Option<&StoredExtra>) -> u64 {
+    let hash = body_hash(body);
+    match extra.filter(|extra| extra.refers != Seq::ZERO) {
+        Some(extra) => body_hash(&[hash, extra.refers.0, extra.state as u64].map(u64::to_le_bytes).concat()),
+        None => hash,
     }
 }
 

@@ -11,6 +11,7 @@
 //! | member | conversation, user | partition of the group | standing, role, what may be read |
 //! | receipt | conversation, user | partition of the conversation | how far it was delivered and read |
 //! | wrote | conversation, user | partition of the conversation | that the user has written in it |
+//! | amended | conversation, seq | partition of the conversation | what a message has become, and by which row |
 //! | device | user, device | partition of the user | kind, agent, logins |
 //! | setting | user | partition of the user | who may write, presence |
 //! | block | user, user | partition of the first | that the first blocks the second |
@@ -19,9 +20,9 @@
 
 use crate::ids::{ConversationId, DeviceId, Partition, Seq, UserName};
 use crate::limits;
-use crate::message::DeviceKind;
 use crate::message::chat::MessagesFrom;
 use crate::message::group::{JoinPolicy, Role, Standing};
+use crate::message::{DeviceKind, MessageState};
 use crate::pack::{BadPack, Reader, Writer};
 
 /// What a row is about.
@@ -32,6 +33,7 @@ pub enum RowKey {
     Receipt(ConversationId, UserName),
     /// In a conversation of two.
     Wrote(ConversationId, UserName),
+    Amended(ConversationId, Seq),
     Device(UserName, DeviceId),
     Setting(UserName),
     Block(UserName, UserName),
@@ -44,6 +46,7 @@ pub enum RowKey {
 pub enum RowList {
     Members(ConversationId),
     Receipts(ConversationId),
+    Amended(ConversationId),
     Devices(UserName),
     Blocks(UserName),
     Marks(UserName),
@@ -57,7 +60,8 @@ impl RowKey {
             Self::Group(conversation)
             | Self::Member(conversation, _)
             | Self::Receipt(conversation, _)
-            | Self::Wrote(conversation, _) => conversation.partition(),
+            | Self::Wrote(conversation, _)
+            | Self::Amended(conversation, _) => conversation.partition(),
             Self::Device(user, _)
             | Self::Setting(user)
             | Self::Block(user, _)
@@ -73,6 +77,7 @@ impl RowKey {
             Self::Group(conversation) => [&b"g"[..], &id(*conversation)].concat(),
             Self::Member(conversation, user) => [&b"m"[..], &id(*conversation), user.as_str().as_bytes()].concat(),
             Self::Receipt(conversation, user) => [&b"r"[..], &id(*conversation), user.as_str().as_bytes()].concat(),
+            Self::Amended(conversation, seq) => [&b"a"[..], &id(*conversation), &seq.0.to_be_bytes()].concat(),
             Self::Wrote(conversation, user) => [&b"w"[..], &id(*conversation), user.as_str().as_bytes()].concat(),
             Self::Device(user, device) => [&b"d"[..], user.as_str().as_bytes(), &[0], &device.0.to_be_bytes()].concat(),
             Self::Setting(user) => [&b"s"[..], user.as_str().as_bytes()].concat(),
@@ -100,6 +105,7 @@ impl RowKey {
             b'g' => Self::Group(conversation(rest)?),
             b'm' => Self::Member(conversation(rest)?, name(rest.get(16..).ok_or(BAD)?)?),
             b'r' => Self::Receipt(conversation(rest)?, name(rest.get(16..).ok_or(BAD)?)?),
+            b'a' => Self::Amended(conversation(rest)?, Seq(number(rest)?)),
             b'w' => Self::Wrote(conversation(rest)?, name(rest.get(16..).ok_or(BAD)?)?),
             b'd' => of_user().and_then(|(user, rest)| Ok(Self::Device(user, DeviceId(number(rest)?))))?,
             b's' => Self::Setting(name(rest)?),
@@ -121,6 +127,7 @@ impl RowList {
         match self {
             Self::Members(conversation) => [&b"m"[..], &id(*conversation)].concat(),
             Self::Receipts(conversation) => [&b"r"[..], &id(*conversation)].concat(),
+            Self::Amended(conversation) => [&b"a"[..], &id(*conversation)].concat(),
             Self::Devices(user) => [&b"d"[..], user.as_str().as_bytes(), &[0]].concat(),
             Self::Blocks(user) => [&b"b"[..], user.as_str().as_bytes(), &[0]].concat(),
             Self::Marks(user) => [&b"k"[..], user.as_str().as_bytes(), &[0]].concat(),
@@ -151,6 +158,7 @@ pub enum RowValue {
     Member(MemberRow),
     Receipt(ReceiptRow),
     Wrote,
+    Amended(AmendedRow),
     Device(DeviceRow),
     Setting(SettingRow),
     Block,
@@ -234,6 +242,16 @@ pub struct ReceiptRow {
     pub read: Seq,
 }
 
+/// What a message has become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AmendedRow {
+    pub state: MessageState,
+    /// The amendment that did it; of an edit it has the body. Also the stamp of the row.
+    pub by: Seq,
+    /// Unix milliseconds.
+    pub at_ms: u64,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceRow {
     pub kind: DeviceKind,
@@ -293,6 +311,11 @@ impl RowValue {
                 out.number(receipt.delivered.0);
                 out.number(receipt.read.0);
             }
+            Self::Amended(amended) => {
+                out.number(amended.state as u64);
+                out.number(amended.by.0);
+                out.number(amended.at_ms);
+            }
             Self::Device(device) => {
                 out.number(device.kind as u64);
                 out.text(&device.agent);
@@ -346,6 +369,11 @@ impl RowValue {
             }),
             RowKey::Mark(..) => Self::Mark(MarkRow { pinned: row.number()? != 0, muted_until_ms: row.number()? }),
             RowKey::Wrote(..) => Self::Wrote,
+            RowKey::Amended(..) => Self::Amended(AmendedRow {
+                state: MessageState::from_number(row.small()?).ok_or(BadPack("message state"))?,
+                by: Seq(row.number()?),
+                at_ms: row.number()?,
+            }),
             RowKey::Block(..) => Self::Block,
             RowKey::Hidden(..) => Self::Hidden,
         })
@@ -419,6 +447,10 @@ pub(crate) fn samples() -> Vec<Row> {
         row(RowKey::Member(id, ann.clone()), None),
         row(RowKey::Receipt(id, ann.clone()), Some(RowValue::Receipt(ReceiptRow { delivered: Seq(9), read: Seq(4) }))),
         row(RowKey::Wrote(id, ann.clone()), Some(RowValue::Wrote)),
+        row(
+            RowKey::Amended(id, Seq(3)),
+            Some(RowValue::Amended(AmendedRow { state: MessageState::Recalled, by: Seq(300), at_ms: 1 << 41 })),
+        ),
         row(RowKey::Device(ann.clone(), DeviceId(u64::MAX)), Some(RowValue::Device(device))),
         row(RowKey::Setting(bob.clone()), Some(RowValue::Setting(SettingRow::default()))),
         row(RowKey::Block(ann.clone(), bob.clone()), Some(RowValue::Block)),
@@ -443,6 +475,7 @@ mod tests {
                 RowKey::Group(_) | RowKey::Setting(_) | RowKey::Wrote(..) => continue,
                 RowKey::Member(conversation, _) => RowList::Members(conversation),
                 RowKey::Receipt(conversation, _) => RowList::Receipts(conversation),
+                RowKey::Amended(conversation, _) => RowList::Amended(conversation),
                 RowKey::Device(user, _) => RowList::Devices(user),
                 RowKey::Block(user, _) => RowList::Blocks(user),
                 RowKey::Mark(user, _) => RowList::Marks(user),

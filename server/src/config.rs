@@ -10,6 +10,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use ringline_core::config::DevicePolicy;
+use ringline_schema::ids::UserName;
 use ringline_schema::limits;
 
 use crate::net::NetKind;
@@ -72,6 +73,8 @@ pub enum Bounds {
     AddressOrNone,
     Cores,
     List,
+    /// Names of users.
+    Users,
 }
 
 impl fmt::Display for Bounds {
@@ -86,6 +89,10 @@ impl fmt::Display for Bounds {
             Self::AddressOrNone => f.write_str("an IP address and port, like 127.0.0.1:9701, or empty"),
             Self::Cores => f.write_str("all, a count like 2, or a list of cores like 0-3,8"),
             Self::List => f.write_str("a list of texts, [\"a\", \"b\"] in TOML and a,b elsewhere"),
+            Self::Users => f.write_str(
+                "a list of user names (1 to 64 bytes each, without control characters or # at the beginning), [\"a\", \"b\"] in \
+                 TOML and a,b elsewhere",
+            ),
         }
     }
 }
@@ -208,6 +215,25 @@ impl Setting for Vec<String> {
     fn text_of(value: &toml::Value) -> Option<String> {
         let parts: Option<Vec<&str>> = value.as_array()?.iter().map(toml::Value::as_str).collect();
         parts.map(|parts| parts.join(","))
+    }
+}
+
+impl Setting for Vec<UserName> {
+    /// One that is no name of a user spoils the list: who is meant would have no rights, without a word.
+    fn parse(text: &str, _: Bounds) -> Option<Self> {
+        if text.is_empty() {
+            return Some(Vec::new());
+        }
+        text.split(',').map(|name| UserName::of_user(name.trim()).ok()).collect()
+    }
+
+    fn to_toml(&self) -> String {
+        let parts: Vec<String> = self.iter().map(|name| quoted(name.as_str())).collect();
+        format!("[{}]", parts.join(", "))
+    }
+
+    fn text_of(value: &toml::Value) -> Option<String> {
+        Vec::<String>::text_of(value)
     }
 }
 
@@ -417,13 +443,15 @@ settings! {
         "Requests a second that one connection may make; more are refused with RATE_LIMITED.";
     requests_burst: u32 = "limits.requests_burst" ["requests"] 50_000, Bounds::Number(1, 100_000_000),
         "Requests that one connection may make at once after a pause.";
+    amend_window_ms: u64 = "limits.amend_window_ms" ["ms"] limits::AMEND_WINDOW_MS, Bounds::Number(0, 31_536_000_000),
+        "How long after it was sent a message can be edited or taken back by its sender; later is AMEND_TOO_LATE.";
     devices_policy: DevicePolicy = "devices.policy" [""] DevicePolicy::Many, Bounds::Choice(DEVICE_POLICIES),
         "Devices of one user that may be logged in at once; the oldest is told KICKED.";
     devices_max: u16 = "devices.max" ["devices"] 16, Bounds::Number(1, 1_024),
         "Devices of one user under the policy \"many\".";
     auth_public_keys: Vec<String> = "auth.public_keys" [""] Vec::new(), Bounds::List,
         "PEM files with Ed25519 public keys of outside token issuers.";
-    auth_admins: Vec<String> = "auth.admins" [""] Vec::new(), Bounds::List,
+    auth_admins: Vec<UserName> = "auth.admins" [""] Vec::new(), Bounds::Users,
         "Users who may send a notice to everyone online.";
     auth_audience: String = "auth.audience" [""] "ringline".to_owned(), ANY,
         "The audience that tokens must name.";
@@ -647,6 +675,12 @@ mod tests {
         assert!(complaint("[admin]\nlisten = \"here\"\n").contains("like 127.0.0.1:9701, or empty"));
         assert!(complaint("[auth]\ntoken_creates_user = \"yes\"\n").contains("true or false"));
         assert!(complaint("[auth]\npublic_keys = [1]\n").contains("a list of texts"));
+        for admins in ["\"#team\"", "\"ann\", \"\"", "\"b\\u0001b\""] {
+            let text = complaint(&format!("[auth]\nadmins = [{admins}]\n"));
+            assert!(text.starts_with("auth.admins = ") && text.contains("must be a list of user names"), "{text}");
+        }
+        let config = load("[auth]\nadmins = [\"ann\", \"bob\"]\n", &[], &[]).unwrap();
+        assert_eq!(config.get("auth.admins").unwrap(), "[\"ann\", \"bob\"]");
         assert!(complaint("[net]\nlisen = 1\n").contains("unknown key \"net.lisen\""));
         assert!(complaint("listen = 1\n").contains("did you mean \"net.listen\""));
         assert!(complaint("[net.deep]\nx = 1\n").contains("unknown key"));

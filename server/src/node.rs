@@ -18,7 +18,6 @@ use ringline_core::Shard;
 use ringline_core::config::CoreConfig;
 use ringline_schema::codec::{Codec, Encoder};
 use ringline_schema::errors::ErrorCode;
-use ringline_schema::ids::UserName;
 use ringline_schema::message::Reply;
 use ringline_store::embedded::{EmbeddedStore, OpenReport};
 use ringline_store::{Store, memory};
@@ -262,7 +261,8 @@ fn core_config(config: &Config, (at, cores): (usize, usize), address: SocketAddr
         device_policy: config.devices_policy,
         devices_max: config.devices_max,
         token_creates_user: config.auth_token_creates_user,
-        admins: config.auth_admins.iter().filter_map(|name| UserName::of_user(name).ok()).collect(),
+        amend_window_ms: config.amend_window_ms,
+        admins: config.auth_admins.clone(),
         conversations_cached_max: config.cache_conversations,
         users_cached_max: config.cache_users,
         connections_max: config.connections_max,

@@ -364,6 +364,7 @@ fn row_line(row: &Row) -> Value {
         RowKey::Setting(user) => ("setting", Some(user), None, Value::Null),
         RowKey::Block(user, other) => ("block", Some(user), None, json!(other.as_str())),
         RowKey::Wrote(conversation, user) => ("wrote", Some(user), Some(*conversation), Value::Null),
+        RowKey::Amended(conversation, seq) => ("amended", None, Some(*conversation), json!(seq.0)),
         RowKey::Mark(user, conversation) => ("mark", Some(user), Some(*conversation), Value::Null),
         RowKey::Hidden(user, conversation, seq) => ("hidden", Some(user), Some(*conversation), json!(seq.0)),
     };
@@ -415,6 +416,11 @@ fn value_json(value: &RowValue) -> Value {
             "status": setting.status,
             "last_seen_ms": setting.last_seen_ms,
             "deleted_ms": setting.deleted_ms,
+        }),
+        RowValue::Amended(amended) => json!({
+            "state": choice(format!("{:?}", amended.state)),
+            "by": amended.by.0,
+            "at_ms": amended.at_ms,
         }),
         RowValue::Mark(mark) => json!({ "pinned": mark.pinned, "muted_until_ms": mark.muted_until_ms }),
         RowValue::Block | RowValue::Hidden | RowValue::Wrote => Value::Null,

@@ -191,3 +191,40 @@ fn names_lines_and_passwords_are_read() {
     assert_eq!(read_line(&mut long, 4).unwrap().as_deref(), Some("ef"));
     assert_eq!(read_line(&mut long, 4).unwrap(), None);
 }
+
+#[test]
+fn what_was_said_is_edited_taken_back_and_deleted() {
+    in_one_thread(async {
+        let server = FakeServer::start().await.unwrap();
+        let (mut ann, mut bob) = (sit_down(&server, "ann", 1).await, sit_down(&server, "bob", 2).await);
+        ann.types("/edit 1 before there is anybody");
+        ann.output.wait_for("/edit N TEXT, /recall N").await;
+        ann.types("/msg bob helo");
+        ann.types("secret");
+        ann.types("silly");
+        ann.output.wait_for("✓ 3\n").await;
+        for wrong in ["/edit x y", "/edit 1", "/recall 1 2", "/delete 1 some"] {
+            ann.types(wrong);
+        }
+        ann.types("/edit 1 hello");
+        bob.output.wait_for("* ann has changed 1: hello\n").await;
+        ann.types("/recall 2");
+        bob.output.wait_for("* ann has taken back 2\n").await;
+        ann.types("/delete 3 all");
+        bob.output.wait_for("* ann has deleted 3\n").await;
+        ann.types("/recall 77");
+        ann.output.wait_for("✗ to bob: there is no such message").await;
+        bob.types("/to ann");
+        bob.types("/delete 1");
+        bob.output.wait_for("deleted for you\n").await;
+        ann.types("/history bob");
+        ann.output.wait_for("→ bob: hello (edited)  [1]\n").await;
+        ann.output.wait_for("→ bob: [taken back]  [2]\n").await;
+        ann.output.wait_for("→ bob: [deleted]  [3]\n").await;
+        bob.types("/history ann");
+        bob.output.wait_for("[deleted]  [3]\n").await;
+        let (ann, bob) = (ann.leave().await, bob.leave().await);
+        assert_eq!(ann.matches("/edit N TEXT, /recall N").count(), 5, "{ann}");
+        assert!(!bob.contains("[1]\n") && !bob.contains("Amendment"), "{bob}");
+    });
+}

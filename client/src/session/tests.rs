@@ -34,7 +34,7 @@ fn session(catch_up: CatchUp) -> Session {
 }
 
 fn outgoing(to: &str, body: &str, options: SendOptions) -> Outgoing {
-    Outgoing { to: name(to), body: Bytes::from(body.to_owned()), options }
+    Outgoing { to: name(to), body: Bytes::from(body.to_owned()), options, amends: None }
 }
 
 #[derive(Default)]

@@ -151,6 +151,7 @@ fn chat_replies() -> impl Iterator<Item = ChatReply<'static>> {
         ChatReply::ReceiptUpto { conversation: ID, with, user, delivered: Seq(5), read: Seq(3) },
         ChatReply::Signalled { conversation: ID, from: "ann", to: "#team", kind: 17, body: b"x" },
         ChatReply::PresenceChanged { users: vec![row, row] },
+        ChatReply::Hidden { conversation: ID, seq: Seq(2) },
         ChatReply::Notice { from: "root", time_ms: 8, kind: BodyKind::Text, body: b"down at 5" },
     ]
     .into_iter()

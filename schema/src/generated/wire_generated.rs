@@ -3148,7 +3148,8 @@ impl ::core::fmt::Debug for PresenceSet<'_> {
 pub enum AmendOffset {}
 #[derive(Copy, Clone, PartialEq)]
 
-/// Edit, recall or delete message `seq` of the conversation with `with`.
+/// Edit, recall or delete message `seq` of the conversation with `with`. Answered by SEND_ACK with the place of the
+/// amendment, or by DONE for who deletes for himself alone.
 pub struct Amend<'a> {
   pub _tab: ::flatbuffers::Table<'a>,
 }
@@ -4868,7 +4869,8 @@ impl<'a> Message<'a> {
     // which contains a valid value in this slot
     unsafe { self._tab.get::<u64>(Message::VT_REFERS, Some(0)).unwrap()}
   }
-  /// 0 as sent, 1 edited, 2 recalled, 3 deleted. In a history the body is the newest one.
+  /// 0 as sent, 1 edited, 2 recalled, 3 deleted, 4 deleted by this reader for himself. In a history the body is the
+  /// newest one. Of an amendment: what it makes of the other message; 0: a later one has taken its place.
   #[inline]
   pub fn state(&self) -> u8 {
     // Safety:

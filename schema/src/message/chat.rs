@@ -16,6 +16,8 @@ numbered! {
         Recalled = 2,
         /// Deleted for all: the body is gone.
         Deleted = 3,
+        /// Deleted by the reader for himself alone: others still see it.
+        Hidden = 4,
     }
 }
 
@@ -77,7 +79,7 @@ pub struct Amend<'a> {
     pub action: AmendAction,
     /// Of the new body; counts for an edit only.
     pub kind: BodyKind,
-    /// As in a SEND, from the same row of numbers.
+    /// As in a SEND, from the same row of numbers; without meaning for who deletes for himself.
     pub client_seq: u64,
     pub body: &'a [u8],
 }
@@ -258,6 +260,11 @@ pub enum ChatReply<'a> {
     PresenceChanged {
         users: Vec<PresenceRow<'a>>,
     },
+    /// Another device of this user has deleted a message for the user alone.
+    Hidden {
+        conversation: ConversationId,
+        seq: Seq,
+    },
     Notice {
         from: &'a str,
         time_ms: u64,
@@ -281,6 +288,7 @@ impl ChatReply<'_> {
             Self::ReceiptUpto { .. } => Command::ReceiptUpto,
             Self::Signalled { .. } => Command::Signalled,
             Self::PresenceChanged { .. } => Command::PresenceChanged,
+            Self::Hidden { .. } => Command::Hidden,
             Self::Notice { .. } => Command::Notice,
         }
     }

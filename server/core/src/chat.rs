@@ -18,12 +18,12 @@ impl Shard {
             ChatRequest::Mark(mark) => self.mark(origin, mark, fx),
             ChatRequest::Devices => self.devices(origin, fx),
             ChatRequest::DropDevice { device } => self.drop_device(origin, device, fx),
+            ChatRequest::Amend(amend) => self.amend(origin, &amend, fx),
             ChatRequest::Broadcast { .. }
             | ChatRequest::Signal { .. }
             | ChatRequest::Watch { .. }
             | ChatRequest::Unwatch { .. }
             | ChatRequest::PresenceSet { .. }
-            | ChatRequest::Amend(_)
             | ChatRequest::Block { .. }
             | ChatRequest::Unblock { .. }
             | ChatRequest::Blocks { .. }

@@ -39,6 +39,8 @@ pub struct CoreConfig {
     pub devices_max: u16,
     /// A valid token of a name that is not registered creates the user.
     pub token_creates_user: bool,
+    /// How long after it was sent a message can be edited or recalled by its sender; later is `AMEND_TOO_LATE`.
+    pub amend_window_ms: u64,
     /// Who may BROADCAST.
     pub admins: Vec<UserName>,
     /// Conversations and users kept in memory by this shard.
@@ -70,6 +72,7 @@ impl CoreConfig {
             device_policy: DevicePolicy::Many,
             devices_max: 16,
             token_creates_user: true,
+            amend_window_ms: limits::AMEND_WINDOW_MS,
             admins: Vec::new(),
             conversations_cached_max: 65_536,
             users_cached_max: 65_536,

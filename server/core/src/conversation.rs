@@ -7,16 +7,18 @@ use std::collections::VecDeque;
 
 use ringline_cluster::placement::ShardIndex;
 use ringline_schema::errors::ErrorCode;
-use ringline_schema::ids::{ConversationId, DeviceId, DeviceKey, Seq, UserName, body_hash};
+use ringline_schema::ids::{ConversationId, DeviceId, DeviceKey, Seq, UserName};
 use ringline_schema::message::SendAck;
 use ringline_schema::record::{Accepted, Answer, Change, Query, Record, StoredMessage, User};
 use ringline_schema::rows::{Row, RowKey, RowValue};
 use smallvec::SmallVec;
 
+use crate::amend::{AmendOut, record_of};
 use crate::config::WAITERS_PER_LOAD_MAX;
 use crate::event::{ConnId, Effects, ShardMessage};
 use crate::filter::{Filter, Seen};
 use crate::group::change::GroupPending;
+use crate::hide::Hiding;
 use crate::peer::{Ask, Origin, Submit, Wanted};
 use crate::planted::Bug;
 use crate::receipts::ReceiptWrite;
@@ -58,6 +60,8 @@ pub(crate) struct Conversation {
     /// Messages appended and not yet on disk: `head − committed`.
     pub in_flight: u64,
     pub filters: Vec<(DeviceKey, Filter)>,
+    /// Amendments, at least those that are not on disk yet.
+    pub amends: Vec<AmendOut>,
     /// What was asked about writing to either side, by the side.
     permits: SmallVec<[Permit; 2]>,
     /// Who has written as far as this is known here; then the row that says so exists.
@@ -90,6 +94,7 @@ impl Conversation {
             committed: Seq::ZERO,
             in_flight: 0,
             filters: Vec::new(),
+            amends: Vec::new(),
             permits: SmallVec::new(),
             wrote: SmallVec::new(),
             waiting: VecDeque::new(),
@@ -109,6 +114,11 @@ impl Conversation {
         // Who was a stranger to this user is none any more.
         self.permits.retain(|permit| permit.result.is_ok() || permit.to != *user);
         new
+    }
+
+    /// Notes a message that is on its way to the disk, if it amends another.
+    pub(crate) fn note_amend(&mut self, message: &StoredMessage) {
+        self.amends.extend(message.amends().map(|(of, state)| AmendOut { of, by: message.seq, state }));
     }
 
     /// Notes an accepted send.
@@ -151,6 +161,8 @@ pub(crate) enum PendingWork {
     Receipt(Box<ReceiptWrite>),
     /// A MARK of this user.
     Mark(Origin, UserName),
+    /// A message deleted for one user.
+    Hidden(Box<Hiding>),
     /// A DROP_DEVICE.
     Dropped(Origin, DeviceId),
     /// A request that is answered by DONE.
@@ -203,7 +215,9 @@ impl Shard {
 
     /// Whether the receiver takes this message, if that was asked lately.
     fn permission(&self, submit: &Submit) -> Option<Result<(), ErrorCode>> {
-        if submit.to == submit.from || submit.to.is_group() {
+        // Who is kept out may still take back what is there.
+        let takes_back = submit.amending().is_some_and(|amending| amending.takes_back());
+        if takes_back || submit.to == submit.from || submit.to.is_group() {
             return Some(Ok(()));
         }
         let conversation = self.conversations.peek(&submit.conversation)?;
@@ -236,11 +250,11 @@ impl Shard {
             return self.load(Question::Head(id, device), Query::Head { conversation: id, device }, fx);
         };
         let unfiltered = self.planted.is(Bug::NoDuplicateFilter);
-        let seen = if unfiltered { Seen::New } else { filter.check(submit.client_seq, body_hash(&submit.body)) };
+        let seen = if unfiltered { Seen::New } else { filter.check(submit.client_seq, submit.hash()) };
         match seen {
             Seen::New if submit.to.is_group() => self.accept_in_group(submit, fx),
             Seen::New => match self.permission(&submit) {
-                Some(Ok(())) => self.write(submit, fx),
+                Some(Ok(())) => self.permitted(submit, fx),
                 Some(Err(code)) => self.refuse(submit.origin, code, fx),
                 None => {
                     let Some(conversation) = self.conversations.get_mut(&id) else { return };
@@ -265,8 +279,16 @@ impl Shard {
         }
     }
 
+    /// A message that is taken by who it is for.
+    fn permitted(&mut self, submit: Submit, fx: &mut Effects) {
+        match submit.amending() {
+            None => self.write(submit, fx),
+            Some(amending) => self.read_original(submit, amending, fx),
+        }
+    }
+
     /// Gives a new message its number and sends it to the log.
-    fn write(&mut self, submit: Submit, fx: &mut Effects) {
+    pub(crate) fn write(&mut self, submit: Submit, fx: &mut Effects) {
         let (id, time_ms) = (submit.conversation, self.now.unix_ms);
         let Some(conversation) = self.conversations.get_mut(&id) else { return };
         let first = !std::mem::replace(&mut conversation.exists, true);
@@ -285,6 +307,7 @@ impl Shard {
             body: submit.body,
             extra: submit.more.and_then(|more| more.extra),
         };
+        conversation.note_amend(&message);
         let mut known_device = false;
         if !self.planted.is(Bug::NoDuplicateFilter)
             && let Some(filter) = conversation.filter(submit.device_key)
@@ -304,7 +327,7 @@ impl Shard {
             let rows = vec![Row { key, stamp: 1, value: Some(RowValue::Wrote) }];
             self.append(Record::Change(Box::new(Change { message: None, rows })), fx);
         }
-        let record = Record::Message(message.clone());
+        let record = record_of(message.clone());
         let weight = record.weight();
         self.pending_bytes += weight;
         let lsn = self.append(record, fx);
@@ -314,7 +337,7 @@ impl Shard {
     }
 
     /// Serves what has waited, until the conversation has to wait again.
-    fn advance(&mut self, id: ConversationId, fx: &mut Effects) {
+    pub(crate) fn advance(&mut self, id: ConversationId, fx: &mut Effects) {
         while let Some(conversation) = self.conversations.get_mut(&id)
             && conversation.stage == Stage::Ready
             && let Some(submit) = conversation.waiting.pop_front()
@@ -446,7 +469,7 @@ impl Shard {
             // The head of the queue is the send that asked: write it without asking again.
             if let Some(submit) = conversation.waiting.pop_front() {
                 match self.may_append() {
-                    Ok(()) => self.write(submit, fx),
+                    Ok(()) => self.permitted(submit, fx),
                     Err(code) => self.refuse(submit.origin, code, fx),
                 }
             }
@@ -478,6 +501,7 @@ impl Shard {
                 PendingWork::Social(pending) => self.social_stored(*pending, fx),
                 PendingWork::Receipt(write) => self.receipt_written(*write, fx),
                 PendingWork::Mark(origin, user) => self.marked(origin, &user, Ok(()), fx),
+                PendingWork::Hidden(hiding) => self.hidden(&hiding, Ok(()), fx),
                 PendingWork::Dropped(origin, device) => self.dropped(origin, device, fx),
                 PendingWork::Done(origin) => self.tell_done(origin, Ok(()), fx),
                 PendingWork::Group(pending) => self.group_committed(*pending, fx),
@@ -522,6 +546,7 @@ impl Shard {
             PendingWork::Social(pending) => self.social_failed(&pending, fx),
             PendingWork::Receipt(write) => self.receipt_not_written(&write, fx),
             PendingWork::Mark(origin, user) => self.marked(origin, &user, Err(ErrorCode::StoreFailed), fx),
+            PendingWork::Hidden(hiding) => self.hide_failed(&hiding, fx),
             PendingWork::Dropped(origin, _) | PendingWork::Done(origin) => {
                 self.tell_done(origin, Err(ErrorCode::StoreFailed), fx);
             }

@@ -79,6 +79,7 @@ impl Shard {
                 | PendingWork::Receipt(_)
                 | PendingWork::Mark(..)
                 | PendingWork::Dropped(..)
+                | PendingWork::Hidden(_)
                 | PendingWork::Done(_) => 0,
             };
         }

@@ -7,12 +7,14 @@
 //! - [`event`]: the interface. [`config`]: settings and bounds.
 //! - `session`: connections, their states and output. `login`: who is who. `send`, `conversation`: the way of a
 //!   message from its sender to the log. `deliver`: from the log to the devices, and back as acknowledgements.
-//!   `read`: history. `list`: conversations and marks. `devices`: of a user. `sync`: what a device missed. `receipts`,
-//!   `receipt_list`: who has received and read what. `social`: signals, block lists, privacy, presence. `group`: groups,
-//!   their rules and their fan-out. `chat`: who serves which.
+//!   `amend`: edits, recalls, deletions. `hide`: a message deleted for one user. `read`: history. `list`: conversations
+//!   and marks. `devices`: of a user. `sync`: what a device missed. `receipts`, `receipt_list`: who has received and read
+//!   what. `social`: signals, block lists, privacy, presence. `group`: groups, their rules and their fan-out. `chat`: who
+//!   serves which.
 
 #![forbid(unsafe_code)]
 
+mod amend;
 mod chat;
 pub mod config;
 mod conversation;
@@ -22,6 +24,7 @@ mod devices;
 pub mod event;
 mod filter;
 mod group;
+mod hide;
 mod invariants;
 mod list;
 mod login;

@@ -108,7 +108,8 @@ impl Shard {
             | Answer::Rows(_)
             | Answer::Count(_) => None,
         };
-        let fits = last.filter(|last| last.extra.is_none() && last.body.len() <= work.bytes_left);
+        // Mentions and changes of groups are for who reads on.
+        let fits = last.filter(|last| last.bytes() == last.body.len() && last.body.len() <= work.bytes_left);
         work.bytes_left -= fits.as_ref().map_or(0, |last| last.body.len());
         work.lasts.push(fits);
         self.list_on(work, fx);

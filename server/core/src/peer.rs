@@ -7,8 +7,9 @@ use ringline_cluster::placement::ShardIndex;
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, DeviceId, DeviceKey, UserName};
 use ringline_schema::message::{BodyKind, Receipt, SendAck};
-use ringline_schema::record::{Answer, Range, StoredExtra, StoredMessage};
+use ringline_schema::record::{Answer, Range, StoredExtra, StoredMessage, sent_hash};
 
+use crate::amend::Amending;
 use crate::event::ConnId;
 use crate::group::act::Act;
 use crate::group::fan_out::{GroupAnswer, GroupPush};
@@ -42,9 +43,10 @@ pub struct Submit {
 }
 
 /// What goes the way of a durable send and is more than a plain message.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SubmitMore {
     pub extra: Option<Box<StoredExtra>>,
+    pub amend: Option<Amending>,
     /// A command to the group: nothing is sent.
     pub act: Option<Act>,
     /// Users that the act names and whose shards it has yet to see.
@@ -55,6 +57,16 @@ impl Submit {
     /// The act, if it is one and no message.
     pub fn act(&self) -> Option<&Act> {
         self.more.as_ref().and_then(|more| more.act.as_ref())
+    }
+
+    /// What it amends, if it does.
+    pub fn amending(&self) -> Option<Amending> {
+        self.more.as_ref().and_then(|more| more.amend)
+    }
+
+    /// Its fingerprint for the duplicate filter.
+    pub fn hash(&self) -> u64 {
+        sent_hash(&self.body, self.more.as_ref().and_then(|more| more.extra.as_deref()))
     }
 }
 

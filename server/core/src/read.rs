@@ -41,9 +41,9 @@ impl Shard {
         let with = UserName::new(fetch.with)?;
         let login = self.sessions.login_mut(origin.conn).ok_or(ErrorCode::NotLoggedIn)?;
         // The id is made from the session's own name, so nobody reads a conversation of others; what of a group its
-        // reader may see, the store finds out from the memberships.
+        // reader may see, the store finds out from the memberships, and what the user has deleted for himself.
         let conversation = ConversationId::with(&login.user, &with);
-        let reader = with.is_group().then(|| login.user.clone());
+        let reader = Some(login.user.clone());
         let range = Range {
             after: Seq(fetch.after.0.saturating_add(self.planted.is(Bug::PageSkipsOne).into())),
             before: fetch.before,

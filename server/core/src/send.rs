@@ -44,18 +44,12 @@ impl Shard {
         send: &Send<'_>,
         fx: &mut Effects,
     ) {
-        let body_bytes_max = self.config.frame_bytes_max.saturating_sub(limits::MESSAGE_OVERHEAD_BYTES_MAX);
-        let checked = if self.draining {
-            Err(ErrorCode::ShuttingDown)
-        } else if send.client_seq == 0 {
-            Err(ErrorCode::BadRequest)
-        } else if send.body.len() > body_bytes_max as usize {
-            Err(ErrorCode::BodyTooLarge)
-        } else {
-            UserName::new(send.to)
-        };
+        let checked = self.check_send(send).and_then(|()| UserName::new(send.to));
         let sent = checked.and_then(|to| match send.class {
-            Class::Durable => self.send_durable(conn, request_id, (to, send), fx),
+            Class::Durable => {
+                let more = extra_of(&to, send)?;
+                self.send_durable((conn, request_id), (to, send), more, fx)
+            }
             Class::Transient => self.send_transient(conn, (request_id, no_reply), (to, send), fx),
         });
         if let Err(code) = sent {
@@ -63,15 +57,29 @@ impl Shard {
         }
     }
 
+    /// What a send must be, whomever it goes to.
+    pub(crate) fn check_send(&self, send: &Send<'_>) -> Result<(), ErrorCode> {
+        let body_bytes_max = self.config.frame_bytes_max.saturating_sub(limits::MESSAGE_OVERHEAD_BYTES_MAX);
+        if self.draining {
+            Err(ErrorCode::ShuttingDown)
+        } else if send.client_seq == 0 {
+            Err(ErrorCode::BadRequest)
+        } else if send.body.len() > body_bytes_max as usize {
+            Err(ErrorCode::BodyTooLarge)
+        } else {
+            Ok(())
+        }
+    }
+
     fn origin(&self, conn: ConnId, request_id: u32) -> Origin {
         Origin { shard: self.config.shard, conn, request_id }
     }
 
-    fn send_durable(
+    pub(crate) fn send_durable(
         &mut self,
-        conn: ConnId,
-        request_id: u32,
+        (conn, request_id): (ConnId, u32),
         (to, send): (UserName, &Send<'_>),
+        more: Option<SubmitMore>,
         fx: &mut Effects,
     ) -> Result<(), ErrorCode> {
         let origin = self.origin(conn, request_id);
@@ -79,7 +87,6 @@ impl Shard {
         if login.sends_in_flight >= limits::SENDS_IN_FLIGHT_MAX {
             return Err(ErrorCode::Busy);
         }
-        let extra = extra_of(&to, send)?;
         let conversation = login.conversation(&to);
         let (from, device, device_key) = (login.user.clone(), login.device, login.key);
         let owner = self.owner(conversation.partition());
@@ -97,7 +104,7 @@ impl Shard {
             kind: send.kind,
             body: keep_body(&mut self.bodies, send.body),
             ack_timeout_ms: send.ack_timeout_ms.map(|ms| ms.min(limits::ACK_TIMEOUT_MS_MAX)),
-            more: extra.map(|extra| Box::new(SubmitMore { extra: Some(extra), act: None, unvisited: Vec::new() })),
+            more: more.map(Box::new),
         };
         if let Some(login) = self.sessions.login_mut(conn) {
             login.sends_in_flight += 1;
@@ -279,7 +286,7 @@ impl Shard {
 }
 
 /// What a durable send carries beside its body. `None` for most.
-fn extra_of(to: &UserName, send: &Send<'_>) -> Result<Option<Box<StoredExtra>>, ErrorCode> {
+fn extra_of(to: &UserName, send: &Send<'_>) -> Result<Option<SubmitMore>, ErrorCode> {
     if to.is_group() && send.ack_timeout_ms.is_some() {
         // Which of many devices would it be?
         return Err(ErrorCode::Unsupported);
@@ -294,7 +301,8 @@ fn extra_of(to: &UserName, send: &Send<'_>) -> Result<Option<Box<StoredExtra>>, 
         return Err(ErrorCode::TooManyMentions);
     }
     let mentions = send.mentions.users.iter().map(UserName::of_user).collect::<Result<_, _>>()?;
-    Ok(Some(Box::new(StoredExtra { mentions, mention_all: send.mentions.all, ..StoredExtra::default() })))
+    let extra = StoredExtra { mentions, mention_all: send.mentions.all, ..StoredExtra::default() };
+    Ok(Some(SubmitMore { extra: Some(Box::new(extra)), ..SubmitMore::default() }))
 }
 
 /// Transient messages belong to no stored conversation.

@@ -23,6 +23,7 @@ use crate::deliver::DeliveryWait;
 use crate::devices::DeviceWork;
 use crate::event::{CloseReason, ConnId, Effect, Effects, Event, Now, ShardMessage, Token, Verdict, Work};
 use crate::group::cache::{GroupQuestion, Slot};
+use crate::hide::Hiding;
 use crate::list::{ListWork, MarkWork};
 use crate::peer::{Ask, Origin, Submit};
 use crate::planted::{Bug, Planted};
@@ -55,6 +56,10 @@ pub(crate) enum Question {
     Last(Box<ListWork>),
     Mark(Box<MarkWork>),
     Devices(Box<DeviceWork>),
+    /// The message that the first waiting submit of a conversation amends.
+    Original(ConversationId),
+    /// Whether there is a message that its reader deletes for himself.
+    Hide(Box<Hiding>),
     /// How far a user has a conversation of this shard.
     Receipt(Box<Reader>),
     Receipts(Box<ReceiptList>),
@@ -364,6 +369,8 @@ impl Shard {
             Some(Question::Last(work)) => self.last_loaded(work, answer, fx),
             Some(Question::Mark(work)) => self.mark_loaded(work, answer, fx),
             Some(Question::Devices(work)) => self.devices_loaded(*work, answer, fx),
+            Some(Question::Original(conversation)) => self.original_loaded(conversation, answer, fx),
+            Some(Question::Hide(hiding)) => self.hide_loaded(hiding, answer, fx),
             Some(Question::Receipt(reader)) => self.receipt_loaded(*reader, answer, fx),
             Some(Question::Receipts(list)) => self.receipts_loaded(list, answer, fx),
             Some(Question::Sync(conn)) => self.sync_loaded(conn, answer, fx),

@@ -10,6 +10,7 @@
 pub mod conformance;
 pub mod embedded;
 pub mod memory;
+mod shown;
 mod write;
 
 use std::os::fd::BorrowedFd;

@@ -12,6 +12,7 @@ use ringline_schema::message::Standing;
 use ringline_schema::record::{Accepted, Answer, ConversationRow, Head, Query, Range, Record, StoredMessage, User};
 use ringline_schema::rows::{GroupRow, MarkRow, MemberRow, ReceiptRow, Row, RowKey, RowList, RowValue};
 
+use crate::shown::{self, Reader};
 use crate::{
     LoadToken, Lsn, RECORD_BYTES_MAX, Store, StoreError, StoreEvent, StoreStats, large_bytes, newest, readable,
     remember,
@@ -269,7 +270,9 @@ impl Tables {
         match query {
             Query::User { name } => Answer::User(self.users.get(name).cloned()),
             Query::Head { conversation, device } => Answer::Head(self.head(*conversation, *device)),
-            Query::Messages { conversation, range, reader: None } => self.messages(*conversation, range),
+            Query::Messages { conversation, range, reader: None } => {
+                self.messages(*conversation, range, Reader::default())
+            }
             Query::Messages { conversation, range, reader: Some(reader) } => {
                 self.messages_for(*conversation, range, reader)
             }
@@ -293,39 +296,60 @@ impl Tables {
         Head { exists: true, first: found.first(), head: found.head(), filter }
     }
 
-    fn messages(&self, conversation: ConversationId, range: &Range) -> Answer {
+    fn messages(&self, conversation: ConversationId, range: &Range, reader: Reader<'_>) -> Answer {
         let Some(found) = self.conversations.get(&conversation) else {
             return Answer::Messages { first: Seq::ZERO, head: Seq::ZERO, messages: Vec::new() };
         };
+        let shown = |message: &StoredMessage| self.shown(found, message, reader);
         let inside = |seq: Seq| seq > range.after && range.before.is_none_or(|before| seq < before);
-        let matching = found.messages.values().filter(|message| inside(message.seq));
+        let matching = found.messages.values().filter(|message| inside(message.seq)).map(shown);
         let mut bytes = 0;
-        let mut fits = |message: &&StoredMessage| {
+        let mut fits = |message: &StoredMessage| {
             let first = bytes == 0;
             bytes += message.bytes().max(1);
             first || bytes <= range.bytes_max as usize
         };
         let limit = usize::from(range.limit);
         let messages = if range.newest {
-            let mut newest: Vec<_> = matching.rev().take(limit).take_while(&mut fits).cloned().collect();
+            let mut newest: Vec<_> = matching.rev().take(limit).take_while(&mut fits).collect();
             newest.reverse();
             newest
         } else {
-            matching.take(limit).take_while(&mut fits).cloned().collect()
+            matching.take(limit).take_while(&mut fits).collect()
         };
         Answer::Messages { first: found.first(), head: found.head(), messages }
     }
 
+    /// A message as this reader is shown it.
+    fn shown(&self, found: &Conversation, message: &StoredMessage, reader: Reader<'_>) -> StoredMessage {
+        let id = message.conversation;
+        let row = |seq| match self.value(&RowKey::Amended(id, seq)) {
+            Some(RowValue::Amended(row)) => Some(row),
+            _ => None,
+        };
+        let key = |user: &UserName, seq| RowKey::Hidden(user.clone(), id, seq);
+        let hidden = |seq| reader.user.is_some_and(|user| self.value(&key(user, seq)).is_some());
+        match (message.amends(), row(message.seq)) {
+            (Some((of, _)), _) => shown::amendment(message.clone(), row(of).filter(|_| !hidden(of))),
+            (None, _) if hidden(message.seq) => shown::hidden(message.clone()),
+            (None, Some(row)) => {
+                let edit = reader.edit(row).and_then(|by| found.messages.get(&by));
+                shown::original(message.clone(), row, edit.cloned())
+            }
+            (None, None) => message.clone(),
+        }
+    }
+
     fn messages_for(&self, conversation: ConversationId, range: &Range, reader: &UserName) -> Answer {
         if conversation.kind() != Some(ConversationKind::Group) {
-            return self.messages(conversation, range);
+            return self.messages(conversation, range, Reader { user: Some(reader), member: None });
         }
         let member = self.member(conversation, reader).filter(|member| !member.ranges.is_empty());
         let (Some(member), Some(found)) = (member, self.conversations.get(&conversation)) else {
             return Answer::NotReadable;
         };
         let part = readable(member, (found.first(), found.head()), range);
-        match self.messages(conversation, &part.range) {
+        match self.messages(conversation, &part.range, Reader { user: Some(reader), member: Some(member) }) {
             Answer::Messages { messages, .. } => Answer::Messages { first: part.first, head: part.head, messages },
             other => other,
         }

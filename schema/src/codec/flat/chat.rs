@@ -256,6 +256,10 @@ pub(super) fn decode_reply(command: Command, body: &[u8]) -> Result<Option<Reply
             let users = root::<fb::PresenceChanged>(body, TABLES)?.users();
             ChatReply::PresenceChanged { users: users.into_iter().flatten().map(presence).collect() }
         }
+        Command::Hidden => {
+            let table = root::<fb::Read>(body, TABLES)?;
+            ChatReply::Hidden { conversation: conversation(table.conversation()), seq: Seq(table.seq()) }
+        }
         Command::Notice => {
             let table = root::<fb::Notice>(body, TABLES)?;
             let kind = BodyKind::from_number(table.kind()).ok_or(ErrorCode::BadBody)?;
@@ -343,6 +347,10 @@ pub(super) fn write_reply(fbb: &mut Fbb, reply: &ChatReply<'_>) {
         ChatReply::PresenceChanged { users } => {
             let users = Some(write_presence(fbb, users));
             table!(fbb, PresenceChanged, PresenceChangedArgs { users });
+        }
+        ChatReply::Hidden { conversation, seq } => {
+            let id = id128(*conversation);
+            table!(fbb, Read, ReadArgs { conversation: Some(&id), seq: seq.0 });
         }
         ChatReply::Notice { from, time_ms, kind, body } => {
             let (from, body) = (Some(fbb.create_string(from)), Some(fbb.create_vector(body)));

@@ -184,7 +184,7 @@ impl Shard {
             kind: BodyKind::System,
             body: Bytes::new(),
             ack_timeout_ms: None,
-            more: Some(Box::new(SubmitMore { extra: None, act: Some(act), unvisited })),
+            more: Some(Box::new(SubmitMore { act: Some(act), unvisited, ..SubmitMore::default() })),
         };
         if adds_sender {
             let query = Query::GroupCount { user: submit.from.clone() };

@@ -10,6 +10,7 @@ use ringline_schema::message::{BodyKind, SendAck, Standing};
 use ringline_schema::record::{Change, Record, StoredExtra, StoredMessage};
 use ringline_schema::rows::{Row, RowKey, RowValue};
 
+use crate::amend::record_of;
 use crate::conversation::{Pending, PendingWork};
 use crate::event::Effects;
 use crate::group::act::Act;
@@ -40,7 +41,8 @@ impl Shard {
         if group.row.dissolved != Seq::ZERO {
             return Err(ErrorCode::GroupDissolved);
         }
-        if member.muted_until_ms > self.now.unix_ms {
+        let takes_back = submit.amending().is_some_and(|amending| amending.takes_back());
+        if member.muted_until_ms > self.now.unix_ms && !takes_back {
             return Err(ErrorCode::Muted);
         }
         let extra = submit.more.as_ref().and_then(|more| more.extra.as_ref());
@@ -63,9 +65,10 @@ impl Shard {
         if submit.act().is_some() {
             return self.group_act(submit, fx);
         }
-        match self.may_write(&submit) {
-            Ok(()) => self.write_to_group(submit, fx),
-            Err(code) => self.refuse(submit.origin, code, fx),
+        match (self.may_write(&submit), submit.amending()) {
+            (Ok(()), None) => self.write_to_group(submit, fx),
+            (Ok(()), Some(amending)) => self.read_original(submit, amending, fx),
+            (Err(code), _) => self.refuse(submit.origin, code, fx),
         }
     }
 
@@ -171,7 +174,8 @@ impl Shard {
             extra: submit.more.and_then(|more| more.extra),
         };
         conversation.remember(submit.device_key, message.accepted());
-        let record = Record::Message(message.clone());
+        conversation.note_amend(&message);
+        let record = record_of(message.clone());
         let message = Some((Arc::new(message), targets));
         let (origin, answer, pushes) = (submit.origin, None, Vec::new());
         self.append_of_group(record, GroupPending { conversation: id, message, origin, answer, pushes }, fx);

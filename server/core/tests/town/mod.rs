@@ -1,5 +1,7 @@
 //! A node of several shards for tests of rules: lanes and store move at once, unless a test holds or drops them.
 
+#![allow(dead_code, reason = "each test uses a part of it")]
+
 use std::collections::VecDeque;
 
 use ringline_cluster::placement::{CorePlacement, ShardIndex};
@@ -32,6 +34,8 @@ pub struct Town {
     /// Lane messages that a test wants lost.
     pub drops: fn(&ShardMessage) -> bool,
     frames: Vec<(Seat, Vec<u8>)>,
+    /// Whether stores commit.
+    pub committing: bool,
 }
 
 impl Town {
@@ -44,7 +48,7 @@ impl Town {
         });
         let now = Now { mono_us: 1_000_000, unix_ms: 1_700_000_000_000 };
         let (lanes, frames) = (VecDeque::new(), Vec::new());
-        Self { sides: sides.collect(), placement, now, next: 0, lanes, drops: |_| false, frames }
+        Self { sides: sides.collect(), placement, now, next: 0, lanes, drops: |_| false, frames, committing: true }
     }
 
     fn event(&mut self, at: usize, event: Event<'_>) {
@@ -83,7 +87,9 @@ impl Town {
     }
 
     fn commit(&mut self, at: usize) {
-        self.sides[at].store.submit();
+        if self.committing {
+            self.sides[at].store.submit();
+        }
         let mut events = Vec::new();
         self.sides[at].store.poll(&mut events);
         for event in events {

@@ -4,7 +4,7 @@ use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
 use ringline_schema::message::group::{JoinPolicy, Role, What};
 use ringline_schema::message::{BodyKind, MessageState, Standing};
 use ringline_schema::record::{Answer, Change, Query, Range, Record, StoredChange, StoredExtra, StoredMessage};
-use ringline_schema::rows::{GroupRow, MarkRow, MemberRow, ReceiptRow, Row, RowKey, RowList, RowValue};
+use ringline_schema::rows::{AmendedRow, GroupRow, MarkRow, MemberRow, ReceiptRow, Row, RowKey, RowList, RowValue};
 
 use super::{ALL, Node, Opener, name, wait};
 
@@ -29,7 +29,7 @@ impl Node {
     /// A whole list, read in pages.
     fn rows(&mut self, list: RowList, page: u16) -> Vec<Row> {
         let partition = match &list {
-            RowList::Members(id) | RowList::Receipts(id) => id.partition(),
+            RowList::Members(id) | RowList::Receipts(id) | RowList::Amended(id) => id.partition(),
             RowList::Devices(user) | RowList::Blocks(user) | RowList::Marks(user) | RowList::Hidden(user, _) => {
                 user.partition()
             }
@@ -255,4 +255,86 @@ pub fn extras(open: Opener<'_>) {
     let mut node = Node::new(open(1));
     assert_eq!(node.messages(team.id, ALL).2, wanted);
     assert_eq!(node.row(RowKey::Group(team.id)), Some(team.group(2, 0)));
+}
+
+pub fn amendments(open: Opener<'_>) {
+    let team = Team::new("#team");
+    let amendment = |seq: u64, refers: u64, state| {
+        let body = bytes::Bytes::from(format!("edit {seq}"));
+        let extra = StoredExtra { refers: Seq(refers), state, amended_ms: seq, ..StoredExtra::default() };
+        let message = StoredMessage { kind: BodyKind::Amendment, body, ..team.message(seq) };
+        let value = RowValue::Amended(AmendedRow { state, by: Seq(seq), at_ms: seq });
+        let row = Row { key: RowKey::Amended(team.id, Seq(refers)), stamp: seq, value: Some(value) };
+        let message = Some(StoredMessage { extra: Some(Box::new(extra)), ..message });
+        Record::Change(Box::new(Change { message, rows: vec![row] }))
+    };
+    let check = |node: &mut Node, bodies: &[&str]| {
+        let shown: Vec<_> = node.messages(team.id, ALL).2.into_iter().map(|message| message.body).collect();
+        assert_eq!(shown, bodies.iter().map(|body| body.as_bytes()).collect::<Vec<_>>());
+    };
+    let (first, second) = (team.message(1), team.message(2));
+    let second_body = String::from_utf8(second.body.to_vec()).unwrap();
+    let mut node = Node::new(open(1));
+    node.commit(&[Record::Message(first), Record::Message(second), amendment(3, 1, MessageState::Edited)]);
+    check(&mut node, &["edit 3", &second_body, "edit 3"]);
+    node.close();
+    let mut node = Node::new(open(1));
+    check(&mut node, &["edit 3", &second_body, "edit 3"]);
+    node.commit(&[amendment(4, 1, MessageState::Edited)]);
+    check(&mut node, &["edit 4", &second_body, "", "edit 4"]);
+    let original = node.messages(team.id, ALL).2.remove(0).extra.unwrap();
+    assert_eq!((original.state, original.amended_ms, original.refers), (MessageState::Edited, 4, Seq::ZERO));
+    let overtaken = node.messages(team.id, ALL).2.remove(2).extra.unwrap();
+    assert_eq!((overtaken.state, overtaken.refers), (MessageState::AsSent, Seq(1)));
+    node.commit(&[amendment(5, 1, MessageState::Recalled), amendment(6, 2, MessageState::Deleted)]);
+    let gone = ["", "", "", "", "edit 5", "edit 6"];
+    check(&mut node, &gone);
+    node.close();
+    check(&mut Node::new(open(2)), &gone);
+}
+
+pub fn hidden(open: Opener<'_>) {
+    let (ann, bob) = (name("ann"), name("bob"));
+    let conversation = ConversationId::direct(&ann, &bob);
+    let message = |seq: u64| StoredMessage {
+        conversation,
+        seq: Seq(seq),
+        from: ann.clone(),
+        to: bob.clone(),
+        device: DeviceId(1),
+        client_seq: seq,
+        time_ms: seq,
+        kind: BodyKind::Text,
+        body: bytes::Bytes::from(format!("body {seq}")),
+        extra: None,
+    };
+    let hide = |user: &UserName, seq: u64| {
+        let row =
+            Row { key: RowKey::Hidden(user.clone(), conversation, Seq(seq)), stamp: 1, value: Some(RowValue::Hidden) };
+        Record::Change(Box::new(Change { message: None, rows: vec![row] }))
+    };
+    let shown = |node: &mut Node, reader: Option<&UserName>| {
+        let query = Query::Messages { conversation, range: ALL, reader: reader.cloned() };
+        let Answer::Messages { messages, .. } = node.ask(conversation.partition(), query) else { panic!("messages") };
+        let shown = |message: StoredMessage| {
+            let state = message.extra.map_or(MessageState::AsSent, |extra| extra.state);
+            (message.seq.0, state, message.body.len())
+        };
+        messages.into_iter().map(shown).collect::<Vec<_>>()
+    };
+    let mut node = Node::new(open(1));
+    let members = [ann.clone(), bob.clone()];
+    node.commit(&[Record::Conversation { conversation, members, created_ms: 1 }]);
+    node.commit(&[Record::Message(message(1)), Record::Message(message(2)), Record::Message(message(3))]);
+    node.commit(&[hide(&bob, 2), hide(&bob, 3)]);
+    let as_sent = |seq| (seq, MessageState::AsSent, 6);
+    let check = |node: &mut Node| {
+        let gone = |seq| (seq, MessageState::Hidden, 0);
+        assert_eq!(shown(node, Some(&bob)), [as_sent(1), gone(2), gone(3)]);
+        assert_eq!(shown(node, Some(&ann)), [as_sent(1), as_sent(2), as_sent(3)]);
+        assert_eq!(shown(node, None), [as_sent(1), as_sent(2), as_sent(3)]);
+    };
+    check(&mut node);
+    node.close();
+    check(&mut Node::new(open(2)));
 }

@@ -32,6 +32,7 @@ mod salvage;
 mod scan;
 mod segments;
 mod shard;
+mod shown;
 mod space;
 mod survey;
 mod sweep;

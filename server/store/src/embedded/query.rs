@@ -15,6 +15,7 @@ use super::format::Place;
 use super::index::IndexError;
 use super::overlay::Overlay;
 use super::rows::{self, HeadRow};
+use crate::shown::Reader;
 use crate::{newest, readable, remember};
 
 /// Entries of a user's list that are read at a time to count groups.
@@ -29,7 +30,7 @@ pub(super) fn answer(node: &Node, query: &Query) -> Answer {
             Some(reader) if conversation.kind() == Some(ConversationKind::Group) => {
                 node.messages_for(*conversation, range, reader)
             }
-            Some(_) | None => node.messages(*conversation, range),
+            reader => node.messages(*conversation, range, Reader { user: reader.as_ref(), member: None }),
         },
         Query::Row { key } => node.row(key).map(Answer::Row),
         Query::Rows { list, after, limit } => node.rows(list, after.as_ref(), usize::from(*limit)).map(Answer::Rows),
@@ -86,13 +87,14 @@ impl Node {
         Ok(found)
     }
 
-    fn messages(&self, conversation: ConversationId, range: &Range) -> Result<Answer, IndexError> {
+    fn messages(&self, conversation: ConversationId, range: &Range, reader: Reader<'_>) -> Result<Answer, IndexError> {
         let Some(row) = self.head_row(conversation)? else {
             return Ok(Answer::Messages { first: Seq::ZERO, head: Seq::ZERO, messages: Vec::new() });
         };
         let (first, head) = (row.first, row.head);
         let mut wanted = wanted(range, first, head);
         let places = self.places(conversation, &wanted)?;
+        let changed = self.changed(conversation, &wanted, reader)?;
         if range.newest {
             wanted.reverse();
         }
@@ -100,11 +102,7 @@ impl Node {
         let mut messages: Vec<StoredMessage> = Vec::new();
         for seq in wanted {
             let place = places.get(&seq).ok_or(IndexError::Missing(conversation, seq))?;
-            let segment = self.segments.get(place.log, place.segment)?;
-            let found = segment.read(*place)?.into_message();
-            let message = found
-                .filter(|message| (message.conversation, message.seq) == (conversation, seq))
-                .ok_or(IndexError::Wrong(conversation, seq))?;
+            let message = self.shown(self.message(conversation, seq, *place)?, &changed, reader)?;
             bytes += message.bytes().max(1);
             if bytes > range.bytes_max as usize && !messages.is_empty() {
                 break;
@@ -117,8 +115,25 @@ impl Node {
         Ok(Answer::Messages { first, head, messages })
     }
 
+    pub(super) fn message(
+        &self,
+        conversation: ConversationId,
+        seq: Seq,
+        place: Place,
+    ) -> Result<StoredMessage, IndexError> {
+        let segment = self.segments.get(place.log, place.segment)?;
+        let found = segment.read(place)?.into_message();
+        found
+            .filter(|message| (message.conversation, message.seq) == (conversation, seq))
+            .ok_or(IndexError::Wrong(conversation, seq))
+    }
+
     /// Where the wanted messages lie; what is not found is missing from the answer.
-    fn places(&self, conversation: ConversationId, wanted: &[Seq]) -> Result<BTreeMap<Seq, Place>, IndexError> {
+    pub(super) fn places(
+        &self,
+        conversation: ConversationId,
+        wanted: &[Seq],
+    ) -> Result<BTreeMap<Seq, Place>, IndexError> {
         let (Some(&lowest), Some(&highest)) = (wanted.first(), wanted.last()) else {
             return Ok(BTreeMap::new());
         };
@@ -217,13 +232,14 @@ impl Node {
             return Ok(Answer::NotReadable);
         };
         let part = readable(&member, (row.first, row.head), range);
-        Ok(match self.messages(conversation, &part.range)? {
+        let reader = Reader { user: Some(reader), member: Some(&member) };
+        Ok(match self.messages(conversation, &part.range, reader)? {
             Answer::Messages { messages, .. } => Answer::Messages { first: part.first, head: part.head, messages },
             other => other,
         })
     }
 
-    fn row(&self, key: &RowKey) -> Result<Option<Row>, IndexError> {
+    pub(super) fn row(&self, key: &RowKey) -> Result<Option<Row>, IndexError> {
         let bytes = key.encode();
         let mut found: Option<Row> = None;
         for overlay in self.overlays() {
@@ -243,7 +259,7 @@ impl Node {
         Ok(found.filter(|row| row.value.is_some()))
     }
 
-    fn value(&self, key: &RowKey) -> Result<Option<RowValue>, IndexError> {
+    pub(super) fn value(&self, key: &RowKey) -> Result<Option<RowValue>, IndexError> {
         Ok(self.row(key)?.and_then(|row| row.value))
     }
 
@@ -261,7 +277,7 @@ impl Node {
         })
     }
 
-    fn rows(&self, list: &RowList, after: Option<&RowKey>, limit: usize) -> Result<Vec<Row>, IndexError> {
+    pub(super) fn rows(&self, list: &RowList, after: Option<&RowKey>, limit: usize) -> Result<Vec<Row>, IndexError> {
         let prefix = list.prefix();
         // Every key of the list is longer than its prefix.
         let after = after.map_or_else(|| prefix.clone(), RowKey::encode).max(prefix.clone());
