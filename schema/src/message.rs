@@ -396,6 +396,14 @@ pub struct Extra<'a> {
     pub change: Option<GroupChange<'a>>,
 }
 
+impl Extra<'_> {
+    /// Whether there is nothing of it.
+    pub fn is_empty(&self) -> bool {
+        let amended = self.refers != Seq::ZERO || self.state != MessageState::AsSent || self.amended_ms != 0;
+        !amended && self.mentions.is_empty() && self.change.is_none()
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OnlineUser<'a> {
     pub user: &'a str,

@@ -1,10 +1,11 @@
 //! Codec 0: FlatBuffers, by the tables of `fbs/wire.fbs`.
 //!
 //! Reading verifies once, with limits on depth and number of tables, and borrows. An absent string or vector reads as
-//! empty: the core judges values, this file only shapes.
+//! empty: the core judges values, this file only shapes. What every message passes goes by [`hot`] instead.
 
 mod chat;
 mod group;
+pub(super) mod hot;
 
 use flatbuffers::{FlatBufferBuilder, Follow, Verifiable, VerifierOptions, WIPOffset};
 
@@ -47,6 +48,19 @@ fn id128(id: ConversationId) -> fb::Id128 {
 }
 
 pub(super) fn decode_request(command: Command, body: &[u8]) -> Result<Request<'_>, ErrorCode> {
+    match command {
+        Command::Send => match hot::read_send(body)? {
+            Some(send) => Ok(Request::Send(send)),
+            None => decode_any_request(command, body),
+        },
+        Command::Ack => Ok(Request::Ack(hot::read_ack(body)?)),
+        _ => decode_any_request(command, body),
+    }
+}
+
+/// Any request, by the general verifier.
+#[inline(never)]
+fn decode_any_request(command: Command, body: &[u8]) -> Result<Request<'_>, ErrorCode> {
     if let Some(request) = group::decode_request(command, body)? {
         return Ok(request);
     }
@@ -125,6 +139,19 @@ fn fetch<'a>(table: fb::Fetch<'a>) -> Fetch<'a> {
 }
 
 pub(super) fn decode_reply(command: Command, body: &[u8]) -> Result<Reply<'_>, ErrorCode> {
+    match command {
+        Command::Deliver => match hot::read_message(body)? {
+            Some(message) => Ok(Reply::Deliver(message)),
+            None => decode_any_reply(command, body),
+        },
+        Command::SendAck => Ok(Reply::SendAck(hot::read_send_ack(body)?)),
+        _ => decode_any_reply(command, body),
+    }
+}
+
+/// Any answer or push, by the general verifier.
+#[inline(never)]
+fn decode_any_reply(command: Command, body: &[u8]) -> Result<Reply<'_>, ErrorCode> {
     if let Some(reply) = group::decode_reply(command, body)? {
         return Ok(reply);
     }

@@ -73,24 +73,33 @@ impl Encoder {
         request: &Request<'_>,
         out: &mut Vec<u8>,
     ) {
-        let body = match codec {
-            Codec::FlatBuffers => self.flat.request(request),
-        };
-        let (command, body_bytes) = (request.command() as u16, body.len() as u32);
-        append(Header { codec, command, flags, request_id, body_bytes }, body, out);
+        let header = Header { codec, command: request.command() as u16, flags, request_id, body_bytes: 0 };
+        match codec {
+            Codec::FlatBuffers => {
+                if !flat::hot::write_request(header, request, out) {
+                    append(header, self.flat.request(request), out);
+                }
+            }
+        }
     }
 
     /// Appends one whole answer or push frame to `out`. Pushes have request id 0.
     pub fn reply(&mut self, codec: Codec, request_id: u32, reply: &Reply<'_>, out: &mut Vec<u8>) {
-        let body = match codec {
-            Codec::FlatBuffers => self.flat.reply(reply),
-        };
-        let (command, flags, body_bytes) = (reply.command() as u16, Flags::default(), body.len() as u32);
-        append(Header { codec, command, flags, request_id, body_bytes }, body, out);
+        let (command, flags) = (reply.command() as u16, Flags::default());
+        let header = Header { codec, command, flags, request_id, body_bytes: 0 };
+        match codec {
+            Codec::FlatBuffers => {
+                if !flat::hot::write_reply(header, reply, out) {
+                    append(header, self.flat.reply(reply), out);
+                }
+            }
+        }
     }
 }
 
+/// Appends a frame; `header.body_bytes` is set here.
 fn append(header: Header, body: &[u8], out: &mut Vec<u8>) {
+    let header = Header { body_bytes: body.len() as u32, ..header };
     out.reserve(FRAME_HEADER_BYTES + body.len());
     out.extend_from_slice(&header.encode());
     out.extend_from_slice(body);
