@@ -1,5 +1,8 @@
-//! Where things live, floor 1: pure placement.
+//! Where things live, floor 1: pure placement and balance.
 //!
-//! One node knows one step so far: partition → core. Nodes, membership and links join here with the cluster.
+//! Partition → node is [`rendezvous`], partition → core within a node is [`placement`], and [`balance`] picks the node a
+//! client should connect to. Membership and links join here with the cluster.
 
+pub mod balance;
 pub mod placement;
+pub mod rendezvous;
