@@ -29,10 +29,11 @@ pub struct Device {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ReadUpto {
     pub conversation: ConversationId,
-    /// The other user of the conversation.
+    /// The other user of the conversation, or the group.
     pub with: UserName,
-    /// Who has it so far: the other user, or this one on another device.
-    pub user: UserName,
+    /// Who has it so far: the other user, or this one on another device. `None`: at least one other member of the group;
+    /// [`Client::receipts`] says who.
+    pub user: Option<UserName>,
     pub delivered: Seq,
     pub read: Seq,
 }

@@ -433,7 +433,8 @@ impl Chat {
             Event::Receipt(_) => {}
             Event::ReadUpto(upto) => self.read_upto(&upto),
             Event::Signal(signal) => self.signal(&signal),
-            Event::SignalRefused { code, .. } => self.signal_refused(code),
+            // Whoever is away or keeps this user out says so when a message is sent.
+            Event::SignalRefused { .. } => {}
             Event::Presence(rows) => self.presence(&rows),
             Event::Notice(notice) => self.notice(&notice),
             Event::GroupChanged(changed) => self.group_changed(&changed),

@@ -122,7 +122,8 @@ pub struct SendOptions {
     pub class: Class,
     /// What the body is.
     pub kind: BodyKind,
-    /// Ask to be told whether a device of the receiver acknowledged the message within this time (at most 60 s); see
+    /// Ask to be told whether a device of the receiver, or of any other member of the group, acknowledged the message
+    /// within this time (at most 60 s); see
     /// [`Sending::delivered`](crate::Sending::delivered).
     pub delivery_timeout: Option<Duration>,
     /// Users this message is meant for above others (at most 100). Durable messages only.

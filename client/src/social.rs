@@ -168,7 +168,8 @@ pub(crate) fn event(reply: &Reply<'_>) -> Result<Option<Event>, ErrorCode> {
         ChatReply::PresenceChanged { users } => Event::Presence(presence(users)?),
         ChatReply::Hidden { conversation, seq } => Event::Hidden { conversation: *conversation, seq: *seq },
         ChatReply::ReceiptUpto { conversation, with, user, delivered, read } => {
-            let (with, user) = (name(with)?, name(user)?);
+            let user = (!user.is_empty()).then(|| name(user)).transpose()?;
+            let with = name(with)?;
             Event::ReadUpto(ReadUpto { conversation: *conversation, with, user, delivered: *delivered, read: *read })
         }
         ChatReply::Notice { from, time_ms, kind, body } => {
@@ -221,12 +222,12 @@ impl Signals {
 }
 
 impl Client {
-    /// Tells a user "I am typing". Cheap to call at every key: the server drops repeats within a second.
+    /// Tells a user, or the other members of a group, "I am typing". Cheap to call at every key: the server drops repeats within a second.
     pub fn typing(&self, to: &str) -> Result<(), CallError> {
         self.signal(to, SIGNAL_TYPING, Bytes::new())
     }
 
-    /// Signals a user: `kind` 16 and above belong to applications, the body has at most 1,024 bytes. Not stored, not
+    /// Signals a user or a group: `kind` 16 and above belong to applications, the body has at most 1,024 bytes. Not stored, not
     /// repeated, dropped without a connection; a refusal comes as [`Event::SignalRefused`].
     pub fn signal(&self, to: &str, kind: u8, body: impl Into<Bytes>) -> Result<(), CallError> {
         let to = UserName::new(to).map_err(|_| CallError::BadName)?;

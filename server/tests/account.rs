@@ -51,7 +51,7 @@ async fn account(server: &Server, address: &str) {
             last = one.send(b, text).await.unwrap();
         }
         other.read(last.conversation, Seq(2)).await.unwrap();
-        assert_eq!(read_upto(&mut ones, 2).await.user.as_str(), b);
+        assert_eq!(read_upto(&mut ones, 2).await.user.unwrap().as_str(), b);
         assert_eq!(read_upto(&mut desks, 2).await.with.as_str(), a, "the reader's other device knows it too");
         other.pin(last.conversation, true).await.unwrap();
         other.mute(last.conversation, 9).await.unwrap();

@@ -66,10 +66,13 @@ impl Chat {
     /// `✓✓ bob has read up to 7`, `✓ bob has received up to 9`.
     pub(super) fn read_upto(&mut self, upto: &ReadUpto) {
         // What another device of this user has read is not news for the screen.
-        if !self.interactive || upto.user == *self.client.user() {
+        if !self.interactive || upto.user.as_ref() == Some(self.client.user()) {
             return;
         }
-        let user = clean(upto.user.as_str());
+        let user = match &upto.user {
+            Some(user) => clean(user.as_str()),
+            None => format!("somebody in {}", clean(upto.with.as_str())),
+        };
         let text = if upto.read == upto.delivered {
             format!("  ✓✓ {user} has read up to {}", upto.read)
         } else {

@@ -3,7 +3,7 @@
 //! Invariant as in the chat: what others chose passes [`clean`] on its way to the screen.
 
 use super::{Chat, clean, split_name};
-use crate::{CallError, ErrorCode, MessagesFrom, Notice, Presence, Signal};
+use crate::{CallError, MessagesFrom, Notice, Presence, Signal};
 
 /// Pages of a list that are shown.
 const PAGE_ROWS: u16 = 200;
@@ -136,14 +136,8 @@ impl Chat {
 
     pub(super) fn signal(&mut self, signal: &Signal) {
         if signal.is_typing() {
-            self.screen.line(&format!("{} is typing …", clean(signal.from.as_str())));
-        }
-    }
-
-    pub(super) fn signal_refused(&mut self, code: ErrorCode) {
-        // Whoever is away or keeps this user out says so when a message is sent.
-        if code == ErrorCode::Unsupported {
-            self.screen.line(code.text());
+            let place = if signal.to.is_group() { format!(" in {}", clean(signal.to.as_str())) } else { String::new() };
+            self.screen.line(&format!("{} is typing{place} …", clean(signal.from.as_str())));
         }
     }
 

@@ -242,7 +242,7 @@ pub enum ChatReply<'a> {
         next: &'a str,
     },
     /// How far `user` has the conversation with `with`. In a group `user` is empty, and the places are those that at
-    /// least one member has reached.
+    /// least one other member has reached; told to who wrote there lately.
     ReceiptUpto {
         conversation: ConversationId,
         with: &'a str,

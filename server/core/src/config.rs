@@ -113,6 +113,8 @@ pub const SYNC_QUESTIONS_MAX: u32 = 64;
 pub const RECEIPTS_CACHED_MAX: usize = 65_536;
 /// Conversations whose receipts were told within the last interval, per shard; of one more nobody is told, which is counted.
 pub const RECEIPTS_TOLD_MAX: usize = 65_536;
+/// Groups whose writers are told of receipts, per shard; of one more the one that rested longest is forgotten.
+pub const RECEIPT_GROUPS_MAX: usize = 4_096;
 /// RECEIPTS under way, per shard; over it BUSY.
 pub const RECEIPT_LISTS_MAX: usize = 16;
 /// What a client is told to wait after BUSY.

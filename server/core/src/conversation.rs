@@ -173,6 +173,9 @@ pub(crate) enum PendingWork {
 impl Shard {
     /// A durable send has reached the owner of its conversation.
     pub(crate) fn submit(&mut self, submit: Submit, fx: &mut Effects) {
+        if submit.passing().is_some() {
+            return self.pass(submit, fx);
+        }
         if let Err(code) = self.may_append() {
             return self.refuse(submit.origin, code, fx);
         }

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use ringline_cluster::placement::ShardIndex;
 use ringline_schema::errors::ErrorCode;
-use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
+use ringline_schema::ids::{ConversationId, ConversationKind, DeviceId, Seq, UserName};
 use ringline_schema::message::{Ack, Outcome, Receipt, Reply};
 use ringline_schema::record::{Record, StoredMessage};
 
@@ -19,11 +20,34 @@ use crate::timers::{Timer, Timers};
 #[derive(Debug)]
 pub(crate) struct DeliveryWait {
     pub wanted: Wanted,
-    /// Who has to acknowledge.
-    pub user: UserName,
+    pub whose: Whose,
     pub conversation: ConversationId,
     pub seq: Seq,
     pub client_seq: u64,
+}
+
+/// Who has to acknowledge.
+#[derive(Debug)]
+pub(crate) enum Whose {
+    User(UserName),
+    /// Any member of the group but one, at the shard of the members; then the owner's wait is over.
+    Member {
+        but: UserName,
+        owner: ShardIndex,
+        wait: u64,
+    },
+    /// At the owner of a group: shards of members tell it.
+    Relayed,
+}
+
+impl Whose {
+    /// What a cumulative ACK is looked up by: the user, or nobody in particular.
+    pub(crate) fn user(&self) -> Option<&UserName> {
+        match self {
+            Self::User(user) => Some(user),
+            Self::Member { .. } | Self::Relayed => None,
+        }
+    }
 }
 
 /// Registers a wait and arms its timeout. `BUSY` when too many are open.
@@ -47,14 +71,15 @@ impl Shard {
     pub(crate) fn deliver(&mut self, message: &StoredMessage, wanted: Option<Wanted>, fx: &mut Effects) {
         if let Some(wanted) = wanted {
             let (user, conversation, seq) = (message.to.clone(), message.conversation, message.seq);
-            let wait = DeliveryWait { wanted, user: user.clone(), conversation, seq, client_seq: message.client_seq };
+            let whose = Whose::User(user.clone());
+            let wait = DeliveryWait { wanted, whose, conversation, seq, client_seq: message.client_seq };
             let waits = (&mut self.delivery_waits, &mut self.next_delivery);
             match await_delivery(waits, &mut self.timers, wait, self.now.mono_us) {
                 Ok(number) => {
-                    self.delivery_index.insert((conversation, user, seq), number);
+                    self.delivery_index.insert((conversation, Some(user), seq), number);
                 }
                 // The message is kept all the same; only the news of its delivery can't be waited for.
-                Err(_) => self.tell_receipt(wanted.origin, timeout_receipt(message), fx),
+                Err(_) => self.tell_timeout(wanted.origin, message, fx),
             }
         }
         let mut to = &message.to;
@@ -105,8 +130,10 @@ impl Shard {
         } else {
             self.arm_cursors();
         }
-        let range = (conversation, user.clone(), Seq::ZERO)..=(conversation, user, seq);
-        let reached: Vec<_> = self.delivery_index.range(range).map(|(key, number)| (key.clone(), *number)).collect();
+        let for_all = |user: Option<UserName>| (conversation, user.clone(), Seq::ZERO)..=(conversation, user, seq);
+        let whose = if conversation.kind() == Some(ConversationKind::Group) { None } else { Some(user.clone()) };
+        let reached = self.delivery_index.range(for_all(whose)).filter(|(_, number)| self.counts(**number, &user));
+        let reached: Vec<_> = reached.map(|(key, number)| (key.clone(), *number)).collect();
         for (key, number) in reached {
             self.delivery_index.remove(&key);
             self.delivered(number, device, fx);
@@ -114,11 +141,25 @@ impl Shard {
         Ok(())
     }
 
+    /// Whether an acknowledgement of this user ends that wait.
+    fn counts(&self, number: u64, user: &UserName) -> bool {
+        self.delivery_waits.get(&number).is_some_and(|wait| match &wait.whose {
+            Whose::User(whose) => whose == user,
+            Whose::Member { but, .. } => but != user,
+            Whose::Relayed => false,
+        })
+    }
+
     fn ack_delivery(&mut self, conn: ConnId, number: u64, fx: &mut Effects) -> Result<(), ErrorCode> {
         let login = self.sessions.login_mut(conn).ok_or(ErrorCode::NotLoggedIn)?;
         // Another device was first, or the time is over: nothing is left to do.
         let Some(wait) = self.delivery_waits.get(&number) else { return Ok(()) };
-        if wait.user != login.user || wait.seq != Seq::ZERO {
+        let mine = match &wait.whose {
+            Whose::User(user) => *user == login.user,
+            Whose::Member { but, .. } => *but != login.user,
+            Whose::Relayed => false,
+        };
+        if !mine || wait.seq != Seq::ZERO {
             return Err(ErrorCode::BadRequest);
         }
         let device = login.device;
@@ -126,8 +167,11 @@ impl Shard {
         Ok(())
     }
 
-    fn delivered(&mut self, number: u64, device: DeviceId, fx: &mut Effects) {
+    pub(crate) fn delivered(&mut self, number: u64, device: DeviceId, fx: &mut Effects) {
         let Some(wait) = self.delivery_waits.remove(&number) else { return };
+        if let Whose::Member { owner, wait, .. } = wait.whose {
+            return self.tell_reached((owner, wait), device, fx);
+        }
         let receipt = Receipt {
             conversation: wait.conversation,
             seq: wait.seq,
@@ -141,6 +185,11 @@ impl Shard {
     /// The time for an acknowledgement is over.
     pub(crate) fn delivery_due(&mut self, number: u64, fx: &mut Effects) {
         let Some(wait) = self.delivery_waits.remove(&number) else { return };
+        self.delivery_index.remove(&(wait.conversation, wait.whose.user().cloned(), wait.seq));
+        if matches!(wait.whose, Whose::Member { .. }) {
+            // The owner's own time is over as well.
+            return;
+        }
         let lie = self.planted.is(Bug::FalseReceipt);
         let receipt = Receipt {
             conversation: wait.conversation,
@@ -149,8 +198,12 @@ impl Shard {
             outcome: if lie { Outcome::Delivered } else { Outcome::DeliveryTimeout },
             device: DeviceId(0),
         };
-        self.delivery_index.remove(&(wait.conversation, wait.user, wait.seq));
         self.tell_receipt(wait.wanted.origin, receipt, fx);
+    }
+
+    /// Nobody acknowledges a message in time.
+    pub(crate) fn tell_timeout(&mut self, origin: Origin, message: &StoredMessage, fx: &mut Effects) {
+        self.tell_receipt(origin, timeout_receipt(message), fx);
     }
 
     fn tell_receipt(&mut self, origin: Origin, receipt: Receipt, fx: &mut Effects) {

@@ -10,6 +10,7 @@ use ringline_schema::record::{Answer, Query, Record};
 
 pub use crate::group::act::Act;
 pub use crate::group::fan_out::{GroupAnswer, GroupPush, InfoAnswer, MemberAnswer};
+pub use crate::group::passing::{Pass, Passing, Relay};
 pub use crate::group::state::Targets;
 pub use crate::peer::ShardMessage;
 

@@ -15,7 +15,7 @@ impl Shard {
         assert!(self.users.len() <= self.config.users_cached_max.max(1));
         for (key, number) in &self.delivery_index {
             let wait = self.delivery_waits.get(number).expect("an indexed wait exists");
-            assert_eq!((&wait.conversation, &wait.user, &wait.seq), (&key.0, &key.1, &key.2));
+            assert_eq!((wait.conversation, wait.whose.user(), wait.seq), (key.0, key.1.as_ref(), key.2));
         }
     }
 

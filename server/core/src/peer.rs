@@ -13,6 +13,7 @@ use crate::amend::Amending;
 use crate::event::ConnId;
 use crate::group::act::Act;
 use crate::group::fan_out::{GroupAnswer, GroupPush};
+use crate::group::passing::{Pass, Passing, Relay};
 use crate::receipt_list::{NoReceipts, ReceiptAsk, ReceiptPage};
 use crate::receipts::{ReceiptNews, ReceiptUp};
 pub use crate::social::SocialMessage;
@@ -49,6 +50,8 @@ pub struct SubmitMore {
     pub amend: Option<Amending>,
     /// A command to the group: nothing is sent.
     pub act: Option<Act>,
+    /// Not stored: only the members that are online get it.
+    pub passing: Option<Passing>,
     /// Users that the act names and whose shards it has yet to see.
     pub unvisited: Vec<UserName>,
 }
@@ -57,6 +60,11 @@ impl Submit {
     /// The act, if it is one and no message.
     pub fn act(&self) -> Option<&Act> {
         self.more.as_ref().and_then(|more| more.act.as_ref())
+    }
+
+    /// How it passes the group by, if it is not stored.
+    pub fn passing(&self) -> Option<Passing> {
+        self.more.as_ref().and_then(|more| more.passing)
     }
 
     /// What it amends, if it does.
@@ -194,6 +202,17 @@ pub enum ShardMessage {
         members: Arc<[UserName]>,
         /// The connection that sent it.
         skip: Option<ConnId>,
+        relay: Option<Relay>,
+    },
+    /// To a shard with members of a group: what is not stored.
+    PassGroup {
+        pass: Arc<Pass>,
+        members: Arc<[UserName]>,
+    },
+    /// To the owner of a group: a device of a member has acknowledged what is waited for.
+    GroupReached {
+        wait: u64,
+        device: DeviceId,
     },
     /// To the shard of users who are told of a change of a group.
     PushGroup {

@@ -5,8 +5,8 @@
 //! here with the cursors of their session, at most once in `CURSOR_FLUSH_MS`; if the last of these is lost with a session
 //! whose lane was full, the next acknowledgement or READ repairs it. News goes to the other user (and of what was read, to
 //! the reader's own devices) only after it is on disk, so nobody sees it go back, and at most once in
-//! `RECEIPTS_INTERVAL_MS` a conversation. It is a convenience: a device that reads too slowly goes without, and RECEIPTS
-//! tells the state at any time.
+//! `RECEIPTS_INTERVAL_MS` a conversation. In a group those who wrote lately hear how far at least one other member is. It is
+//! a convenience: a device that reads too slowly goes without, and RECEIPTS tells the state at any time.
 //!
 //! Invariants: rows are kept in a bounded cache; those with something in flight are never evicted; `cooling` and `due` hold
 //! the same conversations.
@@ -19,13 +19,14 @@ use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, ConversationKind, DeviceKey, Seq, UserName};
 use ringline_schema::limits::RECEIPTS_INTERVAL_MS;
 use ringline_schema::message::{ChatReply, Reply};
-use ringline_schema::record::{Answer, Change, Query, Record};
+use ringline_schema::record::{Answer, Change, Query, Record, StoredMessage};
 use ringline_schema::rows::{ReceiptRow, Row, RowKey, RowValue};
 use smallvec::SmallVec;
 
-use crate::config::{RECEIPTS_CACHED_MAX, RECEIPTS_TOLD_MAX, WAITERS_PER_LOAD_MAX};
+use crate::config::{RECEIPT_GROUPS_MAX, RECEIPTS_CACHED_MAX, RECEIPTS_TOLD_MAX, WAITERS_PER_LOAD_MAX};
 use crate::conversation::{Pending, PendingWork};
 use crate::event::{Effects, ShardMessage};
+use crate::group::reached::Reached;
 use crate::peer::Origin;
 use crate::shard::{Question, Shard};
 use crate::timers::Timer;
@@ -49,13 +50,14 @@ pub struct ReceiptUp {
     pub shown: bool,
 }
 
-/// What devices of `to` are told: how far `user` has the conversation that `to` has with `with`.
+/// What devices of `to` are told: how far `user` has the conversation that `to` has with `with`; `None`: somebody of a
+/// group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ReceiptNews {
     pub to: UserName,
     pub conversation: ConversationId,
     pub with: UserName,
-    pub user: UserName,
+    pub user: Option<UserName>,
     pub row: ReceiptRow,
 }
 
@@ -70,7 +72,7 @@ pub(crate) struct ReceiptWrite {
 #[derive(Clone, Debug)]
 struct Moved {
     user: UserName,
-    /// The other user; `None` in a group.
+    /// The other user, or the group.
     with: Option<UserName>,
     row: ReceiptRow,
     read_moved: bool,
@@ -100,6 +102,8 @@ pub(crate) struct Receipts {
     rows: LruCache<Reader, Entry, FixedState>,
     /// Conversations told of within the last interval, with what has moved since.
     cooling: HashMap<ConversationId, SmallVec<[Moved; 2]>, FixedState>,
+    /// Of groups.
+    reached: LruCache<ConversationId, Reached, FixedState>,
     /// When each of them may be told of again; in order of time, because the interval is the same for all.
     due: VecDeque<(u64, ConversationId)>,
 }
@@ -107,7 +111,17 @@ pub(crate) struct Receipts {
 impl Receipts {
     pub fn new(hasher: FixedState) -> Self {
         let rows = LruCache::unbounded_with_hasher(hasher.clone());
-        Self { rows, cooling: HashMap::with_hasher(hasher), due: VecDeque::new() }
+        let reached = LruCache::unbounded_with_hasher(hasher.clone());
+        Self { rows, reached, cooling: HashMap::with_hasher(hasher), due: VecDeque::new() }
+    }
+
+    /// Somebody has written to a group, on disk.
+    pub fn wrote(&mut self, message: &StoredMessage) {
+        let new = || Reached::new(message.to.clone());
+        self.reached.get_or_insert_mut(message.conversation, new).wrote(&message.from, message.seq);
+        if self.reached.len() > RECEIPT_GROUPS_MAX {
+            self.reached.pop_lru();
+        }
     }
 
     /// Keeps the cache within its bound, but for what is in flight.
@@ -204,7 +218,7 @@ impl Shard {
             Answer::Conversations(rows) => match rows.into_iter().find(|row| row.conversation == key.0) {
                 Some(row) => {
                     entry.head = row.head;
-                    entry.with = row.standing.is_none().then_some(row.with);
+                    entry.with = Some(row.with);
                     let query = Query::Row { key: RowKey::Receipt(key.0, key.1.clone()) };
                     return self.load(Question::Receipt(Box::new(key)), query, fx);
                 }
@@ -306,6 +320,9 @@ impl Shard {
         if let Some(origin) = origin {
             self.tell_done(origin, Ok(()), fx);
         }
+        if moved.with.as_ref().is_some_and(UserName::is_group) {
+            return self.group_receipt(conversation, &moved, fx);
+        }
         if let Some(changes) = self.receipts.cooling.get_mut(&conversation) {
             match changes.iter_mut().find(|known| known.user == moved.user) {
                 Some(known) => {
@@ -314,8 +331,6 @@ impl Shard {
                 }
                 None => changes.push(moved),
             }
-        } else if moved.with.is_none() {
-            // In a group nobody is told; whoever wants to know asks.
         } else if self.receipts.cooling.len() >= RECEIPTS_TOLD_MAX {
             self.sessions.counters.receipts_untold += 1;
         } else {
@@ -324,6 +339,37 @@ impl Shard {
             self.receipts.cooling.insert(conversation, untold);
             self.cool(conversation);
         }
+    }
+
+    /// A member of a group has more of it.
+    fn group_receipt(&mut self, conversation: ConversationId, moved: &Moved, fx: &mut Effects) {
+        // Nobody has written since this shard began, or not lately.
+        let Some(reached) = self.receipts.reached.get_mut(&conversation) else { return };
+        reached.raise(&moved.user, moved.row);
+        if self.receipts.cooling.contains_key(&conversation) {
+            return;
+        }
+        if self.receipts.cooling.len() >= RECEIPTS_TOLD_MAX {
+            self.sessions.counters.receipts_untold += 1;
+        } else if self.tell_writers(conversation, fx) {
+            self.receipts.cooling.insert(conversation, SmallVec::new());
+            self.cool(conversation);
+        }
+    }
+
+    /// Tells writers of a group what has moved. False: there was nothing to tell.
+    fn tell_writers(&mut self, conversation: ConversationId, fx: &mut Effects) -> bool {
+        let Some(reached) = self.receipts.reached.peek(&conversation) else { return false };
+        let (with, news) = (reached.group.clone(), reached.news());
+        let some = !news.is_empty();
+        for (to, row) in news {
+            let news = ReceiptNews { to: to.clone(), conversation, with: with.clone(), user: None, row };
+            let told = self.send_news(news, fx);
+            if let Some(reached) = self.receipts.reached.peek_mut(&conversation).filter(|_| told) {
+                reached.told(&to, row);
+            }
+        }
+        some
     }
 
     /// The store failed under it.
@@ -348,7 +394,8 @@ impl Shard {
         while let Some(&(_, conversation)) = self.receipts.due.front().filter(|(at_us, _)| *at_us <= now_us) {
             self.receipts.due.pop_front();
             let mut moved = self.receipts.cooling.remove(&conversation).unwrap_or_default();
-            if !moved.is_empty() {
+            let told = self.tell_writers(conversation, fx);
+            if told || !moved.is_empty() {
                 moved.retain(|moved| !self.tell_news(conversation, moved, fx));
                 self.receipts.cooling.insert(conversation, moved);
                 again.push(conversation);
@@ -368,15 +415,21 @@ impl Shard {
         let to_other = (with != user).then(|| (with.clone(), user.clone()));
         let to_own = moved.read_moved.then(|| (user.clone(), with));
         for (to, with) in to_other.into_iter().chain(to_own) {
-            let target = self.owner(to.partition());
-            let news = ReceiptNews { to, conversation, with, user: user.clone(), row };
-            if self.is_here(target) {
-                self.receipt_news(&news, fx);
-            } else if self.is_blocked(target) {
+            if !self.send_news(ReceiptNews { to, conversation, with, user: Some(user.clone()), row }, fx) {
                 return false;
-            } else {
-                self.tell_shard(target, ShardMessage::ReceiptNews(Box::new(news)), fx);
             }
+        }
+        true
+    }
+
+    fn send_news(&mut self, news: ReceiptNews, fx: &mut Effects) -> bool {
+        let target = self.owner(news.to.partition());
+        if self.is_here(target) {
+            self.receipt_news(&news, fx);
+        } else if self.is_blocked(target) {
+            return false;
+        } else {
+            self.tell_shard(target, ShardMessage::ReceiptNews(Box::new(news)), fx);
         }
         true
     }
@@ -387,7 +440,7 @@ impl Shard {
         let reply = Reply::Chat(ChatReply::ReceiptUpto {
             conversation: news.conversation,
             with: news.with.as_str(),
-            user: news.user.as_str(),
+            user: news.user.as_ref().map_or("", UserName::as_str),
             delivered: news.row.delivered,
             read: news.row.read,
         });

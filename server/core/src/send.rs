@@ -7,8 +7,9 @@ use ringline_schema::limits;
 use ringline_schema::message::{Class, Extra, Message, Reply, Send, SendAck};
 use ringline_schema::record::{StoredExtra, StoredMessage};
 
-use crate::deliver::DeliveryWait;
+use crate::deliver::{DeliveryWait, Whose};
 use crate::event::{ConnId, Effects, ShardMessage};
+use crate::group::passing::Passing;
 use crate::peer::{Origin, Submit, SubmitMore, TransientSend, Wanted};
 use crate::shard::Shard;
 use crate::social::settings::Parked;
@@ -126,11 +127,11 @@ impl Shard {
         fx: &mut Effects,
     ) -> Result<(), ErrorCode> {
         let origin = self.origin(conn, request_id);
-        if to.is_group() {
-            return Err(ErrorCode::Unsupported);
-        }
         if !send.mentions.is_empty() {
             return Err(ErrorCode::BadRequest);
+        }
+        if to.is_group() {
+            return self.send_transient_to_group(origin, (to, send), no_reply, fx);
         }
         let target = self.owner(to.partition());
         let here = self.is_here(target);
@@ -173,6 +174,31 @@ impl Shard {
             }
         }
         Ok(())
+    }
+
+    fn send_transient_to_group(
+        &mut self,
+        origin: Origin,
+        (to, send): (UserName, &Send<'_>),
+        no_reply: bool,
+        fx: &mut Effects,
+    ) -> Result<(), ErrorCode> {
+        let login = self.sessions.login_mut(origin.conn).ok_or(ErrorCode::NotLoggedIn)?;
+        let submit = Submit {
+            origin,
+            conversation: login.conversation(&to),
+            from: login.user.clone(),
+            to,
+            device: login.device,
+            device_key: login.key,
+            client_seq: send.client_seq,
+            kind: send.kind,
+            body: keep_body(&mut self.bodies, send.body),
+            ack_timeout_ms: send.ack_timeout_ms.map(|ms| ms.min(limits::ACK_TIMEOUT_MS_MAX)),
+            more: Some(Box::new(SubmitMore { passing: Some(Passing::Message { no_reply }), ..SubmitMore::default() })),
+        };
+        self.sessions.counters.sends_transient += 1;
+        self.pass_up(submit, fx)
     }
 
     /// A transient message has reached the shard of its target, which knows whether it may come in.
@@ -221,7 +247,7 @@ impl Shard {
         if let Some(wanted) = wanted {
             let wait = DeliveryWait {
                 wanted,
-                user: to.clone(),
+                whose: Whose::User(to.clone()),
                 conversation: NO_CONVERSATION,
                 seq: Seq::ZERO,
                 client_seq: message.client_seq,
@@ -287,10 +313,6 @@ impl Shard {
 
 /// What a durable send carries beside its body. `None` for most.
 fn extra_of(to: &UserName, send: &Send<'_>) -> Result<Option<SubmitMore>, ErrorCode> {
-    if to.is_group() && send.ack_timeout_ms.is_some() {
-        // Which of many devices would it be?
-        return Err(ErrorCode::Unsupported);
-    }
     if send.mentions.is_empty() {
         return Ok(None);
     }

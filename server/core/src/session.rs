@@ -379,6 +379,30 @@ impl Sessions {
         self.give_back(frame);
     }
 
+    /// Offers one push to many devices: encoded once, then copied to each that has room. To how many.
+    pub fn offer_to_all(&mut self, conns: &[ConnId], reply: &Reply<'_>, fx: &mut Effects) -> u32 {
+        let mut frame = self.spare.pop().unwrap_or_default();
+        let (mut encoded, mut given) = (None, 0);
+        for &conn in conns {
+            let Some(codec) = self.get(conn).map(|session| session.codec) else { continue };
+            if !self.room(conn) {
+                self.counters.dropped_transient += 1;
+                continue;
+            }
+            if encoded != Some(codec) {
+                frame.clear();
+                self.encoder.reply(codec, 0, reply, &mut frame);
+                encoded = Some(codec);
+            }
+            if let Some(session) = self.output(conn, fx) {
+                session.out.extend_from_slice(&frame);
+                given += 1;
+            }
+        }
+        self.give_back(frame);
+        given
+    }
+
     /// Whether a durable delivery can be queued; otherwise it is noted that the device lags.
     fn may_deliver(
         &mut self,

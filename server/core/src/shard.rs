@@ -110,7 +110,7 @@ pub struct Shard {
     /// Delivery acknowledgements awaited from devices of this shard's users.
     pub(crate) delivery_waits: BTreeMap<u64, DeliveryWait>,
     /// The durable ones of them by what a cumulative ACK names.
-    pub(crate) delivery_index: BTreeMap<(ConversationId, UserName, Seq), u64>,
+    pub(crate) delivery_index: BTreeMap<(ConversationId, Option<UserName>, Seq), u64>,
     pub(crate) next_delivery: u64,
     pub(crate) dirty_cursors: Vec<(ConnId, ConversationId)>,
     pub(crate) cursors_armed: bool,
@@ -336,9 +336,11 @@ impl Shard {
             }
             ShardMessage::Visit(submit) => self.visit(*submit, fx),
             ShardMessage::GroupAnswered { origin, answer } => self.group_answered(origin, &answer, fx),
-            ShardMessage::DeliverGroup { message, members, skip } => {
-                self.deliver_to_members(&message, &members, skip, fx);
+            ShardMessage::DeliverGroup { message, members, skip, relay } => {
+                self.deliver_to_members(&message, &members, (skip, relay), fx);
             }
+            ShardMessage::PassGroup { pass, members } => self.pass_to_members(from, &pass, &members, fx),
+            ShardMessage::GroupReached { wait, device } => self.delivered(wait, device, fx),
             ShardMessage::PushGroup { users, push } => self.group_pushed(&users, &push, fx),
             ShardMessage::Fetched { origin, conversation, answer } => {
                 self.fetched(origin, conversation, answer, fx);

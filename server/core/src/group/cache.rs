@@ -55,7 +55,7 @@ impl Shard {
         let id = submit.conversation;
         if self.groups.get(&id).is_none() {
             if !self.may_load() {
-                self.refuse(submit.origin, ErrorCode::Busy, fx);
+                self.refuse_submit(&submit, ErrorCode::Busy, fx);
                 return None;
             }
             self.groups.put(id, Slot { loading: true, waiting: VecDeque::from([submit]), ..Slot::default() });
@@ -73,7 +73,7 @@ impl Shard {
             return Some(submit);
         }
         if slot.waiting.len() >= WAITERS_PER_LOAD_MAX {
-            self.refuse(submit.origin, ErrorCode::Busy, fx);
+            self.refuse_submit(&submit, ErrorCode::Busy, fx);
             return None;
         }
         match stranger {
@@ -151,7 +151,7 @@ impl Shard {
     fn group_not_loaded(&mut self, id: ConversationId, fx: &mut Effects) {
         let Some(slot) = self.groups.pop(&id) else { return };
         for submit in slot.waiting {
-            self.refuse(submit.origin, ErrorCode::Internal, fx);
+            self.refuse_submit(&submit, ErrorCode::Internal, fx);
         }
     }
 

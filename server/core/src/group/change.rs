@@ -17,7 +17,7 @@ use crate::group::act::Act;
 use crate::group::decide::{Decision, Push, Scene};
 use crate::group::fan_out::{GroupAnswer, GroupPush, InfoAnswer, MemberAnswer};
 use crate::group::state::{Group, Targets};
-use crate::peer::{Origin, Submit};
+use crate::peer::{Origin, Submit, Wanted};
 use crate::shard::Shard;
 
 /// What follows when a change of a group, or a message to it, is on disk.
@@ -30,6 +30,8 @@ pub(crate) struct GroupPending {
     /// Of an act; a message is acknowledged by its own number.
     pub answer: Option<GroupAnswer>,
     pub pushes: Vec<(Vec<UserName>, Arc<GroupPush>)>,
+    /// Of a message whose sender wants to hear of its delivery.
+    pub ack_timeout_ms: Option<u32>,
 }
 
 impl Shard {
@@ -139,7 +141,8 @@ impl Shard {
         let message = message.map(Arc::new).zip(targets);
         self.sessions.counters.group_changes += 1;
         let origin = submit.origin;
-        let pending = GroupPending { conversation: id, message, origin, answer: Some(answer), pushes };
+        let answer = Some(answer);
+        let pending = GroupPending { conversation: id, message, origin, answer, pushes, ack_timeout_ms: None };
         self.append_of_group(record, pending, fx);
         self.evict_groups();
     }
@@ -177,8 +180,10 @@ impl Shard {
         conversation.note_amend(&message);
         let record = record_of(message.clone());
         let message = Some((Arc::new(message), targets));
-        let (origin, answer, pushes) = (submit.origin, None, Vec::new());
-        self.append_of_group(record, GroupPending { conversation: id, message, origin, answer, pushes }, fx);
+        let (origin, ack_timeout_ms) = (submit.origin, submit.ack_timeout_ms);
+        let (answer, pushes) = (None, Vec::new());
+        let pending = GroupPending { conversation: id, message, origin, answer, pushes, ack_timeout_ms };
+        self.append_of_group(record, pending, fx);
     }
 
     fn append_of_group(&mut self, record: Record, pending: GroupPending, fx: &mut Effects) {
@@ -197,7 +202,7 @@ impl Shard {
 
     /// It is on disk: answer, and tell everyone.
     pub(crate) fn group_committed(&mut self, pending: GroupPending, fx: &mut Effects) {
-        let GroupPending { conversation: id, message, origin, answer, pushes } = pending;
+        let GroupPending { conversation: id, message, origin, answer, pushes, ack_timeout_ms } = pending;
         if answer.is_some()
             && let Some(slot) = self.groups.peek_mut(&id)
         {
@@ -214,13 +219,16 @@ impl Shard {
             (Some(answer), _) => self.answer_group(origin, answer, fx),
             (None, Some((message, _))) => {
                 self.sessions.counters.accepted += 1;
+                self.receipts.wrote(message);
                 let ack = SendAck { conversation: id, seq: message.seq, time_ms: message.time_ms, dup: false };
                 self.answer_send(origin, (true, Ok(ack)), None, fx);
             }
             (None, None) => {}
         }
         if let Some((message, targets)) = message {
-            self.fan_out(&message, &targets, origin, fx);
+            let wanted = ack_timeout_ms.map(|timeout_ms| Wanted { origin, timeout_ms });
+            let relay = wanted.and_then(|wanted| self.relay_committed(&message, wanted, fx));
+            self.fan_out(&message, &targets, (origin, relay), fx);
         }
         for (users, push) in pushes {
             self.push_to_users(users, &push, fx);

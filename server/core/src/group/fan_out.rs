@@ -10,6 +10,7 @@ use ringline_schema::record::{StoredChange, StoredMessage};
 use ringline_schema::rows::{GroupRow, MemberRow};
 
 use crate::event::{ConnId, Effects, ShardMessage};
+use crate::group::passing::Relay;
 use crate::group::state::Targets;
 use crate::peer::Origin;
 use crate::shard::Shard;
@@ -100,7 +101,7 @@ impl Shard {
         &mut self,
         message: &Arc<StoredMessage>,
         targets: &Targets,
-        origin: Origin,
+        (origin, relay): (Origin, Option<Relay>),
         fx: &mut Effects,
     ) {
         for (shard, members) in &**targets {
@@ -108,10 +109,10 @@ impl Shard {
             let skip = is_sender.then_some(origin.conn);
             self.sessions.counters.fan_outs += 1;
             if self.is_here(*shard) {
-                self.deliver_to_members(message, members, skip, fx);
+                self.deliver_to_members(message, members, (skip, relay), fx);
             } else {
                 let (message, members) = (Arc::clone(message), Arc::clone(members));
-                self.tell_shard(*shard, ShardMessage::DeliverGroup { message, members, skip }, fx);
+                self.tell_shard(*shard, ShardMessage::DeliverGroup { message, members, skip, relay }, fx);
             }
         }
     }
@@ -121,9 +122,27 @@ impl Shard {
         &mut self,
         message: &StoredMessage,
         members: &[UserName],
-        skip: Option<ConnId>,
+        (skip, relay): (Option<ConnId>, Option<Relay>),
         fx: &mut Effects,
     ) {
+        let mut conns = self.online_members(members, None);
+        conns.retain(|conn| Some(*conn) != skip);
+        if let Some(relay) = relay.filter(|_| !conns.is_empty()) {
+            let (conversation, seq, none) =
+                (message.conversation, message.seq, ConnId { slot: u32::MAX, generation: 0 });
+            // The owner knows the origin; here only who does not count does.
+            let origin = Origin { shard: relay.owner, conn: none, request_id: 0 };
+            let place = (conversation, seq, message.client_seq);
+            let number = self.await_member(relay, (origin, &message.from), place);
+            if number != 0 {
+                self.delivery_index.insert((conversation, None, seq), number);
+            }
+        }
+        self.sessions.deliver_to_all(&conns, message, fx);
+    }
+
+    /// The devices of these members that are online here, in an order that replays agree on; without those of `but`.
+    pub(crate) fn online_members(&self, members: &[UserName], but: Option<&UserName>) -> Vec<ConnId> {
         // Whichever is shorter is walked, the other looked into.
         let mut conns: Vec<ConnId> = Vec::new();
         if self.online.len() < members.len() {
@@ -135,8 +154,10 @@ impl Shard {
             let here = members.iter().filter_map(|user| self.online.get(user));
             conns.extend(here.flat_map(|devices| devices.iter().copied()));
         }
-        conns.retain(|conn| Some(*conn) != skip);
-        self.sessions.deliver_to_all(&conns, message, fx);
+        if let Some(own) = but.and_then(|but| self.online.get(but)) {
+            conns.retain(|conn| !own.contains(conn));
+        }
+        conns
     }
 
     /// Tells users of a change of a group whose messages they do not see.

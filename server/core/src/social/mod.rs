@@ -63,6 +63,8 @@ pub enum SocialMessage {
     Notice(Box<NoticeOut>),
     /// So many devices of one shard got it.
     Noticed { gather: u64, devices: u32 },
+    /// So many devices of one shard got a transient message to a group.
+    Passed { gather: u64, devices: u32 },
     /// One shard has done its part.
     Part { gather: u64 },
 }
@@ -108,6 +110,14 @@ pub(crate) enum Gathered {
     Done,
     Broadcast {
         devices: u32,
+    },
+    /// A transient message to a group, and the wait for a delivery acknowledgement (0: none).
+    Passed {
+        origin: Origin,
+        devices: u32,
+        wait: u64,
+        no_reply: bool,
+        time_ms: u64,
     },
     /// How users are, for that user.
     Presence(UserName, Vec<Seen>),
@@ -211,6 +221,7 @@ impl Shard {
             SocialMessage::Seen { rows, gather } => self.shown(rows, gather, fx),
             SocialMessage::Notice(notice) => self.begin_notice(from, notice),
             SocialMessage::Noticed { gather, devices } => self.noticed(gather, devices, fx),
+            SocialMessage::Passed { gather, devices } => self.passed(gather, devices, fx),
             SocialMessage::Part { gather } => self.gathered(gather, fx),
         }
     }
@@ -287,7 +298,7 @@ impl Shard {
         (left, gathered): (usize, Gathered),
         fx: &mut Effects,
     ) -> Option<u64> {
-        if self.social.gathers.len() >= GATHERS_MAX {
+        if self.gathers_are_full() {
             self.sessions.fail(conn, request_id, ErrorCode::Busy, fx);
             return None;
         }
@@ -330,6 +341,19 @@ impl Shard {
         self.gathered(number, fx);
     }
 
+    pub(crate) fn passed(&mut self, number: u64, given: u32, fx: &mut Effects) {
+        let Some(gather) = self.social.gathers.get_mut(&number) else { return };
+        if let Gathered::Passed { devices, .. } = &mut gather.gathered {
+            *devices = devices.saturating_add(given);
+        }
+        self.gathered(number, fx);
+    }
+
+    /// Whether one more request that waits for other shards is BUSY.
+    pub(crate) fn gathers_are_full(&self) -> bool {
+        self.social.gathers.len() >= GATHERS_MAX
+    }
+
     /// Broadcasts that wait for their shards. Few requests wait at all.
     pub(crate) fn open_broadcasts(&self) -> usize {
         let is_broadcast = |gather: &&Gather| matches!(gather.gathered, Gathered::Broadcast { .. });
@@ -339,6 +363,9 @@ impl Shard {
     fn answer_gathered(&mut self, number: u64, fx: &mut Effects) {
         let Some(gather) = self.social.gathers.remove(&number) else { return };
         match &gather.gathered {
+            Gathered::Passed { origin, devices, wait, no_reply, time_ms } => {
+                self.passed_to_all(*origin, (*devices, *wait, *time_ms), *no_reply, fx);
+            }
             Gathered::Done => self.done(gather.conn, gather.request_id, fx),
             Gathered::Broadcast { devices } => {
                 let reply = Reply::Chat(ChatReply::BroadcastOk { devices: *devices });
@@ -354,8 +381,12 @@ impl Shard {
 
     /// A part did not come in time.
     pub(crate) fn gather_due(&mut self, number: u64, fx: &mut Effects) {
-        if let Some(gather) = self.social.gathers.remove(&number) {
-            self.sessions.fail(gather.conn, gather.request_id, ErrorCode::Internal, fx);
+        let Some(gather) = self.social.gathers.remove(&number) else { return };
+        match gather.gathered {
+            Gathered::Passed { origin, .. } => self.answer_send(origin, (false, Err(ErrorCode::Internal)), None, fx),
+            Gathered::Done | Gathered::Broadcast { .. } | Gathered::Presence(..) => {
+                self.sessions.fail(gather.conn, gather.request_id, ErrorCode::Internal, fx);
+            }
         }
     }
 

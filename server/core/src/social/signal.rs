@@ -1,4 +1,5 @@
-//! SIGNAL: "is typing" and what applications make of it. Not stored; to every device of the receiver that is online now.
+//! SIGNAL: "is typing" and what applications make of it. Not stored; to every device of the receiver that is online now,
+//! or of the other members of a group.
 //!
 //! From the sender's shard to the receiver's, which knows who may signal whom. One that says the same again within
 //! `PRESENCE_INTERVAL_MS` is dropped at its origin. Answered only when refused.
@@ -8,12 +9,13 @@ use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, UserName, body_hash};
 use ringline_schema::limits;
 use ringline_schema::message::chat::{SIGNAL_APPLICATION, SIGNAL_TYPING};
-use ringline_schema::message::{ChatReply, Reply};
+use ringline_schema::message::{BodyKind, ChatReply, Reply};
 
 use super::SocialMessage;
 use super::settings::Parked;
 use crate::event::{ConnId, Effects};
-use crate::peer::Origin;
+use crate::group::passing::Passing;
+use crate::peer::{Origin, Submit, SubmitMore};
 use crate::shard::Shard;
 
 /// Signals of a session that are remembered, to drop their repeats; with more of them at once a repeat may pass.
@@ -75,9 +77,7 @@ impl Shard {
             return Err(ErrorCode::BodyTooLarge);
         }
         let to = UserName::new(to)?;
-        if to.is_group() {
-            return Err(ErrorCode::Unsupported);
-        }
+        // A group is owned by the shard of its name.
         let target = self.owner(to.partition());
         let here = self.is_here(target);
         if !here && self.is_blocked(target) {
@@ -89,9 +89,26 @@ impl Shard {
             self.sessions.counters.signals_coalesced += 1;
             return Ok(());
         }
+        let origin = Origin { shard: self.config.shard, conn, request_id };
+        if to.is_group() {
+            let submit = Submit {
+                origin,
+                conversation: ConversationId::group(&to),
+                from: login.user.clone(),
+                to,
+                device: login.device,
+                device_key: login.key,
+                client_seq: 0,
+                kind: BodyKind::Custom,
+                body: Bytes::copy_from_slice(body),
+                ack_timeout_ms: None,
+                more: Some(Box::new(SubmitMore { passing: Some(Passing::Signal { kind }), ..SubmitMore::default() })),
+            };
+            self.sessions.counters.signals += 1;
+            return self.pass_up(submit, fx);
+        }
         let from = login.user.clone();
         self.sessions.counters.signals += 1;
-        let origin = Origin { shard: self.config.shard, conn, request_id };
         let signal = Box::new(SignalSend { origin, from, to, kind, body: Bytes::copy_from_slice(body) });
         if here {
             self.signal_from_peer(signal, fx);

@@ -1,5 +1,7 @@
 //! The rules of groups, over several shards: who may do what, who sees which message, and every limit at its edge.
 
+mod passing;
+mod receipts;
 mod town;
 
 use ringline_schema::errors::ErrorCode;
@@ -432,20 +434,6 @@ fn act_code(town: &mut Town, seat: Seat, group: &str, act: GroupAct<'_>) -> Erro
         Reply::Failure { code, .. } => code,
         other => panic!("{other:?}"),
     }
-}
-
-#[test]
-fn what_a_group_does_not_do_has_a_name() {
-    let (mut town, ann, _) = team(1, &[]);
-    let send = |class, ack_timeout_ms| {
-        let (kind, mentions) = (BodyKind::Text, Mentions::default());
-        Request::Send(Send { to: TEAM, class, kind, client_seq: 1, ack_timeout_ms, body: b"x", mentions })
-    };
-    for request in [send(Class::Transient, None), send(Class::Durable, Some(100))] {
-        let told = town.answer(ann, request);
-        assert!(matches!(decode(&told), Reply::Failure { code: ErrorCode::Unsupported, .. }));
-    }
-    assert_eq!(town.send(ann, TEAM, 1), Ok(Seq(2)), "a refused number can be used");
 }
 
 #[test]

@@ -291,6 +291,22 @@ impl Town {
         }
     }
 
+    pub fn leave(&mut self, seat: Seat) {
+        self.event(seat.shard, Event::Closed { conn: seat.conn });
+        self.settle();
+    }
+
+    /// Lets time go by, with what is due in it.
+    pub fn elapse(&mut self, ms: u64) {
+        for _ in 0..ms.div_ceil(100) {
+            self.pass(100);
+            for at in 0..self.sides.len() {
+                self.event(at, Event::Timer);
+            }
+            self.settle();
+        }
+    }
+
     /// Lets the clock of messages go on.
     pub fn pass(&mut self, ms: u64) {
         self.now.unix_ms += ms;
