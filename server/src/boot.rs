@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
 use ringline_core::config as core_bounds;
-use ringline_store::embedded::EmbeddedOptions;
+use ringline_store::embedded::{EmbeddedOptions, Retention};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
@@ -228,6 +228,12 @@ pub fn store_options(config: &Config) -> EmbeddedOptions {
         segment_bytes: config.store_segment_bytes,
         index_cache_bytes: config.store_cache_bytes,
         free_bytes_min: config.store_free_bytes_min,
+        retention: Retention {
+            age_ms: config.retention_age_hours.saturating_mul(3_600_000),
+            size_bytes: config.retention_size_bytes,
+            messages: config.retention_messages,
+        },
+        retention_interval_ms: config.retention_interval_ms,
         // Whatever the core may ask at once finds room.
         loads_max: core_bounds::LOADS_IN_FLIGHT_MAX + core_bounds::WORK_IN_FLIGHT_MAX,
         ..EmbeddedOptions::default()

@@ -420,6 +420,14 @@ settings! {
         "Block cache of the index, for the node.";
     store_free_bytes_min: u64 = "store.free_bytes_min" ["bytes"] 64 * MIB, Bounds::Number(0, 1_048_576 * MIB),
         "With less room than this on the disk durable messages are refused with DISK_FULL.";
+    retention_age_hours: u64 = "retention.age_hours" ["hours"] 0, Bounds::Number(0, 876_000),
+        "Messages older than this are let go, by whole files of a log; 0: however old.";
+    retention_size_bytes: u64 = "retention.size_bytes" ["bytes"] 0, Bounds::Number(0, 1_048_576 * 1_048_576 * MIB),
+        "The oldest messages are let go, by whole files, while the logs still hold this much; 0: however large.";
+    retention_messages: u64 = "retention.messages" ["messages"] 0, Bounds::Number(0, 1 << 40),
+        "Of each conversation at least the newest so many are kept; older ones are not shown; 0: all.";
+    retention_interval_ms: u64 = "retention.interval_ms" ["ms"] 60_000, Bounds::Number(1_000, 86_400_000),
+        "Time between two looks at what may be let go.";
     cache_conversations: usize = "cache.conversations" ["conversations"] 65_536, Bounds::Number(1_024, 16_777_216),
         "Conversation heads kept in memory, per core.";
     cache_users: usize = "cache.users" ["users"] 65_536, Bounds::Number(1_024, 16_777_216),

@@ -167,6 +167,12 @@ fn check_text(report: &CheckReport) -> String {
     let CheckReport { logs, segments, bytes, records, messages, .. } = report;
     let mut text = format!("{logs} logs, {segments} segments, {bytes} bytes, {records} records, {messages} messages\n");
     text.push_str(&damage_text(&report.damage, &report.torn));
+    if let Some(rows) = report.checkpoint_rows {
+        text.push_str(&format!(
+            "checkpoint: {rows} rows; {} conversations do not begin at 1 any more\n",
+            report.floors
+        ));
+    }
     match &report.index {
         IndexState::Missing => text.push_str("index: none; the next start makes it from the logs\n"),
         IndexState::Whole { rows, messages, behind } => {
@@ -238,6 +244,8 @@ fn check_json(report: &CheckReport) -> Value {
         "damage": damage_json(&report.damage),
         "torn": torn_json(&report.torn),
         "newer_version": report.foreign,
+        "checkpoint_rows": report.checkpoint_rows,
+        "conversations_cut": report.floors,
         "index": index,
     })
 }

@@ -7,7 +7,8 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{PATIENCE, Server, run};
-use ringline_schema::message::{BodyKind, Class, Mentions, Reply, Request, Send};
+use ringline_schema::ids::Seq;
+use ringline_schema::message::{BodyKind, ChatReply, Class, Fetch, Mentions, Reply, Request, Send};
 
 /// A server with its endpoint on a free port, and that address.
 fn start(arguments: &[&str]) -> (Server, String) {
@@ -201,4 +202,38 @@ fn scrapes_under_load_lose_no_message_and_no_figure() {
     let text = page(&address);
     assert_eq!(sum(&text, "ringline_accepted_total"), Some(MESSAGES));
     assert_eq!(sum(&text, "ringline_delivered_total"), Some(MESSAGES));
+}
+
+#[test]
+fn retention_lets_old_messages_go_and_the_metrics_tell() {
+    let keys = ["retention.messages=20", "retention.interval_ms=1000", "store.segment_bytes=16384"];
+    let set: Vec<&str> = keys.iter().flat_map(|key| ["--set", *key]).collect();
+    let (mut server, address) = start(&[&["--cores", "2"][..], &set].concat());
+    drop(server.login("bob", 2));
+    let mut ann = server.login("ann", 1);
+    let mut sent = 0;
+    // Filling goes on until a look has found a file that nothing is shown of.
+    while sum(&page(&address), "ringline_store_segments_released_total") == Some(0) {
+        for _ in 0..200 {
+            sent += 1;
+            assert!(matches!(ann.request(&send("bob", sent, Class::Durable)).reply(), Reply::SendAck(_)));
+        }
+        assert!(sent < 1_000_000, "nothing goes");
+    }
+    let text = page(&address);
+    for name in
+        ["floors_total", "checkpoints_total", "checkpoint_bytes", "segments", "logs_bytes", "released_bytes_total"]
+    {
+        assert!(sum(&text, &format!("ringline_store_{name}")) > Some(0), "{name}: {text}");
+    }
+    let fetch = |after| Fetch { with: "bob", after: Seq(after), before: None, limit: 200, newest: false };
+    let told = ann.request(&Request::Fetch(fetch(1)));
+    let Reply::Chat(ChatReply::Truncated { first, .. }) = told.reply() else { panic!("{:?}", told.reply()) };
+    assert!(first.0 > 1 && first.0 <= sent - 19, "{first} of {sent}");
+    assert_eq!(server.stop(), Some(0));
+    server.restart(None);
+    let mut ann = server.login("ann", 3);
+    let told = ann.request(&Request::Fetch(fetch(first.0 - 1)));
+    let Reply::FetchOk { first: still, head, .. } = told.reply() else { panic!("{:?}", told.reply()) };
+    assert!(still >= first && head.0 == sent);
 }

@@ -155,6 +155,8 @@ pub enum ShardMessage {
     Fetched {
         origin: Origin,
         conversation: ConversationId,
+        /// What was asked for next is not kept any more.
+        truncated: bool,
         answer: Answer,
     },
     /// To the owner of the conversation.

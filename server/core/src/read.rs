@@ -3,9 +3,9 @@
 
 use ringline_cluster::placement::ShardIndex;
 use ringline_schema::errors::ErrorCode;
-use ringline_schema::ids::{ConversationId, Seq, UserName};
+use ringline_schema::ids::{ConversationId, ConversationKind, Seq, UserName};
 use ringline_schema::limits;
-use ringline_schema::message::{Fetch, OnlineUser, Reply};
+use ringline_schema::message::{ChatReply, Fetch, OnlineUser, Reply};
 use ringline_schema::record::{Answer, Query, Range};
 
 use crate::event::{ConnId, Effects, ShardMessage};
@@ -15,6 +15,17 @@ use crate::shard::{Question, Shard};
 
 /// What one row of a page may take besides its body: two names and a table.
 const ROW_OVERHEAD_BYTES: u32 = 256;
+
+/// Whether what a FETCH asks for next was let go by retention. Who asks from the beginning or for the
+/// newest is given what there is; and in a group `first` itself says where its reader goes on, because what is below was
+/// perhaps never for him.
+pub(crate) fn is_truncated(id: ConversationId, range: &Range, answer: &Answer) -> bool {
+    let Answer::Messages { first, .. } = *answer else { return false };
+    let begins_below = range.after != Seq::ZERO && range.after.next() < first;
+    let ends_below = first > Seq(1) && range.before.is_some_and(|before| before <= first);
+    let lost = if range.newest { ends_below } else { begins_below };
+    lost && id.kind() == Some(ConversationKind::Direct)
+}
 
 impl Shard {
     /// Rows of a page, for what a client asked: never more than fit into half a frame without bodies.
@@ -53,7 +64,8 @@ impl Shard {
         };
         let owner = self.owner(conversation.partition());
         if self.is_here(owner) {
-            self.load(Question::Fetch(origin, conversation), Query::Messages { conversation, range, reader }, fx);
+            let query = Query::Messages { conversation, range, reader };
+            self.load(Question::Fetch(origin, conversation, range), query, fx);
         } else if self.is_blocked(owner) {
             return Err(ErrorCode::Busy);
         } else {
@@ -63,9 +75,15 @@ impl Shard {
     }
 
     /// The page of a FETCH has come from the store, here or at the owner.
-    pub(crate) fn fetched(&mut self, origin: Origin, id: ConversationId, answer: Answer, fx: &mut Effects) {
+    pub(crate) fn fetched(
+        &mut self,
+        origin: Origin,
+        (id, truncated): (ConversationId, bool),
+        answer: Answer,
+        fx: &mut Effects,
+    ) {
         if !self.is_here(origin.shard) {
-            let message = ShardMessage::Fetched { origin, conversation: id, answer };
+            let message = ShardMessage::Fetched { origin, conversation: id, truncated, answer };
             return self.tell_shard(origin.shard, message, fx);
         }
         if answer == Answer::NotReadable {
@@ -74,6 +92,10 @@ impl Shard {
         let Answer::Messages { first, head, messages } = answer else {
             return self.sessions.fail(origin.conn, origin.request_id, ErrorCode::Internal, fx);
         };
+        if truncated {
+            let reply = Reply::Chat(ChatReply::Truncated { conversation: id, first });
+            return self.sessions.answer(origin.conn, origin.request_id, &reply, fx);
+        }
         if let Some(login) = self.sessions.login_mut(origin.conn)
             && let Some(last) = messages.last()
         {

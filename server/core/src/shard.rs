@@ -10,7 +10,7 @@ use ringline_schema::errors::ErrorCode;
 use ringline_schema::frame::Flags;
 use ringline_schema::ids::{ConversationId, DeviceKey, Seq, UserName};
 use ringline_schema::message::{Class, GoawayReason, Reply, Request, Send};
-use ringline_schema::record::{Answer, Query, Record, User};
+use ringline_schema::record::{Answer, Query, Range, Record, User};
 use smallvec::SmallVec;
 
 use crate::config::{
@@ -27,6 +27,7 @@ use crate::hide::Hiding;
 use crate::list::{ListWork, MarkWork};
 use crate::peer::{Ask, Origin, Submit};
 use crate::planted::{Bug, Planted};
+use crate::read::is_truncated;
 use crate::receipt_list::ReceiptList;
 use crate::receipts::{Reader, Receipts};
 use crate::session::{Sessions, State};
@@ -45,7 +46,7 @@ pub(crate) enum Question {
     /// Whether a user exists, for the first message of a conversation owned by that shard.
     KnowUser(ShardIndex, Box<Ask>),
     Social(SocialQuestion),
-    Fetch(Origin, ConversationId),
+    Fetch(Origin, ConversationId, Range),
     Group(GroupQuestion),
     /// How many groups the sender of an act is in.
     GroupCount(Box<Submit>),
@@ -332,7 +333,7 @@ impl Shard {
             ShardMessage::Social(message) => self.social_message(from, message, fx),
             ShardMessage::Fetch { origin, conversation, range, reader } => {
                 let query = Query::Messages { conversation, range, reader };
-                self.load(Question::Fetch(origin, conversation), query, fx);
+                self.load(Question::Fetch(origin, conversation, range), query, fx);
             }
             ShardMessage::Visit(submit) => self.visit(*submit, fx),
             ShardMessage::GroupAnswered { origin, answer } => self.group_answered(origin, &answer, fx),
@@ -342,8 +343,8 @@ impl Shard {
             ShardMessage::PassGroup { pass, members } => self.pass_to_members(from, &pass, &members, fx),
             ShardMessage::GroupReached { wait, device } => self.delivered(wait, device, fx),
             ShardMessage::PushGroup { users, push } => self.group_pushed(&users, &push, fx),
-            ShardMessage::Fetched { origin, conversation, answer } => {
-                self.fetched(origin, conversation, answer, fx);
+            ShardMessage::Fetched { origin, conversation, truncated, answer } => {
+                self.fetched(origin, (conversation, truncated), answer, fx);
             }
             ShardMessage::ReceiptUp(up) => self.receipt_up(*up, fx),
             ShardMessage::ReceiptNews(news) => self.receipt_news(&news, fx),
@@ -363,7 +364,10 @@ impl Shard {
             Some(Question::Head(conversation, device)) => self.head_loaded(conversation, device, answer, fx),
             Some(Question::KnowUser(asker, ask)) => self.user_loaded(asker, ask, answer, fx),
             Some(Question::Social(question)) => self.social_loaded(question, answer, fx),
-            Some(Question::Fetch(origin, conversation)) => self.fetched(origin, conversation, answer, fx),
+            Some(Question::Fetch(origin, id, range)) => {
+                let truncated = is_truncated(id, &range, &answer);
+                self.fetched(origin, (id, truncated), answer, fx);
+            }
             Some(Question::Group(question)) => self.group_loaded(question, answer, fx),
             Some(Question::GroupCount(submit)) => self.groups_counted(*submit, &answer, fx),
             Some(Question::Visited(submit)) => self.visited(*submit, answer, fx),

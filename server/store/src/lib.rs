@@ -67,6 +67,25 @@ pub struct StoreStats {
     pub commit_last_us: u64,
     /// Durable bytes of the log that the index thread has not taken in yet.
     pub index_lag_bytes: u64,
+    pub retention: RetentionStats,
+}
+
+/// How large the logs of a node are, and what retention has done since the start. One handle of a node has them; the
+/// others have zeros.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RetentionStats {
+    /// Files of all logs, and their bytes with what is reserved; looked at once in `retention_interval_ms`.
+    pub segments: u64,
+    pub log_bytes: u64,
+    /// Times that the first message of a conversation advanced.
+    pub floors: u64,
+    /// Segments and bytes that were let go.
+    pub segments_released: u64,
+    pub bytes_released: u64,
+    pub checkpoints: u64,
+    /// Of the last checkpoint.
+    pub checkpoint_bytes: u64,
+    pub checkpoint_ms: u64,
 }
 
 impl StoreStats {
@@ -75,7 +94,18 @@ impl StoreStats {
         // What the library refuses is more than five digits, and bounds that are 0 or out of order.
         let commit_us =
             Histogram::new_with_bounds(1, COMMIT_US_MAX, 2).unwrap_or_else(|_| unreachable!("fixed bounds"));
-        Self { commits: 0, records: 0, bytes: 0, commit_us, commit_sum_us: 0, commit_last_us: 0, index_lag_bytes: 0 }
+        let retention = RetentionStats::default();
+        let (commit_sum_us, commit_last_us) = (0, 0);
+        Self {
+            commits: 0,
+            records: 0,
+            bytes: 0,
+            commit_us,
+            commit_sum_us,
+            commit_last_us,
+            index_lag_bytes: 0,
+            retention,
+        }
     }
 
     /// Counts a commit of so many records and bytes.
@@ -182,6 +212,19 @@ struct Readable {
     range: Range,
 }
 
+/// The first and the last message of first..=head that a member may read. When retention has let go of all of them:
+/// the last that there was, and the one behind it. (0, 0): there never was one.
+fn span(member: &MemberRow, (first, head): (Seq, Seq)) -> (Seq, Seq) {
+    let mut parts = member.readable(first, head);
+    match parts.next() {
+        Some((start, end)) => (start, parts.last().map_or(end, |(_, end)| end)),
+        None => {
+            let last = member.readable(Seq(1), head).last().map_or(Seq::ZERO, |(_, end)| end);
+            (if last == Seq::ZERO { last } else { last.next() }, last)
+        }
+    }
+}
+
 /// Narrows a range to what a member may read of `first`..=`head`: to one membership, the first that has something in
 /// the range from the end that is asked for. So a page never spans messages that are not for the reader, and the next
 /// page begins behind them.
@@ -190,8 +233,7 @@ fn readable(member: &MemberRow, (first, head): (Seq, Seq), range: &Range) -> Rea
     let parts: Vec<_> = member.readable(first, head).collect();
     let mut matching = parts.iter().copied().filter(inside);
     let part = if range.newest { matching.next_back() } else { matching.next() };
-    let lowest = parts.first().map_or(Seq::ZERO, |(start, _)| *start);
-    let head = parts.last().map_or(Seq::ZERO, |(_, end)| *end);
+    let (lowest, head) = span(member, (first, head));
     let Some((start, end)) = part else {
         let above = parts.iter().map(|(start, _)| *start).find(|start| *start > range.after && !range.newest);
         return Readable { first: above.unwrap_or(lowest), head, range: Range { limit: 0, ..*range } };

@@ -15,7 +15,7 @@ use ringline_schema::rows::{GroupRow, MarkRow, MemberRow, ReceiptRow, Row, RowKe
 use crate::shown::{self, Reader};
 use crate::{
     LoadToken, Lsn, RECORD_BYTES_MAX, Store, StoreError, StoreEvent, StoreStats, large_bytes, newest, readable,
-    remember,
+    remember, span,
 };
 
 /// Bytes (by `Record::weight`) that wait for a submit; more is `Full`. Always room for one largest record.
@@ -74,6 +74,16 @@ impl MemoryStore {
     pub fn fail_next_commit(&mut self) {
         if self.state == State::Open {
             self.state = State::Failing;
+        }
+    }
+
+    /// Lets go of the messages of a conversation below `floor`, as retention does.
+    pub fn let_go(&self, conversation: ConversationId, floor: Seq) {
+        if let Some(found) = self.tables().conversations.get_mut(&conversation) {
+            while let Some(oldest) = found.messages.first_entry().filter(|oldest| *oldest.key() < floor) {
+                let message = oldest.remove();
+                found.gone = (message.seq.next(), message.time_ms);
+            }
         }
     }
 
@@ -170,19 +180,22 @@ struct Conversation {
     created_ms: u64,
     messages: BTreeMap<Seq, StoredMessage>,
     filters: HashMap<DeviceKey, Vec<Accepted>>,
+    /// Behind the last message that was let go, and its time.
+    gone: (Seq, u64),
 }
 
 impl Conversation {
     fn first(&self) -> Seq {
-        self.messages.first_key_value().map_or(Seq::ZERO, |(&seq, _)| seq)
+        self.messages.first_key_value().map_or(self.gone.0, |(&seq, _)| seq)
     }
 
     fn head(&self) -> Seq {
-        self.messages.last_key_value().map_or(Seq::ZERO, |(&seq, _)| seq)
+        self.messages.last_key_value().map_or(Seq(self.gone.0.0.saturating_sub(1)), |(&seq, _)| seq)
     }
 
     fn last_time_ms(&self) -> u64 {
-        self.messages.last_key_value().map_or(self.created_ms, |(_, message)| message.time_ms)
+        let gone = if self.gone.0 == Seq::ZERO { self.created_ms } else { self.gone.1 };
+        self.messages.last_key_value().map_or(gone, |(_, message)| message.time_ms)
     }
 }
 
@@ -381,9 +394,7 @@ impl Tables {
         };
         if conversation.kind() == Some(ConversationKind::Group) {
             let (group, member) = (self.group(conversation)?, self.member(conversation, user)?);
-            let parts: Vec<_> = member.readable(row.first, row.head).collect();
-            row.first = parts.first().map_or(Seq::ZERO, |(start, _)| *start);
-            row.head = parts.last().map_or(Seq::ZERO, |(_, end)| *end);
+            (row.first, row.head) = span(member, (row.first, row.head));
             if member.standing != Standing::Member {
                 row.last_time_ms = member.since_ms;
             }

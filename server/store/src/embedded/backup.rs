@@ -3,16 +3,19 @@
 //! Runs on one plain thread of a command, in a process of its own; reads only, takes no lock and asks nobody. It rests on
 //! one property of a log: what is readable never changes. So the end of every log is looked up first, and exactly what
 //! lies before it is copied: every record that was acknowledged before the backup began is there, and no half-written
-//! one. The index is not copied; a start makes it from the logs.
+//! one. The index is not copied; a start makes it from the checkpoint and the logs. Retention may remove files meanwhile:
+//! everything is opened before anything is read, and what is open stays readable.
 //!
 //! Invariant: until the copy is whole and synced, the folder is not one that a server starts from.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::checkpoint::Checkpoints;
 use super::format::{Kind, Position};
 use super::offline::{Progress, Watch};
 use super::scan::{Found, Scanner, tail};
@@ -35,11 +38,21 @@ pub struct BackupReport {
     pub records: u64,
 }
 
+/// Times that everything is opened anew because retention was at work.
+const OPENS_MAX: u32 = 100;
+
 /// One segment to copy, up to `end`.
 struct Part {
-    log: u16,
-    number: u32,
+    segment: Arc<Segment>,
     end: u32,
+}
+
+/// Every file that belongs to the backup, open.
+#[derive(Default)]
+struct Files {
+    checkpoint: Option<(PathBuf, File)>,
+    /// By log, in rising order.
+    segments: BTreeMap<u16, Vec<Arc<Segment>>>,
 }
 
 /// Copies the data folder `dir` into `to`, which must be empty or not there yet.
@@ -61,32 +74,78 @@ pub fn backup(dir: &Path, to: &Path, watch: Watch<'_>) -> Result<BackupReport, O
     File::create(to.join(UNFINISHED_FILE)).and_then(|file| file.sync_all()).map_err(io_error)?;
     sync_folder(to).map_err(io_error)?;
     let mut report = BackupReport::default();
-    let segments = Segments::read_only(dir.join("log"));
-    let parts = find_parts(&segments, &mut report, watch)?;
+    let files = open_all(dir)?;
+    let parts = find_parts(&files, &mut report, watch)?;
     let total = parts.iter().map(|part| u64::from(part.end)).sum();
     for part in &parts {
-        copy_part(&*segments.get(part.log, part.number)?, part.end, to).map_err(io_error)?;
+        copy_part(&part.segment, part.end, to).map_err(io_error)?;
         report.bytes += u64::from(part.end);
         watch(Progress { what: "copying", done: report.bytes, total });
+    }
+    if let Some((path, file)) = files.checkpoint {
+        let folder = to.join("checkpoint");
+        fs::create_dir_all(&folder).map_err(io_error)?;
+        let bytes = copy_checkpoint(file, &folder.join(path.file_name().unwrap_or_default()));
+        report.bytes += bytes.and_then(|bytes| sync_folder(&folder).map(|()| bytes)).map_err(io_error)?;
     }
     finish(dir, to).map_err(io_error)?;
     Ok(report)
 }
 
-/// Which part of which segment belongs to the backup.
-fn find_parts(segments: &Segments, report: &mut BackupReport, watch: Watch<'_>) -> Result<Vec<Part>, OpenError> {
-    let io_error = |source| OpenError::Io { path: segments.path(0, 1), source };
-    let mut parts = Vec::new();
+/// Opens the newest checkpoint and every segment that a start from it needs.
+fn open_all(dir: &Path) -> Result<Files, OpenError> {
+    let io_error = |source| OpenError::Io { path: dir.to_owned(), source };
+    let identity = super::read_identity(dir)?;
+    let checkpoints = Checkpoints::new(dir);
+    let mut opens = 0;
+    loop {
+        opens += 1;
+        let newest = checkpoints.numbers().map_err(io_error)?;
+        let opened = open_once(dir, identity, &checkpoints);
+        // Whatever was met while retention was at work is met again if it is more than that.
+        if opens >= OPENS_MAX || checkpoints.numbers().map_err(io_error)? == newest {
+            return opened;
+        }
+    }
+}
+
+fn open_once(dir: &Path, identity: u64, checkpoints: &Checkpoints) -> Result<Files, OpenError> {
+    let io_error = |source| OpenError::Io { path: dir.to_owned(), source };
+    let segments = Segments::read_only(dir.join("log"));
+    let mut files = Files::default();
+    let mut kept = BTreeMap::new();
+    if let Some(opened) = checkpoints.newest(identity).map_err(io_error)? {
+        let opened = opened?;
+        files.checkpoint = Some((opened.path.clone(), File::open(&opened.path).map_err(io_error)?));
+        kept = opened.header.kept.clone();
+        // A checkpoint that does not read is found here and not when it is needed.
+        opened.read(&mut |_| Ok::<_, ReadError>(()))?;
+    }
     for log in segments.logs().map_err(io_error)? {
+        let begin = kept.get(&log).copied().unwrap_or_default().segment;
+        let numbers = segments.listed(log).map_err(io_error)?;
+        let numbers = numbers.into_iter().filter(|number| *number >= begin);
+        let opened = numbers.map(|number| segments.get(log, number)).collect::<Result<Vec<_>, _>>()?;
+        if opened.first().is_some_and(|first| first.header.number != begin) {
+            let what = "this segment is missing".to_owned();
+            return Err(OpenError::Damaged { file: segments.path(log, begin), offset: 0, what });
+        }
+        files.segments.insert(log, opened);
+    }
+    Ok(files)
+}
+
+/// Which part of which segment belongs to the backup.
+fn find_parts(files: &Files, report: &mut BackupReport, watch: Watch<'_>) -> Result<Vec<Part>, OpenError> {
+    let mut parts = Vec::new();
+    for segments in files.segments.values() {
         report.logs += 1;
-        let numbers = segments.numbers(log).map_err(io_error)?;
-        for (at, &number) in numbers.iter().enumerate() {
-            let segment = segments.get(log, number)?;
-            let has_next = numbers.get(at + 1).is_some();
-            let (end, sealed, records) = find_end(&segment, has_next)?;
+        for (at, segment) in segments.iter().enumerate() {
+            let has_next = segments.get(at + 1).is_some();
+            let (end, sealed, records) = find_end(segment, has_next)?;
             report.segments += 1;
             report.records += records;
-            parts.push(Part { log, number, end });
+            parts.push(Part { segment: Arc::clone(segment), end });
             watch(Progress { what: "reading the logs", done: report.segments, total: 0 });
             if !sealed {
                 break;
@@ -146,6 +205,14 @@ fn copy_part(segment: &Segment, end: u32, to: &Path) -> io::Result<()> {
         at += wanted as u32;
     }
     file.sync_all()
+}
+
+/// Copies from the open file; its bytes.
+fn copy_checkpoint(mut from: File, to: &Path) -> io::Result<u64> {
+    let mut file = OpenOptions::new().write(true).create_new(true).open(to)?;
+    let bytes = io::copy(&mut from, &mut file)?;
+    file.sync_all()?;
+    Ok(bytes)
 }
 
 /// What else is needed, the names made durable, and the mark taken away.

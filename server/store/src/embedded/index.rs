@@ -2,18 +2,21 @@
 //!
 //! Used by index threads only; it blocks. Invariant: a log's watermark is written in the same atomic batch as the rows
 //! that it stands for, and the batch is synced before any of it can reach a table file. So after a crash rows and
-//! watermark agree, and what is missing is replayed from the log.
+//! watermark agree, and what is missing is replayed from the log. Who reads a row to write it anew holds `writing`: index
+//! threads flush, and retention raises floors in the same rows.
 
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode, Slice};
+use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode, Readable, Slice};
 use ringline_schema::ids::{ConversationId, DeviceKey, Seq, UserName};
 use ringline_schema::record::{Accepted, User};
 use ringline_schema::rows::{Row, RowKey};
 
 use super::EmbeddedOptions;
 use super::overlay::{Overlay, Recent};
-use super::rows::{self, BadRow, Block, HeadRow, Watermark};
+use super::rows::{self, BadRow, Block, HeadRow, Kept, Watermark};
 use super::segments::ReadError;
 use crate::{newest, remember};
 
@@ -23,6 +26,9 @@ const WORKER_THREADS: usize = 1;
 const JOURNAL_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// Table files that the library keeps open.
 const FILES_MAX: usize = 200;
+
+/// Block rows that one rise of a floor removes at most; a conversation with more takes several.
+const FLOOR_BLOCKS_MAX: u64 = 4096;
 
 /// Why the index could not answer or take rows.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +56,11 @@ pub(super) type EachRow<'a> = &'a mut dyn FnMut(&[u8], &[u8]) -> Result<bool, In
 pub(super) struct Index {
     rows: Keyspace,
     database: Database,
+    /// Held from the reading of rows to the commit of what was made of them.
+    writing: Mutex<()>,
+    /// The next flush fails with this error number.
+    #[cfg(test)]
+    pub fault: std::sync::atomic::AtomicI32,
 }
 
 impl Index {
@@ -62,7 +73,13 @@ impl Index {
             .open()?;
         let memtable_bytes = options.index_memtable_bytes;
         let rows = database.keyspace("rows", || KeyspaceCreateOptions::default().max_memtable_size(memtable_bytes))?;
-        Ok(Self { rows, database })
+        Ok(Self {
+            rows,
+            database,
+            writing: Mutex::new(()),
+            #[cfg(test)]
+            fault: std::sync::atomic::AtomicI32::new(0),
+        })
     }
 
     /// Whether this index was made of the logs of data folder `identity`, by this version of the rows.
@@ -91,6 +108,86 @@ impl Index {
             batch.insert(&self.rows, rows::watermark_key(*log), watermark.encode());
         }
         Ok(batch.commit()?)
+    }
+
+    /// Where logs begin that don't begin with their first segment any more.
+    pub fn kept(&self) -> Result<BTreeMap<u16, Kept>, IndexError> {
+        let mut found = BTreeMap::new();
+        for row in self.rows.prefix(rows::KEPT_PREFIX) {
+            let (key, value) = row.into_inner()?;
+            found.insert(rows::log_of_kept_key(&key)?, Kept::decode(&value)?);
+        }
+        Ok(found)
+    }
+
+    pub fn set_kept(&self, kept: &BTreeMap<u16, Kept>) -> Result<(), IndexError> {
+        let mut batch = self.database.batch().durability(Some(PersistMode::SyncData));
+        for (log, kept) in kept {
+            batch.insert(&self.rows, rows::kept_key(*log), kept.encode());
+        }
+        Ok(batch.commit()?)
+    }
+
+    /// Lets go of the messages below these seqs and forgets their places; durable when it returns. A floor never falls,
+    /// and what is not known to the index is left alone.
+    pub fn raise_floors(&self, floors: &mut dyn Iterator<Item = (ConversationId, Seq)>) -> Result<u64, IndexError> {
+        let mut raised = 0;
+        for (id, floor) in floors {
+            let mut counted = false;
+            while self.raise_floor(id, floor)? {
+                counted = true;
+            }
+            raised += u64::from(counted);
+        }
+        self.database.persist(PersistMode::SyncData)?;
+        Ok(raised)
+    }
+
+    /// One step of it; false: the floor is there.
+    fn raise_floor(&self, id: ConversationId, floor: Seq) -> Result<bool, IndexError> {
+        let _writing = self.lock();
+        let Some(mut row) = self.head(id)? else { return Ok(false) };
+        let (first, floor) = (row.first(), floor.min(row.head.next()));
+        if floor <= first {
+            return Ok(false);
+        }
+        let from = rows::block_of(first).0;
+        let step = Seq(from.saturating_add(FLOOR_BLOCKS_MAX).saturating_mul(rows::BLOCK_PLACES).saturating_add(1));
+        row.floor = floor.min(step);
+        let mut batch = self.database.batch();
+        batch.insert(&self.rows, rows::head_key(id), row.encode());
+        for block in from..rows::block_of(row.floor).0 {
+            batch.remove(&self.rows, rows::block_key(id, block));
+        }
+        batch.commit()?;
+        Ok(true)
+    }
+
+    /// Every row of one instant that outlives the log, in order of key; and the watermarks of that instant.
+    pub fn snapshot(&self, each: EachRow<'_>) -> Result<(), IndexError> {
+        let snapshot = self.database.snapshot();
+        for row in snapshot.iter(&self.rows) {
+            let (key, value) = row.into_inner()?;
+            let wanted = rows::outlives_log(&key) || key.starts_with(rows::WATERMARK_PREFIX);
+            if wanted && !each(&key, &value)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes rows of a checkpoint into an empty index. Durable with the next synced write.
+    pub fn restore(&self, rows: &mut dyn Iterator<Item = (&[u8], &[u8])>) -> Result<(), IndexError> {
+        let mut batch = self.database.batch();
+        for (key, value) in rows {
+            batch.insert(&self.rows, key, value);
+        }
+        Ok(batch.commit()?)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, ()> {
+        // It guards no data: whoever panicked has committed all or nothing.
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A user, and the run that wrote it.
@@ -167,6 +264,11 @@ impl Index {
     /// Moves an overlay's rows in, with the watermark of its log: one atomic, synced batch. The overlay is cleared by
     /// the caller, afterwards.
     pub fn flush(&self, overlay: &Overlay, log: u16, watermark: Watermark) -> Result<(), IndexError> {
+        #[cfg(test)]
+        if let error @ 1.. = self.fault.swap(0, std::sync::atomic::Ordering::Relaxed) {
+            return Err(fjall::Error::Io(std::io::Error::from_raw_os_error(error)).into());
+        }
+        let _writing = self.lock();
         let rows_about =
             overlay.conversations.len() * 4 + overlay.users.len() + overlay.cursors.len() + overlay.rows.len();
         let mut flush = Flush { index: self, rows: Vec::with_capacity(rows_about) };
@@ -224,8 +326,9 @@ impl Flush<'_> {
         head.merge(&recent.head);
         self.put(rows::head_key(id), head.encode());
 
-        for places in recent.places.chunk_by(|(one, _), (other, _)| rows::block_of(*one).0 == rows::block_of(*other).0)
-        {
+        let kept = recent.places.partition_point(|&(seq, _)| seq < head.floor);
+        let places = recent.places.get(kept..).unwrap_or(&[]);
+        for places in places.chunk_by(|(one, _), (other, _)| rows::block_of(*one).0 == rows::block_of(*other).0) {
             let Some(&(first, _)) = places.first() else { continue };
             let (number, _) = rows::block_of(first);
             let mut block = Block::default();

@@ -14,7 +14,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use ringline_schema::disk::{self, Indexed};
 use ringline_schema::record::{Answer, Query};
 
-use super::format::{Kind, Place, Position};
+use super::format::{Framed, Kind, Place, Position};
 use super::index::IndexError;
 use super::query;
 use super::rows::Watermark;
@@ -25,7 +25,7 @@ use super::{EmbeddedOptions, Node};
 use crate::LoadToken;
 
 /// Records that are applied under one hold of the overlay's lock.
-const APPLY_RECORDS_MAX: usize = 256;
+pub(super) const APPLY_RECORDS_MAX: usize = 256;
 
 /// Work for an index thread.
 #[derive(Debug)]
@@ -250,9 +250,19 @@ pub(super) fn next_record(
     scanner: &mut Scanner,
     segment: &Segment,
 ) -> Result<(Kind, Option<Indexed>, Place), IndexError> {
+    next_framed(scanner, segment, &mut |_| ())
+}
+
+/// Like [`next_record`]; `each` sees its frame.
+pub(super) fn next_framed(
+    scanner: &mut Scanner,
+    segment: &Segment,
+    each: &mut dyn FnMut(&Framed<'_>),
+) -> Result<(Kind, Option<Indexed>, Place), IndexError> {
     let bad = |offset, what: String| ReadError::Bad { path: segment.path.clone(), offset, what };
     match scanner.next().map_err(|source| ReadError::Io { path: segment.path.clone(), source })? {
         Found::Record { offset, framed } => {
+            each(&framed);
             let header = segment.header;
             let place = Place { log: header.log, segment: header.number, offset, bytes: framed.bytes as u32 };
             match framed.kind {

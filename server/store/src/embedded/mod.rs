@@ -4,6 +4,7 @@
 //!   by the shard's own thread, one synced write a batch. [`shard`]: the handle.
 //! - [`rows`], [`index`], [`overlay`]: what is derived: rows in a key-value library, and the newest ones in memory.
 //!   [`indexer`]: the plain thread of each shard that derives them, behind the acknowledgement; [`query`]: what it answers.
+//! - [`retain`]: what may go, and how; [`checkpoint`]: what is written before; [`keeper`]: the thread that does it.
 //! - [`recovery`]: what a start does with what it finds. [`offline`]: what a person does while nobody runs: check, repair,
 //!   export; [`survey`], [`salvage`], [`sweep`]: its parts. [`backup`]: a copy, also of a folder in use. [`space`]: a full disk.
 //!
@@ -11,21 +12,25 @@
 //! DIR/ringline-data     what this folder is: format version and identity
 //! DIR/lock              held while a process uses the folder; names it
 //! DIR/log/NN/*.log      segments of log NN; the truth
-//! DIR/index/            may be removed while nobody runs: it is rebuilt from the logs
+//! DIR/checkpoint/       every row that is no message, written before segments go
+//! DIR/index/            may be removed while nobody runs: it is rebuilt from checkpoint and logs
 //! DIR/index-damaged     there: the next start rebuilds it
 //! ```
 //!
 //! Logs belong to the node, one for each shard that it ever had: whatever the number of shards now, all are read.
 
 pub mod backup;
+mod checkpoint;
 mod format;
 mod index;
 mod indexer;
+mod keeper;
 mod log;
 pub mod offline;
 mod overlay;
 mod query;
 mod recovery;
+mod retain;
 mod ring;
 mod rows;
 mod salvage;
@@ -51,9 +56,12 @@ use rustix::fs::{FlockOperation, flock};
 use self::format::Position;
 use self::index::{Index, IndexError};
 use self::indexer::Indexer;
+use self::keeper::{Alarm, Keeper};
 use self::log::{BATCH_BYTES_MIN, Log, LogEnd};
 use self::overlay::Overlay;
-use self::recovery::{Recovery, RecoveryError};
+use self::recovery::{Recovered, RecoveryError, recover_with};
+use self::retain::Retainer;
+pub use self::retain::Retention;
 use self::rows::Watermark;
 use self::scan::SCAN_BYTES;
 use self::segments::{Preparation, ReadError, Segments, reserve_again, sync_folder};
@@ -99,6 +107,10 @@ pub struct EmbeddedOptions {
     /// With less room on the disk than this, [`crate::Store::is_disk_full`] says so and rows stay in memory: what is left
     /// is for the index and for whoever makes room.
     pub free_bytes_min: u64,
+    /// What is kept at least, for the node.
+    pub retention: Retention,
+    /// Time between two looks at what may go, and at how large the logs are.
+    pub retention_interval_ms: u64,
     /// Block cache of the index, for the node.
     pub index_cache_bytes: u64,
     /// Rows that the index holds in memory before it writes a table, for the node.
@@ -117,6 +129,8 @@ impl Default for EmbeddedOptions {
             flush_records_max: 131_072,
             flush_interval_ms: 5_000,
             free_bytes_min: 64 * MIB,
+            retention: Retention::default(),
+            retention_interval_ms: 60_000,
             index_cache_bytes: 32 * MIB,
             index_memtable_bytes: 16 * MIB,
         }
@@ -145,6 +159,7 @@ pub fn memory_budget(options: &EmbeddedOptions, shards: u16) -> Vec<(&'static st
         ("store index readers", shards * scan_bytes),
         ("store recent rows", shards * options.flush_records_max as u64 * OVERLAY_RECORD_BYTES),
         ("store questions", shards * options.loads_max as u64 * QUESTION_BYTES),
+        ("store retention", retain::MEMORY_BYTES),
         ("store index cache", options.index_cache_bytes),
         ("store index memtables", options.index_memtable_bytes * MEMTABLES),
     ]
@@ -193,6 +208,8 @@ pub enum OpenError {
     Damaged { file: PathBuf, offset: u32, what: String },
     #[error("the index in {} can't be made: {reason}", dir.display())]
     Index { dir: PathBuf, reason: String },
+    #[error("no checkpoint can be written in {}: {reason}", dir.display())]
+    Checkpoint { dir: PathBuf, reason: String },
     #[error("this system can't run the store: {what} ({source})")]
     System { what: &'static str, source: io::Error },
     #[error("{}: {source}", path.display())]
@@ -215,6 +232,8 @@ pub(crate) struct Node {
     overlays: Vec<RwLock<Overlay>>,
     segments: Segments,
     folder: PathBuf,
+    /// Of the data folder.
+    identity: u64,
     _lock: File,
 }
 
@@ -257,7 +276,8 @@ impl EmbeddedStore {
         let (lock, identity) = enter(dir)?;
         let segments = Segments::new(dir.join("log"));
         let mut report = OpenReport::default();
-        let (index, mut ends) = recover(dir, identity, &segments, &options, &mut report)?;
+        let Recovered { index, mut ends, kept, checkpoint, mend } =
+            recover(dir, identity, &segments, &options, &mut report)?;
 
         for log in 0..shards {
             if ends.iter().all(|(found, _)| *found != log) {
@@ -277,12 +297,25 @@ impl EmbeddedStore {
         let watermarks: Vec<_> = ends.iter().map(|(log, end)| (*log, end.watermark(*log >= shards))).collect();
         index.set_watermarks(&watermarks).map_err(|error| index_error(dir, &error))?;
         let overlays = (0..shards).map(|_| RwLock::new(Overlay { run, ..Overlay::default() })).collect();
-        let node = Arc::new(Node { index, overlays, segments, folder: dir.to_owned(), _lock: lock });
-        let mut handles = Vec::new();
+        let node = Arc::new(Node { index, overlays, segments, folder: dir.to_owned(), identity, _lock: lock });
+        let mut retainer = Retainer::new(Arc::clone(&node), options.retention, (kept, checkpoint));
+        if mend {
+            tracing::warn!("the checkpoint of this folder does not read: it is written anew");
+            retainer
+                .mend()
+                .map_err(|error| OpenError::Checkpoint { dir: dir.to_owned(), reason: error.to_string() })?;
+        }
+        let keeper = Arc::new(Keeper::new(&options));
+        let (mut handles, mut alarms) = (Vec::new(), Vec::new());
         ends.sort_by_key(|(log, _)| *log);
         for (log, end) in ends.into_iter().take_while(|(log, _)| *log < shards) {
-            handles.push(start_shard(&node, log, (end, run), &options)?);
+            let (handle, alarm) = start_shard((&node, &keeper), log, (end, run), &options)?;
+            handles.push(handle);
+            alarms.push(alarm);
         }
+        keeper
+            .start(retainer, alarms)
+            .map_err(|source| OpenError::System { what: "no thread for retention", source })?;
         report.took_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
         Ok((handles, report))
     }
@@ -301,7 +334,7 @@ fn recover(
     segments: &Segments,
     options: &EmbeddedOptions,
     report: &mut OpenReport,
-) -> Result<(Index, Vec<(u16, LogEnd)>), OpenError> {
+) -> Result<Recovered, OpenError> {
     let (folder, mark) = (dir.join("index"), dir.join(INDEX_DAMAGED_FILE));
     if folder.exists() {
         if mark.exists() {
@@ -309,7 +342,7 @@ fn recover(
         } else {
             // The library may panic over bytes that it does not expect: then the index is as good as gone.
             let recovered = catch_unwind(AssertUnwindSafe(|| {
-                recover_with(&folder, (identity, false), segments, (options, &mut *report))
+                recover_with(dir, (identity, false), segments, (options, &mut *report))
             }));
             report.index_rebuilt = match recovered {
                 Ok(Ok(recovered)) => return Ok(recovered),
@@ -326,7 +359,7 @@ fn recover(
         tracing::warn!(reason, "the index is being rebuilt from the logs");
     }
     let clean_stop = report.index_rebuilt.is_none();
-    match recover_with(&folder, (identity, true), segments, (options, report)) {
+    match recover_with(dir, (identity, true), segments, (options, report)) {
         Ok(recovered) => {
             report.clean_stop = clean_stop;
             match fs::remove_file(&mark) {
@@ -339,39 +372,18 @@ fn recover(
     }
 }
 
-fn recover_with(
-    folder: &Path,
-    (identity, fresh): (u64, bool),
-    segments: &Segments,
-    (options, report): (&EmbeddedOptions, &mut OpenReport),
-) -> Result<(Index, Vec<(u16, LogEnd)>), RecoveryError> {
-    let index = Index::open(folder, options)?;
-    if fresh {
-        index.set_identity(identity)?;
-    } else if !index.belongs_to(identity)? {
-        return Err(RecoveryError::Index(IndexError::Foreign));
-    }
-    let watermarks = index.watermarks()?;
-    let mut recovery = Recovery { segments, index: &index, options, replayed_records: 0, cuts: Vec::new() };
-    let recovered = recovery.run(&watermarks);
-    report.replayed_records = recovery.replayed_records;
-    report.cuts.append(&mut recovery.cuts);
-    let ends = recovered?;
-    report.clean_stop = watermarks.len() == ends.len() && watermarks.iter().all(|(_, watermark)| watermark.closed);
-    Ok((index, ends))
-}
-
 fn start_shard(
-    node: &Arc<Node>,
+    (node, keeper): (&Arc<Node>, &Arc<Keeper>),
     log: u16,
     (end, run): (LogEnd, u64),
     options: &EmbeddedOptions,
-) -> Result<EmbeddedShard, OpenError> {
+) -> Result<(EmbeddedShard, Alarm), OpenError> {
     let system = |what| move |source: io::Error| OpenError::System { what, source };
     let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
     let wake = Arc::new(wake.map_err(|error| system("no eventfd")(error.into()))?);
     let (job_sender, jobs) = crossbeam_channel::bounded(options.loads_max + JOBS_SPARE);
     let (reply_sender, replies) = crossbeam_channel::bounded(options.loads_max + REPLIES_SPARE);
+    let alarm = Alarm { replies: reply_sender.clone(), wake: Arc::clone(&wake) };
     let applied_bytes = Arc::new(AtomicU64::new(0));
     let stop = Arc::new(AtomicBool::new(false));
     let full = Arc::new(AtomicBool::new(false));
@@ -390,10 +402,11 @@ fn start_shard(
         flush_due: None,
         failed: false,
     };
+    let name = format!("index-{log}");
+    let tells_of_keeper = log == 0;
     let log = Log::new(end, run, options, &wake).map_err(system("io_uring is needed and not available"))?;
-    let name = format!("index-{}", indexer.log);
     let thread = std::thread::Builder::new().name(name).spawn(move || indexer.run());
-    Ok(EmbeddedShard {
+    let shard = EmbeddedShard {
         log,
         jobs: Some(job_sender),
         replies,
@@ -409,8 +422,11 @@ fn start_shard(
         loads_open: 0,
         events: Vec::new(),
         failure: Failure::None,
+        keeper: Arc::clone(keeper),
+        tells_of_keeper,
         node: Arc::clone(node),
-    })
+    };
+    Ok((shard, alarm))
 }
 
 /// Makes sure that `dir` is a data folder, and ours alone. Gives the lock and the folder's identity.
@@ -437,12 +453,15 @@ fn enter(dir: &Path) -> Result<(File, u64), OpenError> {
     if !format_file.exists() {
         make_format_file(dir).map_err(writable)?;
     }
-    let text = fs::read_to_string(&format_file).map_err(io_error)?;
+    Ok((lock, read_identity(dir)?))
+}
+
+fn read_identity(dir: &Path) -> Result<u64, OpenError> {
+    let text = fs::read_to_string(dir.join(FORMAT_FILE));
+    let text = text.map_err(|source| OpenError::Io { path: dir.to_owned(), source })?;
     let identity = text.trim_end().strip_prefix(FORMAT_LINE).and_then(|text| u64::from_str_radix(text, 16).ok());
-    match identity {
-        Some(identity) => Ok((lock, identity)),
-        None => Err(OpenError::OtherFormat { dir: dir.to_owned(), found: text.trim_end().chars().take(80).collect() }),
-    }
+    let found = || text.trim_end().chars().take(80).collect();
+    identity.ok_or_else(|| OpenError::OtherFormat { dir: dir.to_owned(), found: found() })
 }
 
 fn lock(dir: &Path, writable: impl Fn(io::Error) -> OpenError) -> Result<File, OpenError> {
@@ -482,6 +501,8 @@ fn index_error(dir: &Path, error: &IndexError) -> OpenError {
 mod backup_tests;
 #[cfg(test)]
 mod offline_tests;
+#[cfg(test)]
+mod retain_tests;
 #[cfg(test)]
 mod space_tests;
 #[cfg(test)]

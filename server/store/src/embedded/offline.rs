@@ -4,6 +4,7 @@
 //! Invariants: a check changes no log; a repair that is not allowed to lose anything loses nothing, and one that is
 //! keeps the damaged files beside the new ones.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -15,10 +16,11 @@ use ringline_schema::message::{BodyKind, MessageState};
 use ringline_schema::record::{Record, StoredExtra, StoredMessage, User};
 use ringline_schema::rows::{Row, RowKey};
 
+use super::checkpoint::Checkpoints;
 use super::format::Position;
 use super::index::{Index, IndexError};
 use super::rows::{self, Block, ConversationPart, HeadRow};
-use super::segments::Segments;
+use super::segments::{ReadError, Segments};
 use super::survey::{Damage, SegmentSurvey, Torn, survey};
 use super::sweep::{Sweep, Sweeper};
 use super::{
@@ -59,6 +61,10 @@ pub struct CheckReport {
     pub torn: Vec<Torn>,
     /// A newer version wrote here: repair refuses.
     pub foreign: bool,
+    /// Rows of the newest checkpoint; `None`: there is none that reads, and if there was one, that is among the damage.
+    pub checkpoint_rows: Option<u64>,
+    /// Conversations of which retention has let something go.
+    pub floors: u64,
     pub index: IndexState,
 }
 
@@ -119,10 +125,16 @@ pub enum Exported {
 pub fn check(dir: &Path, watch: Watch<'_>) -> Result<CheckReport, OpenError> {
     let (_lock, identity) = enter_existing(dir)?;
     let segments = Segments::new(dir.join("log"));
-    let (mut report, ends) = check_logs(dir, &segments, watch)?;
+    let begins = begins(dir, identity, &segments)?;
+    let (mut report, ends) = check_logs(dir, (&segments, &begins), watch)?;
+    match begins.whole {
+        Some(Ok(rows)) => report.checkpoint_rows = Some(rows),
+        Some(Err(damage)) => report.damage.push(damage),
+        None => {}
+    }
     let folder = dir.join("index");
     if folder.exists() {
-        report.index = check_index(&folder, (&segments, &ends), identity, (&report, watch));
+        (report.index, report.floors) = check_index(&folder, (&segments, &ends), identity, (&report, watch));
     }
     Ok(report)
 }
@@ -131,11 +143,16 @@ pub fn check(dir: &Path, watch: Watch<'_>) -> Result<CheckReport, OpenError> {
 ///
 /// Errors as [`check`]. Damage without `skip_damaged` is no error but a report without `rebuilt`.
 pub fn repair(dir: &Path, skip_damaged: bool, watch: Watch<'_>) -> Result<RepairReport, OpenError> {
-    let (lock, _) = enter_existing(dir)?;
+    let (lock, identity) = enter_existing(dir)?;
     let segments = Segments::new(dir.join("log"));
     let mut report = RepairReport { skipped: skip_damaged, ..RepairReport::default() };
+    if let Some(lost) = salvage::mend_checkpoint(dir, identity, &segments, skip_damaged)? {
+        report.kept.extend(lost.kept);
+        report.damage.push(lost.damage);
+    }
+    let begins = begins(dir, identity, &segments)?;
     let mut damaged = Vec::new();
-    for (log, found) in surveys(dir, &segments, watch)? {
+    for (log, found) in surveys(dir, (&segments, &begins), watch)? {
         let last = found.iter().rposition(|one| !one.is_empty()).unwrap_or_default();
         for (at, one) in found.into_iter().enumerate() {
             if one.foreign {
@@ -185,7 +202,7 @@ pub fn export(
     let segments = Segments::new(dir.join("log"));
     let mut report = OpenReport::default();
     watch(Progress { what: "bringing the index up to date", done: 0, total: 0 });
-    let (index, _) = recover(dir, identity, &segments, &EmbeddedOptions::default(), &mut report)?;
+    let index = recover(dir, identity, &segments, &EmbeddedOptions::default(), &mut report)?.index;
     let mut export =
         Export { index: &index, segments: &segments, first: Seq::ZERO, each, watch, done: 0, refused: None };
     let walked = export.run();
@@ -213,9 +230,36 @@ fn failed(dir: &Path, error: &StoreError) -> OpenError {
     OpenError::Index { dir: dir.to_owned(), reason: error.to_string() }
 }
 
+/// Where logs begin, and what is said of the checkpoint that says so.
+struct Begins {
+    logs: BTreeMap<u16, u32>,
+    /// Its rows, or what is damaged in it; `None`: there never was one.
+    whole: Option<Result<u64, Damage>>,
+}
+
+fn begins(dir: &Path, identity: u64, segments: &Segments) -> Result<Begins, OpenError> {
+    let io_error = |source| OpenError::Io { path: dir.to_owned(), source };
+    let checkpoints = Checkpoints::new(dir);
+    let whole = match checkpoints.newest_whole(identity).map_err(io_error)? {
+        None => return Ok(Begins { logs: BTreeMap::new(), whole: None }),
+        Some(Ok((_, header, footer))) => {
+            let logs = header.kept.iter().map(|(log, kept)| (*log, kept.segment)).collect();
+            return Ok(Begins { logs, whole: Some(Ok(footer.rows)) });
+        }
+        Some(Err(ReadError::Io { path, source })) => return Err(OpenError::Io { path, source }),
+        Some(Err(ReadError::Bad { path, offset, what })) => Damage { file: path, offset, bytes: 0, what },
+    };
+    // What it said can't be known: then a log begins with what is there.
+    let mut logs = BTreeMap::new();
+    for log in segments.logs().map_err(io_error)? {
+        logs.extend(segments.numbers(log).map_err(io_error)?.first().map(|first| (log, *first)));
+    }
+    Ok(Begins { logs, whole: Some(Err(whole)) })
+}
+
 type Surveys = Vec<(u16, Vec<SegmentSurvey>)>;
 
-fn surveys(dir: &Path, segments: &Segments, watch: Watch<'_>) -> Result<Surveys, OpenError> {
+fn surveys(dir: &Path, (segments, begins): (&Segments, &Begins), watch: Watch<'_>) -> Result<Surveys, OpenError> {
     let io_error = |source| OpenError::Io { path: dir.join("log"), source };
     let logs = segments.logs().map_err(io_error)?;
     let mut total = 0;
@@ -231,19 +275,24 @@ fn surveys(dir: &Path, segments: &Segments, watch: Watch<'_>) -> Result<Surveys,
             done += bytes;
             watch(Progress { what: "reading the logs", done, total });
         };
-        found.push((log, survey(segments, log, &mut step)?));
+        let begin = begins.logs.get(&log).copied().unwrap_or(1);
+        found.push((log, survey(segments, (log, begin), &mut step)?));
     }
     Ok(found)
 }
 
 type Ends = Vec<(u16, Position)>;
 
-fn check_logs(dir: &Path, segments: &Segments, watch: Watch<'_>) -> Result<(CheckReport, Ends), OpenError> {
+fn check_logs(
+    dir: &Path,
+    (segments, begins): (&Segments, &Begins),
+    watch: Watch<'_>,
+) -> Result<(CheckReport, Ends), OpenError> {
     let mut report = CheckReport::default();
     let mut ends = Vec::new();
-    for (log, found) in surveys(dir, segments, watch)? {
+    for (log, found) in surveys(dir, (segments, begins), watch)? {
         report.logs += 1;
-        let mut end = Position::start_of(1);
+        let mut end = Position::start_of(begins.logs.get(&log).copied().unwrap_or(1));
         for one in found {
             report.segments += 1;
             report.bytes += u64::from(one.end);
@@ -269,7 +318,7 @@ fn check_index(
     (segments, ends): (&Segments, &[(u16, Position)]),
     identity: u64,
     (report, watch): (&CheckReport, Watch<'_>),
-) -> IndexState {
+) -> (IndexState, u64) {
     let looked = catch_unwind(AssertUnwindSafe(|| -> Result<(Sweep, bool), IndexError> {
         let index = Index::open(folder, &EmbeddedOptions::default())?;
         if !index.belongs_to(identity)? {
@@ -290,8 +339,8 @@ fn check_index(
     }));
     let damaged = |what: String| IndexState::Damaged { defects: vec![what], more: 0 };
     match looked {
-        Err(_) => damaged("the index library ended over bytes that it does not expect".to_owned()),
-        Ok(Err(error)) => damaged(error.to_string()),
+        Err(_) => (damaged("the index library ended over bytes that it does not expect".to_owned()), 0),
+        Ok(Err(error)) => (damaged(error.to_string()), 0),
         Ok(Ok((mut sweep, behind))) => {
             // While it is behind, logs may have been taken in out of order, and gaps are no defect.
             if !behind {
@@ -301,14 +350,20 @@ fn check_index(
                 });
                 sweep.defects.extend(holes);
             }
-            if !behind && sweep.messages != report.messages && sweep.defects.is_empty() && report.damage.is_empty() {
+            // Of what retention has let go, some may still lie in the logs.
+            let count_differs = match sweep.floors {
+                0 => sweep.messages != report.messages,
+                _ => sweep.messages > report.messages,
+            };
+            if !behind && count_differs && sweep.defects.is_empty() && report.damage.is_empty() {
                 let (there, known) = (report.messages, sweep.messages);
                 sweep.defects.push(format!("the logs hold {there} messages, the index knows {known}"));
             }
-            match sweep.defects.is_empty() {
+            let state = match sweep.defects.is_empty() {
                 true => IndexState::Whole { rows: sweep.rows, messages: sweep.messages, behind },
                 false => IndexState::Damaged { defects: sweep.defects, more: sweep.more_defects },
-            }
+            };
+            (state, sweep.floors)
         }
     }
 }
@@ -346,7 +401,7 @@ fn without_members(node: &Node) -> Result<Vec<StoredMessage>, IndexError> {
         if let (id, ConversationPart::Head) = rows::conversation_of_key(key)? {
             let head = HeadRow::decode(value)?;
             if head.created.is_none() && id.kind() == Some(ConversationKind::Direct) {
-                ids.push((id, head.first));
+                ids.push((id, head.first()));
             }
         }
         Ok(true)
@@ -425,7 +480,8 @@ impl Export<'_> {
         match part {
             ConversationPart::Filter => Ok(true),
             ConversationPart::Head => {
-                let HeadRow { created, first, head, .. } = HeadRow::decode(value)?;
+                let row = HeadRow::decode(value)?;
+                let (first, head, created) = (row.first(), row.head, row.created);
                 self.first = first;
                 let created_ms = created.as_ref().map(|created| created.created_ms);
                 let members = created.map(|created| created.members);

@@ -16,7 +16,7 @@ use super::index::IndexError;
 use super::overlay::Overlay;
 use super::rows::{self, HeadRow};
 use crate::shown::Reader;
-use crate::{newest, readable, remember};
+use crate::{newest, readable, remember, span};
 
 /// Entries of a user's list that are read at a time to count groups.
 const COUNT_PAGE: usize = 256;
@@ -71,7 +71,7 @@ impl Node {
         };
         let mut filter = self.index.filter(conversation, device)?;
         recent_filter.into_iter().for_each(|accepted| remember(&mut filter, accepted));
-        Ok(Head { exists: true, first: row.first, head: row.head, filter: newest(&filter).to_vec() })
+        Ok(Head { exists: true, first: row.first(), head: row.head, filter: newest(&filter).to_vec() })
     }
 
     fn head_row(&self, conversation: ConversationId) -> Result<Option<HeadRow>, IndexError> {
@@ -88,11 +88,27 @@ impl Node {
     }
 
     fn messages(&self, conversation: ConversationId, range: &Range, reader: Reader<'_>) -> Result<Answer, IndexError> {
-        let Some(row) = self.head_row(conversation)? else {
-            return Ok(Answer::Messages { first: Seq::ZERO, head: Seq::ZERO, messages: Vec::new() });
-        };
-        let (first, head) = (row.first, row.head);
-        let mut wanted = wanted(range, first, head);
+        let mut row = self.head_row(conversation)?.unwrap_or_default();
+        loop {
+            let (first, head) = (row.first(), row.head);
+            let error = match self.read_messages(conversation, wanted(range, first, head), (range, reader)) {
+                Ok(messages) => return Ok(Answer::Messages { first, head, messages }),
+                Err(error) => error,
+            };
+            // Retention may have let go of them between the look at the floor and the look into the log.
+            row = self.head_row(conversation)?.unwrap_or_default();
+            if row.first() == first {
+                return Err(error);
+            }
+        }
+    }
+
+    fn read_messages(
+        &self,
+        conversation: ConversationId,
+        mut wanted: Vec<Seq>,
+        (range, reader): (&Range, Reader<'_>),
+    ) -> Result<Vec<StoredMessage>, IndexError> {
         let places = self.places(conversation, &wanted)?;
         let changed = self.changed(conversation, &wanted, reader)?;
         if range.newest {
@@ -112,7 +128,7 @@ impl Node {
         if range.newest {
             messages.reverse();
         }
-        Ok(Answer::Messages { first, head, messages })
+        Ok(messages)
     }
 
     pub(super) fn message(
@@ -200,9 +216,9 @@ impl Node {
 
     /// The row of a conversation with another user, without what is only this user's.
     fn direct_place(&self, user: &UserName, id: ConversationId) -> Result<Option<ConversationRow>, IndexError> {
-        let Some(HeadRow { created: Some(created), first, head, last_time_ms }) = self.head_row(id)? else {
-            return Ok(None);
-        };
+        let Some(row) = self.head_row(id)? else { return Ok(None) };
+        let (first, head, last_time_ms) = (row.first(), row.head, row.last_time_ms);
+        let Some(created) = row.created else { return Ok(None) };
         let [one, other] = created.members;
         let with = if one == *user { other } else { one };
         let last_time_ms = if head == Seq::ZERO { created.created_ms } else { last_time_ms };
@@ -213,9 +229,7 @@ impl Node {
     fn group_place(&self, user: &UserName, id: ConversationId) -> Result<Option<ConversationRow>, IndexError> {
         let (Some(group), Some(member)) = (self.group(id)?, self.member(id, user)?) else { return Ok(None) };
         let row = self.head_row(id)?.unwrap_or_default();
-        let parts: Vec<_> = member.readable(row.first, row.head).collect();
-        let first = parts.first().map_or(Seq::ZERO, |(start, _)| *start);
-        let head = parts.last().map_or(Seq::ZERO, |(_, end)| *end);
+        let (first, head) = span(&member, (row.first(), row.head));
         let last_time_ms = if member.standing == Standing::Member { row.last_time_ms } else { member.since_ms };
         let place = blank_row(id, group.name, (first, head), last_time_ms);
         Ok(Some(ConversationRow { standing: Some(member.standing), title: group.title, ..place }))
@@ -231,7 +245,7 @@ impl Node {
         let (Some(member), Some(row)) = (member, self.head_row(conversation)?) else {
             return Ok(Answer::NotReadable);
         };
-        let part = readable(&member, (row.first, row.head), range);
+        let part = readable(&member, (row.first(), row.head), range);
         let reader = Reader { user: Some(reader), member: Some(&member) };
         Ok(match self.messages(conversation, &part.range, reader)? {
             Answer::Messages { messages, .. } => Answer::Messages { first: part.first, head: part.head, messages },

@@ -1,26 +1,33 @@
 //! What a start does with the logs it finds: read on from the index's watermarks, cut torn tails, refuse damage.
 //!
 //! Runs once, on the thread that opens the store, before any shard does. Invariant: afterwards the index holds every
-//! record of every log, and each log ends in zeros after its last readable record.
+//! record of every log, and each log ends in zeros after its last readable record. An index that is made anew takes the
+//! rows of the newest whole checkpoint first; a log begins where that says, and what lies before is removed.
 //!
 //! The rule (see [`super::format`]): unreadable bytes with no readable batch after them were never acknowledged, because
 //! a batch is written only when the one before is durable; they are cut and reported. Unreadable bytes before a readable
 //! batch were durable once: that is damage, and the start is refused.
 
+use std::collections::BTreeMap;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use ringline_schema::disk;
 
+use super::checkpoint::{Checkpoints, Footer, Opened};
 use super::format::{Kind, Place, Position};
 use super::index::{Index, IndexError};
 use super::log::LogEnd;
 use super::overlay::Overlay;
-use super::rows::Watermark;
+use super::rows::{Kept, Watermark};
 use super::scan::{Found, Scanner, Tail, tail};
 use super::segments::{FOREIGN, ReadError, Segment, Segments, reserve};
-use super::{Cut, EmbeddedOptions, OpenError};
+use super::{Cut, EmbeddedOptions, OpenError, OpenReport};
+
+/// A long replay says how far it is once in this time.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Why recovery ended early.
 #[derive(Debug, thiserror::Error)]
@@ -52,21 +59,164 @@ impl From<ReadError> for RecoveryError {
     }
 }
 
+/// Index and logs, agreeing.
+pub(super) struct Recovered {
+    pub index: Index,
+    pub ends: Vec<(u16, LogEnd)>,
+    /// Where logs begin that don't begin with their first segment any more.
+    pub kept: BTreeMap<u16, Kept>,
+    /// The highest number that a checkpoint ever had.
+    pub checkpoint: u64,
+    /// Logs have lost segments, and there is no checkpoint that reads: one has to be made of this index.
+    pub mend: bool,
+}
+
+/// Brings the index in `dir` up to date, or, if there is none yet (`fresh`), makes it.
+pub(super) fn recover_with(
+    dir: &Path,
+    (identity, fresh): (u64, bool),
+    segments: &Segments,
+    (options, report): (&EmbeddedOptions, &mut OpenReport),
+) -> Result<Recovered, RecoveryError> {
+    let index = Index::open(&dir.join("index"), options)?;
+    let checkpoints = Checkpoints::new(dir);
+    let io_error = |source| OpenError::Io { path: dir.to_owned(), source };
+    let begun = if fresh {
+        let begun = restore(&checkpoints, identity, &index, segments)?;
+        // Last: an index that was not filled to the end is nobody's.
+        index.set_identity(identity)?;
+        index.set_kept(&begun.kept)?;
+        begun
+    } else if index.belongs_to(identity)? {
+        Begun::of_index(&checkpoints, identity, &index)?
+    } else {
+        return Err(RecoveryError::Index(IndexError::Foreign));
+    };
+    let watermarks = index.watermarks()?;
+    let progress = Progress::of(segments, &watermarks, &begun.kept).map_err(io_error)?;
+    let mut recovery =
+        Recovery { segments, index: &index, options, begun, progress, replayed_records: 0, cuts: Vec::new() };
+    let recovered = recovery.run(&watermarks);
+    report.replayed_records = recovery.replayed_records;
+    report.cuts.append(&mut recovery.cuts);
+    let Begun { kept, mend, .. } = recovery.begun;
+    let ends = recovered?;
+    report.clean_stop = watermarks.len() == ends.len() && watermarks.iter().all(|(_, watermark)| watermark.closed);
+    checkpoints.remove_unfinished().map_err(io_error)?;
+    let checkpoint = checkpoints.numbers().map_err(io_error)?.last().copied().unwrap_or(0);
+    Ok(Recovered { index, ends, kept, checkpoint, mend })
+}
+
+/// From where logs are read.
+#[derive(Default)]
+struct Begun {
+    kept: BTreeMap<u16, Kept>,
+    /// How far the checkpoint knew each log: none ends before.
+    wanted: BTreeMap<u16, Watermark>,
+    mend: bool,
+}
+
+impl Begun {
+    /// What index and newest checkpoint say; of a log, whichever says more. The index hears of it last.
+    fn of_index(checkpoints: &Checkpoints, identity: u64, index: &Index) -> Result<Self, RecoveryError> {
+        let mut kept = index.kept()?;
+        let known = kept.clone();
+        let newest = checkpoints.newest(identity).map_err(|source| checkpoint_error(checkpoints, source))?;
+        let mend = !matches!(&newest, Some(Ok(_))) && !kept.is_empty();
+        if let Some(Ok(opened)) = newest {
+            for (log, begin) in opened.header.kept {
+                let known = kept.entry(log).or_default();
+                *known = if known.segment < begin.segment { begin } else { *known };
+            }
+        }
+        if kept != known {
+            index.set_kept(&kept)?;
+        }
+        Ok(Self { kept, wanted: BTreeMap::new(), mend })
+    }
+}
+
+/// Fills a new index from the newest checkpoint that reads to its end. Without one, all logs have to be whole.
+fn restore(
+    checkpoints: &Checkpoints,
+    identity: u64,
+    index: &Index,
+    segments: &Segments,
+) -> Result<Begun, RecoveryError> {
+    let io_error = |source| checkpoint_error(checkpoints, source);
+    let (path, header, Footer { rows, watermarks }) = match checkpoints.newest_whole(identity).map_err(io_error)? {
+        Some(Ok(found)) => found,
+        None => return Ok(Begun::default()),
+        Some(Err(error)) => {
+            for log in segments.logs().map_err(io_error)? {
+                if segments.numbers(log).map_err(io_error)?.first().is_some_and(|first| *first > 1) {
+                    return Err(error.into());
+                }
+            }
+            tracing::warn!(%error, "the checkpoint does not read; the logs are whole without it");
+            return Ok(Begun::default());
+        }
+    };
+    tracing::info!(rows, checkpoint = header.number, "the index is filled from the checkpoint");
+    Opened::open(path, identity)?.read(&mut |mut rows| index.restore(&mut rows).map_err(RecoveryError::from))?;
+    Ok(Begun { kept: header.kept, wanted: watermarks, mend: false })
+}
+
+fn checkpoint_error(checkpoints: &Checkpoints, source: io::Error) -> OpenError {
+    OpenError::Io { path: checkpoints.path(0), source }
+}
+
+/// How far a replay is, for who waits for it.
+struct Progress {
+    done_bytes: u64,
+    total_bytes: u64,
+    said: Instant,
+}
+
+impl Progress {
+    fn of(segments: &Segments, watermarks: &[(u16, Watermark)], kept: &BTreeMap<u16, Kept>) -> io::Result<Self> {
+        let mut total_bytes = 0;
+        for log in segments.logs()? {
+            let watermark = watermarks.iter().find(|(of, _)| *of == log).map(|(_, watermark)| watermark.at);
+            let begin = kept.get(&log).copied().unwrap_or_default().segment;
+            let from = watermark.unwrap_or(Position::start_of(begin));
+            for number in segments.listed(log)?.into_iter().filter(|number| *number >= from.segment) {
+                let bytes = std::fs::metadata(segments.path(log, number))?.len();
+                let known = if number == from.segment { u64::from(from.offset) } else { 0 };
+                total_bytes += bytes.saturating_sub(known);
+            }
+        }
+        Ok(Self { done_bytes: 0, total_bytes, said: Instant::now() })
+    }
+
+    fn add(&mut self, bytes: u64, records: u64) {
+        self.done_bytes += bytes;
+        if self.said.elapsed() >= PROGRESS_INTERVAL {
+            self.said = Instant::now();
+            let percent = self.done_bytes.saturating_mul(100) / self.total_bytes.max(1);
+            tracing::info!("reading the logs: {percent} % of at most {} bytes, {records} records", self.total_bytes);
+        }
+    }
+}
+
 /// Brings logs and index together.
-pub(super) struct Recovery<'a> {
-    pub segments: &'a Segments,
-    pub index: &'a Index,
-    pub options: &'a EmbeddedOptions,
-    pub replayed_records: u64,
-    pub cuts: Vec<Cut>,
+struct Recovery<'a> {
+    segments: &'a Segments,
+    index: &'a Index,
+    options: &'a EmbeddedOptions,
+    begun: Begun,
+    progress: Progress,
+    replayed_records: u64,
+    cuts: Vec<Cut>,
 }
 
 impl Recovery<'_> {
     /// Every log's end, in rising order of logs, with everything before it in the index.
-    pub fn run(&mut self, watermarks: &[(u16, Watermark)]) -> Result<Vec<(u16, LogEnd)>, RecoveryError> {
+    fn run(&mut self, watermarks: &[(u16, Watermark)]) -> Result<Vec<(u16, LogEnd)>, RecoveryError> {
         let logs = self.segments.logs().map_err(|error| self.io_error(0, error))?;
-        if let Some((missing, _)) = watermarks.iter().find(|(log, _)| !logs.contains(log)) {
-            return Err(self.damaged(self.segments.path(*missing, 1), 0, "this log is missing").into());
+        let known = watermarks.iter().map(|(log, _)| log).chain(self.begun.kept.keys()).chain(self.begun.wanted.keys());
+        if let Some(missing) = known.copied().find(|log| !logs.contains(log)) {
+            return Err(self.damaged(self.segments.path(missing, 1), 0, "this log is missing").into());
         }
         let mut ends = Vec::new();
         for log in logs {
@@ -80,22 +230,33 @@ impl Recovery<'_> {
 
     /// `None` for a folder in which no segment was ever finished.
     fn log(&mut self, log: u16, watermark: Option<Watermark>) -> Result<Option<LogEnd>, RecoveryError> {
-        let numbers = self.segments.numbers(log).map_err(|error| self.io_error(log, error))?;
-        // Numbers begin at 1 and leave none out.
-        let missing = numbers.iter().zip(1..).find(|&(&number, expected)| number != expected);
+        let kept = self.begun.kept.get(&log).copied().unwrap_or_default();
+        let mut numbers = self.segments.numbers(log).map_err(|error| self.io_error(log, error))?;
+        numbers.retain(|number| *number >= kept.segment);
+        if watermark.is_some_and(|watermark| watermark.at.segment < kept.segment) {
+            // It is older than the checkpoint, and what it lacks is gone.
+            return Err(RecoveryError::Index(IndexError::Foreign));
+        }
+        // Numbers begin where retention has left the log, and leave none out.
+        let missing = numbers.iter().zip(kept.segment..).find(|&(&number, expected)| number != expected);
         let missing = missing.map(|(_, expected)| expected);
+        let missing = missing.or((numbers.is_empty() && kept.segment > 1).then_some(kept.segment));
         let wanted = watermark.map(|watermark| watermark.at.segment).filter(|at| !numbers.contains(at));
         if let Some(number) = missing.or(wanted) {
             return Err(self.damaged(self.segments.path(log, number), 0, "this segment is missing").into());
         }
         let Some(&newest) = numbers.last() else { return Ok(None) };
-        let start = watermark.map_or(Position::start_of(1), |watermark| watermark.at);
-        let run = watermark.map_or(0, |watermark| watermark.run);
+        let start = watermark.map_or(Position::start_of(kept.segment), |watermark| watermark.at);
+        let run = watermark.map_or(kept.run, |watermark| watermark.run);
         let mut replay = Replay { log, overlay: Overlay { run, ..Overlay::default() }, at: start };
         let found_end = self.replay(&mut replay)?;
         self.flush(&mut replay)?;
 
         let (at, segment) = (replay.at, self.segments.get(log, replay.at.segment)?);
+        if self.begun.wanted.get(&log).is_some_and(|wanted| at < wanted.at) {
+            let what = "the log ends before what the checkpoint has seen of it";
+            return Err(self.damaged(segment.path.clone(), at.offset, what).into());
+        }
         let closed_here = watermark.is_some_and(|watermark| watermark.closed && watermark.at == at);
         if !(closed_here && found_end) {
             self.cut_tail(&segment, at.offset)?;
@@ -109,7 +270,17 @@ impl Recovery<'_> {
             }
         }
         let next = if newest > at.segment { Some(self.segments.get(log, at.segment + 1)?) } else { None };
+        self.remove_released(log, kept)?;
         Ok(Some(LogEnd { segment, offset: at.offset, next, run: replay.overlay.run }))
+    }
+
+    /// What a checkpoint has let go and a crash has left.
+    fn remove_released(&self, log: u16, kept: Kept) -> Result<(), RecoveryError> {
+        let numbers = self.segments.numbers(log).map_err(|error| self.io_error(log, error))?;
+        for number in numbers.into_iter().filter(|number| *number < kept.segment && !self.begun.mend) {
+            self.segments.remove(log, number).map_err(|error| self.io_error(log, error))?;
+        }
+        Ok(())
     }
 
     /// Reads records until there are no more; whether the end was a clean one (zeros).
@@ -146,6 +317,7 @@ impl Recovery<'_> {
                 replay.overlay.apply(indexed, place);
                 replay.at.offset = scanner.offset();
                 self.replayed_records += 1;
+                self.progress.add(u64::from(place.bytes), self.replayed_records);
                 if replay.overlay.records >= self.options.flush_records_max {
                     self.flush(replay)?;
                 }

@@ -13,7 +13,7 @@ use ringline_schema::rows::{Row, RowKey, RowValue};
 use super::format::{Place, Position};
 
 /// Version of everything in this file; another one found on disk means: rebuild.
-pub(super) const ROWS_VERSION: u8 = 1;
+pub(super) const ROWS_VERSION: u8 = 2;
 /// Places in one block row.
 pub(super) const BLOCK_PLACES: u64 = 64;
 
@@ -37,6 +37,30 @@ pub(super) fn log_of_watermark_key(key: &[u8]) -> Result<u16, BadRow> {
     match key {
         [b'm', b'w', high, low] => Ok(u16::from_be_bytes([*high, *low])),
         _ => Err(BadRow("watermark key")),
+    }
+}
+
+/// Prefix of the rows that say where a log begins, since retention let go of what was before.
+pub(super) const KEPT_PREFIX: &[u8] = b"mk";
+
+pub(super) fn kept_key(log: u16) -> [u8; 4] {
+    let [high, low] = log.to_be_bytes();
+    [b'm', b'k', high, low]
+}
+
+pub(super) fn log_of_kept_key(key: &[u8]) -> Result<u16, BadRow> {
+    match key {
+        [b'm', b'k', high, low] => Ok(u16::from_be_bytes([*high, *low])),
+        _ => Err(BadRow("log start key")),
+    }
+}
+
+/// Whether a row goes into a checkpoint: all but the places of messages and what is said of this index itself.
+pub(super) fn outlives_log(key: &[u8]) -> bool {
+    match key.first() {
+        Some(b'm') => false,
+        Some(b'c') => key.get(17) != Some(&b'p'),
+        Some(_) | None => true,
     }
 }
 
@@ -181,11 +205,43 @@ impl Watermark {
     }
 }
 
+/// Where a log begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Kept {
+    /// The first segment that must be there. Those below were let go, or will be.
+    pub segment: u32,
+    /// The run that was writing when it begins.
+    pub run: u64,
+}
+
+impl Default for Kept {
+    fn default() -> Self {
+        Self { segment: 1, run: 0 }
+    }
+}
+
+impl Kept {
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Writer::default();
+        out.number(u64::from(self.segment));
+        out.number(self.run);
+        out.0
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self, BadRow> {
+        let mut row = Reader(bytes);
+        Ok(Self { segment: row.small()?, run: row.number()? })
+    }
+}
+
 /// State of a conversation. `head` 0: no message yet.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct HeadRow {
     pub created: Option<Created>,
-    pub first: Seq,
+    /// The lowest that was ever seen.
+    pub lowest: Seq,
+    /// What is below was let go by retention, wherever it may still lie. Only rises.
+    pub floor: Seq,
     pub head: Seq,
     /// Time of the message `head`.
     pub last_time_ms: u64,
@@ -200,8 +256,8 @@ pub(super) struct Created {
 impl HeadRow {
     /// Takes in a message of the conversation.
     pub fn add(&mut self, seq: Seq, time_ms: u64) {
-        if self.first == Seq::ZERO || seq < self.first {
-            self.first = seq;
+        if self.lowest == Seq::ZERO || seq < self.lowest {
+            self.lowest = seq;
         }
         if seq >= self.head {
             self.head = seq;
@@ -216,15 +272,22 @@ impl HeadRow {
         if other.head != Seq::ZERO {
             let (last_time_ms, head) = (other.last_time_ms, other.head);
             self.add(head, last_time_ms);
-            self.first = self.first.min(other.first);
+            self.lowest = self.lowest.min(other.lowest);
         }
+        self.floor = self.floor.max(other.floor);
+    }
+
+    /// The oldest message that is kept; head + 1 when none is, 0 when there never was one.
+    pub fn first(&self) -> Seq {
+        if self.head == Seq::ZERO { Seq::ZERO } else { self.lowest.max(self.floor) }
     }
 
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Writer::default();
-        out.number(self.first.0);
+        out.number(self.lowest.0);
         out.number(self.head.0);
         out.number(self.last_time_ms);
+        out.number(self.floor.0);
         if let Some(created) = &self.created {
             out.number(created.created_ms);
             for member in &created.members {
@@ -236,14 +299,15 @@ impl HeadRow {
 
     pub fn decode(bytes: &[u8]) -> Result<Self, BadRow> {
         let mut row = Reader(bytes);
-        let (first, head, last_time_ms) = (Seq(row.number()?), Seq(row.number()?), row.number()?);
+        let (lowest, head, last_time_ms) = (Seq(row.number()?), Seq(row.number()?), row.number()?);
+        let floor = Seq(row.number()?);
         let created = if row.0.is_empty() {
             None
         } else {
             let created_ms = row.number()?;
             Some(Created { members: [row.name()?, row.name()?], created_ms })
         };
-        Ok(Self { created, first, head, last_time_ms })
+        Ok(Self { created, lowest, floor, head, last_time_ms })
     }
 }
 
@@ -480,13 +544,14 @@ mod tests {
         #[test]
         fn heads_merge_in_any_order(seqs in prop::collection::vec(1u64..50, 1..20), cut in any::<prop::sample::Index>()) {
             let head = |seqs: &[u64]| {
-                let mut head = HeadRow::default();
+                let mut head = HeadRow { floor: Seq(seqs.iter().sum::<u64>() % 60), ..HeadRow::default() };
                 seqs.iter().for_each(|&seq| head.add(Seq(seq), seq * 10));
                 head
             };
             let (left, right) = seqs.split_at(cut.index(seqs.len()));
             let (mut one, mut other) = (head(left), head(right));
-            let (one_was, whole) = (one.clone(), head(&seqs));
+            let whole = HeadRow { floor: one.floor.max(other.floor), ..head(&seqs) };
+            let one_was = one.clone();
             one.merge(&other);
             other.merge(&one_was);
             prop_assert_eq!(&one, &whole);
@@ -507,7 +572,8 @@ mod tests {
     #[test]
     fn rows_read_back() {
         let created = Some(Created { members: [name("ann"), name("bøb")], created_ms: 5 });
-        let head = HeadRow { created, first: Seq(1), head: Seq(300), last_time_ms: 1 << 41 };
+        let head = HeadRow { created, lowest: Seq(1), floor: Seq(290), head: Seq(300), last_time_ms: 1 << 41 };
+        assert_eq!(head.first(), Seq(290));
         assert_eq!(HeadRow::decode(&head.encode()), Ok(head));
         assert_eq!(HeadRow::decode(&HeadRow::default().encode()), Ok(HeadRow::default()));
         for password_hash in [None, Some("$argon2id$".to_owned())] {
@@ -518,6 +584,9 @@ mod tests {
         let watermark = Watermark { at: Position { segment: 7, offset: u32::MAX }, run: 300, closed: true };
         assert_eq!(Watermark::decode(&watermark.encode()), Ok(watermark));
         assert_eq!(log_of_watermark_key(&watermark_key(513)), Ok(513));
+        let kept = Kept { segment: 70_000, run: 300 };
+        assert_eq!(Kept::decode(&kept.encode()), Ok(kept));
+        assert_eq!(log_of_kept_key(&kept_key(513)), Ok(513));
         let id = ConversationId(u128::MAX / 3);
         assert_eq!(conversation_of_list_key(&list_key(&name("ann"), id)), Ok(id));
     }

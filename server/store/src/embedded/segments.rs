@@ -118,15 +118,24 @@ impl Segments {
         Ok(logs)
     }
 
-    /// The segments of a log, in rising order. Removes what an interrupted preparation left.
+    /// The segments of a log, in rising order. Removes what an interrupted preparation left: not for a log in use.
     pub fn numbers(&self, log: u16) -> io::Result<Vec<u32>> {
+        self.list(log, !self.read_only)
+    }
+
+    /// The same of a log in use.
+    pub fn listed(&self, log: u16) -> io::Result<Vec<u32>> {
+        self.list(log, false)
+    }
+
+    fn list(&self, log: u16, clean: bool) -> io::Result<Vec<u32>> {
         let mut numbers = Vec::new();
         for entry in fs::read_dir(self.log_folder(log))? {
             let path = entry?.path();
             let number = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse().ok());
             match (number, path.extension().and_then(|extension| extension.to_str())) {
                 (Some(number), Some("log")) => numbers.push(number),
-                (Some(_), Some("new")) if !self.read_only => fs::remove_file(&path)?,
+                (Some(_), Some("new")) if clean => fs::remove_file(&path)?,
                 _ => {}
             }
         }
@@ -175,6 +184,16 @@ impl Segments {
                 Err(error)
             }
         }
+    }
+
+    /// Removes a segment that nothing is read from any more, and makes that durable; gives its bytes.
+    pub fn remove(&self, log: u16, number: u32) -> io::Result<u64> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).pop(&(log, number));
+        let path = self.path(log, number);
+        let bytes = fs::metadata(&path)?.len();
+        fs::remove_file(path)?;
+        sync_folder(&self.log_folder(log))?;
+        Ok(bytes)
     }
 
     fn make(

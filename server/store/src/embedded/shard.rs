@@ -13,10 +13,11 @@ use crossbeam_channel::{Receiver, Sender, TrySendError};
 use ringline_schema::record::{Query, Record};
 
 use super::indexer::{Job, Reply};
+use super::keeper::Keeper;
 use super::log::{Committed, Log};
 use super::{EmbeddedOptions, Node};
 use crate::write::FileWrite;
-use crate::{LoadToken, Lsn, Store, StoreError, StoreEvent, StoreStats};
+use crate::{LoadToken, Lsn, RetentionStats, Store, StoreError, StoreEvent, StoreStats};
 
 /// The embedded store's handle of one shard; see [`Store`].
 pub struct EmbeddedShard {
@@ -38,6 +39,10 @@ pub struct EmbeddedShard {
     pub(super) loads_open: usize,
     pub(super) events: Vec<StoreEvent>,
     pub(super) failure: Failure,
+    /// Before the node: the last one ends the retention thread, which holds the node too.
+    pub(super) keeper: Arc<Keeper>,
+    /// One handle of a node gives the figures of retention, so that a sum over all is right.
+    pub(super) tells_of_keeper: bool,
     /// Last, so that database and lock go when the rest is gone.
     pub(super) node: Arc<Node>,
 }
@@ -226,7 +231,8 @@ impl Store for EmbeddedShard {
 
     fn stats(&self) -> StoreStats {
         let applied = self.applied_bytes.load(Ordering::Relaxed);
-        StoreStats { index_lag_bytes: self.stats.bytes.saturating_sub(applied), ..self.stats.clone() }
+        let retention = if self.tells_of_keeper { self.keeper.stats() } else { RetentionStats::default() };
+        StoreStats { index_lag_bytes: self.stats.bytes.saturating_sub(applied), retention, ..self.stats.clone() }
     }
 }
 

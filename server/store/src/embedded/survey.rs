@@ -54,19 +54,19 @@ impl SegmentSurvey {
     }
 }
 
-/// Looks through a whole log. `step` hears of every segment that is done, with its size in bytes.
+/// Looks through a whole log from segment `begin` on. `step` hears of every segment that is done, with its size in bytes.
 ///
 /// Errors: what the operating system refuses. Damage is no error here.
 pub(super) fn survey(
     segments: &Segments,
-    log: u16,
+    (log, begin): (u16, u32),
     step: &mut dyn FnMut(u64),
 ) -> Result<Vec<SegmentSurvey>, ReadError> {
     let io_error = |source| ReadError::Io { path: segments.path(log, 1), source };
     let numbers = segments.numbers(log).map_err(io_error)?;
     let mut found: Vec<SegmentSurvey> = Vec::new();
-    for &number in &numbers {
-        let expected = found.last().map_or(1, |last| last.number.saturating_add(1));
+    for &number in numbers.iter().filter(|number| **number >= begin) {
+        let expected = found.last().map_or(begin, |last| last.number.saturating_add(1));
         for missing in expected..number {
             let damage = damage(segments.path(log, missing), 0, 0, "this segment is missing");
             found.push(SegmentSurvey { number: missing, damage: vec![damage], ..SegmentSurvey::default() });

@@ -17,8 +17,10 @@ pub(super) const DEFECTS_MAX: usize = 1000;
 #[derive(Debug, Default)]
 pub(super) struct Sweep {
     pub rows: u64,
-    /// Messages that have a place.
+    /// Messages that have a place, without those below a floor.
     pub messages: u64,
+    /// Conversations of which retention has let something go.
+    pub floors: u64,
     pub defects: Vec<String>,
     /// Defects beyond those.
     pub more_defects: u64,
@@ -80,6 +82,10 @@ impl Sweeper<'_> {
                 rows::decode_keyed(own, value)?;
             }
             Some(b'm') if key == rows::IDENTITY_KEY => {}
+            Some(b'm') if key.starts_with(rows::KEPT_PREFIX) => {
+                rows::log_of_kept_key(key)?;
+                rows::Kept::decode(value)?;
+            }
             Some(b'm') => {
                 let (log, watermark) = (rows::log_of_watermark_key(key)?, Watermark::decode(value)?);
                 let end = self.ends.iter().find(|(of, _)| *of == log).map(|(_, end)| *end);
@@ -99,7 +105,8 @@ impl Sweeper<'_> {
             ConversationPart::Head => {
                 self.finish_conversation();
                 let head = HeadRow::decode(value)?;
-                self.current = Some(Current { id, next: head.first, head });
+                self.found.floors += u64::from(head.floor != Seq::ZERO);
+                self.current = Some(Current { id, next: head.first(), head });
             }
             ConversationPart::Block(number) => self.block(id, number, &Block::decode(value)?),
         }
@@ -113,7 +120,7 @@ impl Sweeper<'_> {
         for (slot, place) in block.0.iter().enumerate() {
             let Some(place) = place else { continue };
             let seq = Seq(number.saturating_mul(rows::BLOCK_PLACES).saturating_add(slot as u64 + 1));
-            let Some(current) = self.current.as_mut().filter(|current| seq >= current.head.first) else { continue };
+            let Some(current) = self.current.as_mut().filter(|current| seq >= current.head.first()) else { continue };
             self.found.messages += 1;
             if seq > current.head.head {
                 self.defect(format!("conversation {id}: message {seq} is above the head"));
