@@ -1,8 +1,9 @@
-//! Where things live, floor 1: pure placement and balance.
+//! Where things live and how nodes speak, floor 1: pure, without sockets, clocks or randomness.
 //!
 //! Partition → node is [`rendezvous`], partition → core within a node is [`placement`], and [`balance`] picks the node a
-//! client should connect to. Membership and links join here with the cluster.
+//! client should connect to. [`link`] is what two nodes say to each other. The server uses [`placement`] alone so far.
 
 pub mod balance;
+pub mod link;
 pub mod placement;
 pub mod rendezvous;

@@ -1,0 +1,19 @@
+//! The link between two shards of different nodes: pure, without sockets or clocks. Owned by one core on each side.
+//!
+//! - [`frame`]: the bytes between two nodes. [`hello`]: who they are, and whether they may speak.
+//! - [`channel`]: batches in order, once each, over any number of connections, within a window that the receiver grants.
+//! - [`dial`]: when to connect again, and which of two connections survives.
+//!
+//! What a connection loses, the channel sends again on the next one, and the receiver drops what it has. Only the end of
+//! a process on either side loses batches: then the side that is still there is told which were never acknowledged, and
+//! their fate is unknown. Above it, a send in such a batch is `UNKNOWN` to its client, whose retry finds out.
+//!
+//! A link carries batches of bytes and does not look into them.
+
+pub mod channel;
+pub mod dial;
+pub mod frame;
+pub mod hello;
+
+#[cfg(test)]
+mod tests;
