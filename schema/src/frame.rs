@@ -119,28 +119,37 @@ pub const TAIL_SPARE_BYTES_MAX: usize = 4_096;
 /// [`TAIL_SPARE_BYTES_MAX`] bytes.
 #[derive(Debug, Default)]
 pub struct TailPool {
-    spare: Vec<Vec<u8>>,
+    #[expect(clippy::vec_box, reason = "as the decoders hold them, which pay a word when they have none")]
+    spare: Vec<Box<Tail>>,
 }
 
 impl TailPool {
-    fn take(&mut self) -> Vec<u8> {
+    fn take(&mut self) -> Box<Tail> {
         self.spare.pop().unwrap_or_default()
     }
 
-    fn give_back(&mut self, mut tail: Vec<u8>) {
-        if self.spare.len() < TAILS_SPARE_MAX && (1..=TAIL_SPARE_BYTES_MAX).contains(&tail.capacity()) {
-            tail.clear();
+    fn give_back(&mut self, mut tail: Box<Tail>) {
+        if self.spare.len() < TAILS_SPARE_MAX && (1..=TAIL_SPARE_BYTES_MAX).contains(&tail.bytes.capacity()) {
+            tail.bytes.clear();
+            tail.given = false;
             self.spare.push(tail);
         }
     }
 }
 
-/// Cuts a stream into frames. Bounded: never holds more than one frame of `frame_bytes_max`.
+/// The first part of a frame whose rest is still to come.
+#[derive(Debug, Default)]
+struct Tail {
+    bytes: Vec<u8>,
+    /// It was completed and given out; it is dropped at the next call.
+    given: bool,
+}
+
+/// Cuts a stream into frames. Bounded: never holds more than one frame of `frame_bytes_max`. A stream that is not in the
+/// middle of a frame costs a word: most connections of a server are idle.
 #[derive(Debug, Default)]
 pub struct FrameDecoder {
-    tail: Vec<u8>,
-    /// The tail holds a frame that `next` has given out; it is dropped at the next call.
-    tail_given: bool,
+    tail: Option<Box<Tail>>,
 }
 
 impl FrameDecoder {
@@ -150,12 +159,12 @@ impl FrameDecoder {
 
     /// Bytes of an unfinished frame held back.
     pub fn buffered(&self) -> usize {
-        if self.tail_given { 0 } else { self.tail.len() }
+        self.tail.as_ref().filter(|tail| !tail.given).map_or(0, |tail| tail.bytes.len())
     }
 
     /// The unfinished frame, to hand it over with the connection.
     pub fn into_tail(self) -> Vec<u8> {
-        if self.tail_given { Vec::new() } else { self.tail }
+        self.tail.filter(|tail| !tail.given).map(|tail| tail.bytes).unwrap_or_default()
     }
 
     /// The next frame of `input`, which is advanced past it. `Ok(None)`: the input is used up, more is needed.
@@ -166,9 +175,7 @@ impl FrameDecoder {
         input: &mut &'i [u8],
         frame_bytes_max: u32,
     ) -> Result<Option<Frame<'s>>, FrameError> {
-        if std::mem::replace(&mut self.tail_given, false) {
-            self.tail = Vec::new();
-        }
+        drop(self.take_given());
         self.cut(input, frame_bytes_max)
     }
 
@@ -179,12 +186,12 @@ impl FrameDecoder {
         frame_bytes_max: u32,
         pool: &mut TailPool,
     ) -> Result<Option<Frame<'s>>, FrameError> {
-        if std::mem::replace(&mut self.tail_given, false) {
-            pool.give_back(std::mem::take(&mut self.tail));
+        if let Some(tail) = self.take_given() {
+            pool.give_back(tail);
         }
         // What is left of the input is an unfinished frame only in the last call, so look before taking.
-        if self.tail.capacity() == 0 && !input.is_empty() && !holds_frame(input) {
-            self.tail = pool.take();
+        if self.tail.is_none() && !input.is_empty() && !holds_frame(input) {
+            self.tail = Some(pool.take());
         }
         self.cut(input, frame_bytes_max)
     }
@@ -194,48 +201,59 @@ impl FrameDecoder {
         input: &mut &'i [u8],
         frame_bytes_max: u32,
     ) -> Result<Option<Frame<'s>>, FrameError> {
-        if self.tail.is_empty() {
-            let Some(header_bytes) = input.first_chunk::<FRAME_HEADER_BYTES>() else {
-                self.keep(input);
-                return Ok(None);
-            };
-            let header = Header::decode(header_bytes, frame_bytes_max)?;
-            let Some((raw, rest)) = input.split_at_checked(header.frame_bytes()) else {
-                self.tail.reserve_exact(header.frame_bytes());
-                self.keep(input);
-                return Ok(None);
-            };
-            *input = rest;
-            return Ok(Some(Frame { header, body: raw.get(FRAME_HEADER_BYTES..).unwrap_or(&[]), raw }));
+        if self.tail.as_ref().is_some_and(|tail| !tail.bytes.is_empty()) {
+            return self.finish_tail(input, frame_bytes_max);
         }
-        self.finish_tail(input, frame_bytes_max)
-    }
-
-    fn finish_tail<'s>(&'s mut self, input: &mut &[u8], frame_bytes_max: u32) -> Result<Option<Frame<'s>>, FrameError> {
-        self.fill(input, FRAME_HEADER_BYTES);
-        let Some(header_bytes) = self.tail.first_chunk::<FRAME_HEADER_BYTES>() else {
+        let Some(header_bytes) = input.first_chunk::<FRAME_HEADER_BYTES>() else {
+            self.keep(input, 0);
             return Ok(None);
         };
         let header = Header::decode(header_bytes, frame_bytes_max)?;
-        self.fill(input, header.frame_bytes());
-        if self.tail.len() < header.frame_bytes() {
+        let Some((raw, rest)) = input.split_at_checked(header.frame_bytes()) else {
+            self.keep(input, header.frame_bytes());
+            return Ok(None);
+        };
+        *input = rest;
+        Ok(Some(Frame { header, body: raw.get(FRAME_HEADER_BYTES..).unwrap_or(&[]), raw }))
+    }
+
+    fn finish_tail<'s>(&'s mut self, input: &mut &[u8], frame_bytes_max: u32) -> Result<Option<Frame<'s>>, FrameError> {
+        let Some(tail) = &mut self.tail else { return Ok(None) };
+        tail.fill(input, FRAME_HEADER_BYTES);
+        let Some(header_bytes) = tail.bytes.first_chunk::<FRAME_HEADER_BYTES>() else {
+            return Ok(None);
+        };
+        let header = Header::decode(header_bytes, frame_bytes_max)?;
+        tail.fill(input, header.frame_bytes());
+        if tail.bytes.len() < header.frame_bytes() {
             return Ok(None);
         }
-        self.tail_given = true;
-        Ok(Some(Frame { header, body: self.tail.get(FRAME_HEADER_BYTES..).unwrap_or(&[]), raw: &self.tail }))
+        tail.given = true;
+        Ok(Some(Frame { header, body: tail.bytes.get(FRAME_HEADER_BYTES..).unwrap_or(&[]), raw: &tail.bytes }))
     }
 
+    fn take_given(&mut self) -> Option<Box<Tail>> {
+        self.tail.take_if(|tail| tail.given)
+    }
+
+    /// Keeps the rest of the input, the first part of a frame of so many bytes (0: not known yet).
+    fn keep(&mut self, input: &mut &[u8], frame_bytes: usize) {
+        if !input.is_empty() {
+            let tail = self.tail.get_or_insert_default();
+            tail.bytes.reserve_exact(frame_bytes);
+            tail.bytes.extend_from_slice(input);
+            *input = &[];
+        }
+    }
+}
+
+impl Tail {
     /// Moves bytes from the input until the tail holds `wanted`, or the input is empty.
     fn fill(&mut self, input: &mut &[u8], wanted: usize) {
-        let missing = wanted.saturating_sub(self.tail.len()).min(input.len());
+        let missing = wanted.saturating_sub(self.bytes.len()).min(input.len());
         let (taken, rest) = input.split_at(missing);
-        self.tail.extend_from_slice(taken);
+        self.bytes.extend_from_slice(taken);
         *input = rest;
-    }
-
-    fn keep(&mut self, input: &mut &[u8]) {
-        self.tail.extend_from_slice(input);
-        *input = &[];
     }
 }
 
@@ -361,17 +379,18 @@ mod tests {
                     assert_eq!((frame.header.request_id, frame.body), (*seen, &[*seen as u8; 100][..]));
                     *seen += 1;
                 }
-                rooms.extend((decoder.tail.capacity() > 0).then_some(decoder.tail.as_ptr()));
+                rooms.extend(decoder.tail.as_ref().map(|tail| tail.bytes.as_ptr()));
             }
         }
         assert_eq!(seen, [40; 2]);
-        assert!(decoders.iter().all(|decoder| decoder.tail.capacity() == 0), "an emptied tail is in the pool");
+        assert!(decoders.iter().all(|decoder| decoder.tail.is_none()), "an emptied tail is in the pool");
         rooms.sort();
         rooms.dedup();
         assert!(rooms.len() <= 4 && !pool.spare.is_empty(), "{} blocks for 60 unfinished frames", rooms.len());
         // A large one is not kept.
         let (large, kept) = (frame(0x106, 9, &[1; 900]), pool.spare.len());
-        let mut decoder = FrameDecoder { tail: Vec::with_capacity(TAIL_SPARE_BYTES_MAX + 1), tail_given: true };
+        let tail = Tail { bytes: Vec::with_capacity(TAIL_SPARE_BYTES_MAX + 1), given: true };
+        let mut decoder = FrameDecoder { tail: Some(Box::new(tail)) };
         assert!(decoder.next_pooled(&mut &large[..], MAX, &mut pool).unwrap().is_some());
         assert_eq!(pool.spare.len(), kept);
     }
@@ -384,6 +403,7 @@ mod tests {
         assert_eq!(decoder.buffered(), 100);
         assert!(decoder.next(&mut &bytes[100..], MAX).unwrap().is_some());
         assert!(decoder.next(&mut &[][..], MAX).unwrap().is_none());
-        assert_eq!(decoder.tail.capacity(), 0);
+        assert!(decoder.tail.is_none());
+        assert_eq!(size_of::<FrameDecoder>(), size_of::<usize>());
     }
 }

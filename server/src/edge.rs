@@ -19,7 +19,7 @@ use crate::net::{Flow, Net, Sending};
 /// How long a closing connection may take to accept its last output and to end its own stream.
 const LINGER_US: u64 = 1_000_000;
 /// Bytes read and thrown away from a closing connection, so that the last answer is not lost to a reset.
-const LINGER_BYTES_MAX: usize = 1024 * 1024;
+const LINGER_BYTES_MAX: u32 = 1024 * 1024;
 /// Buffers of one connection written in one turn.
 const WRITES_PER_TURN_MAX: usize = 4;
 
@@ -50,7 +50,7 @@ enum State {
     Closing {
         /// All output is in the kernel and the stream was ended.
         finished: bool,
-        discarded_bytes: usize,
+        discarded_bytes: u32,
     },
     Leaving(Box<Leaving>),
 }
@@ -62,12 +62,16 @@ struct Leaving {
     output: Option<Vec<u8>>,
 }
 
+/// Its slot is its place in the table.
 struct Connection {
-    id: ConnId,
     decoder: FrameDecoder,
     state: State,
+    generation: u32,
     in_flight: bool,
 }
+
+// Every connection pays for it; see "Cost of a connection" in tuning.md.
+const _: () = assert!(size_of::<Option<Connection>>() <= 32);
 
 /// All connections of a core.
 #[derive(Default)]
@@ -90,7 +94,8 @@ impl Edge {
         }
         if let Some(place) = self.table.get_mut(slot) {
             debug_assert!(place.is_none(), "slot {slot} has a tenant");
-            *place = Some(Connection { id: conn, decoder: FrameDecoder::new(), state: State::Open, in_flight: false });
+            let (decoder, generation) = (FrameDecoder::new(), conn.generation);
+            *place = Some(Connection { decoder, state: State::Open, generation, in_flight: false });
         }
     }
 
@@ -100,7 +105,7 @@ impl Edge {
         match &mut connection.state {
             State::Open => {}
             State::Closing { discarded_bytes, .. } => {
-                *discarded_bytes = discarded_bytes.saturating_add(bytes.len());
+                *discarded_bytes = discarded_bytes.saturating_add(u32::try_from(bytes.len()).unwrap_or(u32::MAX));
                 return if *discarded_bytes > LINGER_BYTES_MAX { Flow::Stop } else { Flow::Continue };
             }
             State::Leaving(leaving) => {
@@ -108,7 +113,7 @@ impl Edge {
                 return Flow::Stop;
             }
         }
-        match decode(connection, turn, bytes, &mut self.tails) {
+        match decode((conn, connection), turn, bytes, &mut self.tails) {
             Decoded::All => Flow::Continue,
             Decoded::Stopped => {
                 // `Effect::Close` is on its way. Reading goes on, to throw away.
@@ -133,7 +138,7 @@ impl Edge {
                 return;
             }
             let Some(buffer) = turn.shard.take_output(conn) else {
-                return finish_if_closing(connection, net);
+                return finish_if_closing((conn, connection), net);
             };
             let (bytes, done) = match net.send(conn, buffer) {
                 Sending::Done(buffer) => {
@@ -266,14 +271,14 @@ impl Edge {
 }
 
 fn find(table: &mut [Option<Connection>], conn: ConnId) -> Option<&mut Connection> {
-    table.get_mut(conn.slot as usize)?.as_mut().filter(|connection| connection.id == conn)
+    table.get_mut(conn.slot as usize)?.as_mut().filter(|connection| connection.generation == conn.generation)
 }
 
-fn finish_if_closing(connection: &mut Connection, net: &mut dyn Net) {
+fn finish_if_closing((conn, connection): (ConnId, &mut Connection), net: &mut dyn Net) {
     if let State::Closing { finished, .. } = &mut connection.state
         && !std::mem::replace(finished, true)
     {
-        net.finish(connection.id);
+        net.finish(conn);
     }
 }
 
@@ -283,9 +288,13 @@ enum Decoded {
     HandOver(Leaving),
 }
 
-fn decode(connection: &mut Connection, turn: &mut Turn<'_>, mut input: &[u8], tails: &mut TailPool) -> Decoded {
+fn decode(
+    (conn, connection): (ConnId, &mut Connection),
+    turn: &mut Turn<'_>,
+    mut input: &[u8],
+    tails: &mut TailPool,
+) -> Decoded {
     let (shard, fx, now) = (&mut *turn.shard, &mut *turn.fx, turn.now);
-    let conn = connection.id;
     loop {
         let frame = match connection.decoder.next_pooled(&mut input, shard.frame_limit(conn), tails) {
             Ok(None) => return Decoded::All,

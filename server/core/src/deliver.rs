@@ -84,7 +84,7 @@ impl Shard {
         }
         let mut to = &message.to;
         if self.planted.is(Bug::WrongUser) {
-            to = self.online_names.iter().find(|name| **name != message.from).unwrap_or(to);
+            to = self.online.listed_after(None).find(|name| **name != message.from).unwrap_or(to);
         }
         let Some(conns) = self.online.get(to) else { return };
         let wire = message.as_wire();
@@ -112,7 +112,7 @@ impl Shard {
         fx: &mut Effects,
     ) -> Result<(), ErrorCode> {
         let login = self.sessions.login_mut(conn).ok_or(ErrorCode::NotLoggedIn)?;
-        let known = login.known.get_mut(&conversation).ok_or(ErrorCode::NoSuchConversation)?;
+        let known = login.known_mut(conversation).ok_or(ErrorCode::NoSuchConversation)?;
         if seq > known.shown {
             return Err(ErrorCode::BadRequest);
         }
@@ -224,14 +224,14 @@ impl Shard {
     pub(crate) fn flush_cursors(&mut self, fx: &mut Effects) {
         for (conn, conversation) in std::mem::take(&mut self.dirty_cursors) {
             let Some(login) = self.sessions.login_mut(conn) else { continue };
-            let Some(known) = login.known.get_mut(&conversation) else { continue };
+            let Some(known) = login.known_mut(conversation) else { continue };
             let (acked, user, device) = (known.acked, login.user.clone(), login.device);
             if self.tell_delivered(&user, (conversation, acked), fx).is_err() {
                 self.dirty_cursors.push((conn, conversation));
                 self.arm_cursors();
                 continue;
             }
-            if let Some(known) = self.sessions.login_mut(conn).and_then(|login| login.known.get_mut(&conversation)) {
+            if let Some(known) = self.sessions.login_mut(conn).and_then(|login| login.known_mut(conversation)) {
                 known.dirty = false;
             }
             self.append_cursor(Record::Cursor { user, device, conversation, seq: acked }, fx);

@@ -1,9 +1,10 @@
 //! The devices of a user: noted at login, DEVICES lists them, DROP_DEVICE logs one out. Runs on the shard of the user, which
 //! alone writes their rows.
 //!
-//! A device that could not be noted (the queue to the disk was full) is listed for as long as it is online. Invariants: at
-//! most `DEVICES_PER_USER_MAX` are remembered after each login; stamps follow the clock, so a device that comes back after
-//! it was dropped is newer than its removal.
+//! A device that could not be noted (the queue to the disk was full) is listed for as long as it is online. The time of a
+//! last login is that of the last one noted, at most [`NOTED_MS`] earlier. Invariants: at most `DEVICES_PER_USER_MAX` are
+//! remembered after each login that is noted; stamps follow the clock, so a device that comes back after it was dropped
+//! is newer than its removal.
 
 use std::collections::BTreeMap;
 
@@ -22,6 +23,9 @@ use crate::shard::{Question, Shard};
 
 /// Rows asked for: more than there should be, so that those too many are found.
 const ROWS_MAX: u16 = 2 * limits::DEVICES_PER_USER_MAX as u16;
+
+/// A login so soon after the one that was noted is not: clients that lost their network come back all at once.
+const NOTED_MS: u64 = 60_000;
 
 /// What the rows of a user's devices are wanted for.
 #[derive(Debug)]
@@ -129,6 +133,12 @@ impl Shard {
         }
         let now_ms = self.now.unix_ms;
         let before = known.remove(&device);
+        let noted = |(_, row): &(u64, DeviceRow)| {
+            row.kind == kind && row.agent == agent && now_ms < row.last_ms.saturating_add(NOTED_MS)
+        };
+        if before.as_ref().is_some_and(noted) {
+            return;
+        }
         let first_ms = before.as_ref().map_or(now_ms, |(_, row)| row.first_ms);
         let stamp = self.device_stamp(before.map(|(stamp, _)| stamp));
         let row = DeviceRow { kind, agent, first_ms, last_ms: now_ms };

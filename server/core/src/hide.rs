@@ -41,7 +41,7 @@ impl Shard {
         }
         let login = self.sessions.login_mut(origin.conn).ok_or(ErrorCode::NotLoggedIn)?;
         let (user, conversation) = (login.user.clone(), ConversationId::with(&login.user, &with));
-        let shown = login.known.get(&conversation).map_or(Seq::ZERO, |known| known.shown);
+        let shown = login.known().get(&conversation).map_or(Seq::ZERO, |known| known.shown);
         let (after, before) = (Seq(seq.0.saturating_sub(1)), Some(Seq(seq.0.saturating_add(1))));
         let range = Range { after, before, limit: 1, bytes_max: 1, newest: false };
         let query = Query::Messages { conversation, range, reader: Some(user.clone()) };

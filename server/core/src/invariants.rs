@@ -28,14 +28,20 @@ impl Shard {
             let conns = self.online.get(&login.user).expect("a logged-in user is online");
             assert_eq!(conns.iter().filter(|&&conn| conn == session.conn).count(), 1);
             assert!(login.sends_in_flight <= ringline_schema::limits::SENDS_IN_FLIGHT_MAX);
-            for known in login.known.values() {
+            for known in login.known().values() {
                 assert!(known.acked <= known.shown, "acknowledged more than was shown");
             }
         }
-        let listed: usize = self.online.values().map(|devices| devices.len()).sum();
-        assert_eq!((listed, self.logged_in), (logged_in, logged_in), "the online list is the logged-in sessions");
+        let listed: usize = self.online.iter().map(|(_, devices)| devices.len()).sum();
+        assert_eq!(
+            (listed, self.online.devices()),
+            (logged_in, logged_in),
+            "the online list is the logged-in sessions"
+        );
         // Those who are not visible are not on the list.
-        assert!(self.online_names.iter().all(|name| self.online.contains_key(name)));
+        assert!(self.online.listed_after(None).all(|name| self.online.contains_key(name)));
+        let away = |(user, _): (&_, &_)| !self.online.contains_key(user);
+        assert!(self.social.settings.iter().all(away), "settings are in one place");
     }
 
     fn check_conversations(&self) {

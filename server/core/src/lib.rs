@@ -8,9 +8,9 @@
 //! - `session`: connections, their states and output. `login`: who is who. `send`, `conversation`: the way of a
 //!   message from its sender to the log. `deliver`: from the log to the devices, and back as acknowledgements.
 //!   `amend`: edits, recalls, deletions. `hide`: a message deleted for one user. `read`: history. `list`: conversations
-//!   and marks. `devices`: of a user. `sync`: what a device missed. `receipts`, `receipt_list`: who has received and read
-//!   what. `social`: signals, block lists, privacy, presence. `group`: groups, their rules and their fan-out. `chat`: who
-//!   serves which.
+//!   and marks. `devices`: of a user. `online`: who is here. `sync`: what a device missed. `receipts`, `receipt_list`:
+//!   who has received and read what. `social`: signals, block lists, privacy, presence. `group`: groups, their rules and
+//!   their fan-out. `chat`: who serves which.
 
 #![forbid(unsafe_code)]
 
@@ -28,6 +28,7 @@ mod hide;
 mod invariants;
 mod list;
 mod login;
+mod online;
 mod peer;
 pub mod planted;
 mod read;

@@ -63,7 +63,7 @@ impl Shard {
         let fit = (self.config.frame_bytes_max / 2 / ROW_BYTES).clamp(1, u32::from(limits::PAGE_ROWS_MAX)) as u16;
         let limit = self.page_rows(limit).min(fit);
         let Some(login) = self.sessions.login_mut(conn) else { return };
-        let query = Query::Conversations { user: login.user.clone(), device: login.key, cursor, limit };
+        let query = Query::Conversations { user: login.user.clone(), device: login.key(), cursor, limit };
         self.load(Question::Conversations(origin), query, fx);
     }
 
@@ -119,7 +119,7 @@ impl Shard {
         let origin = work.origin;
         let Some(login) = self.sessions.login_mut(origin.conn) else { return };
         // What this session has said is newer than what was written of it.
-        let acked = |id: &ConversationId| login.known.get(id).map_or(Seq::ZERO, |known| known.acked);
+        let acked = |id: &ConversationId| login.known().get(id).map_or(Seq::ZERO, |known| known.acked);
         let conversations = (work.rows.iter().zip(&work.lasts))
             .map(|(row, last)| Conversation {
                 conversation: row.conversation,
@@ -149,9 +149,9 @@ impl Shard {
             return Err(ErrorCode::Busy);
         }
         let login = self.sessions.login_mut(origin.conn).ok_or(ErrorCode::NotLoggedIn)?;
-        let (user, device, id) = (login.user.clone(), login.key, mark.conversation);
+        let (user, device, id) = (login.user.clone(), login.key(), mark.conversation);
         // What this session was shown is theirs; a list may learn of a new conversation a moment later.
-        let known = login.known.contains_key(&id);
+        let known = login.known().contains_key(&id);
         if !self.marking.insert(user.clone()) {
             return Err(ErrorCode::Busy);
         }

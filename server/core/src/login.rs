@@ -4,7 +4,7 @@
 //! unknown user and a bad token end in the same answer, after the same work.
 
 use ringline_schema::errors::ErrorCode;
-use ringline_schema::ids::{DeviceId, DeviceKey, UserName};
+use ringline_schema::ids::{DeviceId, UserName};
 use ringline_schema::limits;
 use ringline_schema::message::{self, Credential, DeviceKind, KickReason, LoginOk, Reply, Secret};
 use ringline_schema::record::{Answer, Query, Record, User};
@@ -128,8 +128,8 @@ impl Shard {
     fn may_attempt(&self, conn: ConnId, user: &str) -> Result<UserName, ErrorCode> {
         match self.sessions.get(conn).map(|session| &session.state) {
             Some(State::LoggedIn(_)) => return Err(ErrorCode::AlreadyLoggedIn),
-            Some(State::Greeted { attempt: Some(_), .. }) => return Err(ErrorCode::LoginInProgress),
-            Some(State::Greeted { attempt: None, .. } | State::Fresh | State::Draining) | None => {}
+            Some(State::Greeted(Some(_))) => return Err(ErrorCode::LoginInProgress),
+            Some(State::Greeted(None) | State::Fresh | State::Draining) | None => {}
         }
         if self.draining {
             return Err(ErrorCode::ShuttingDown);
@@ -147,7 +147,7 @@ impl Shard {
 
     fn put_attempt(&mut self, conn: ConnId, attempt: Attempt) -> bool {
         match self.sessions.get_mut(conn).map(|session| &mut session.state) {
-            Some(State::Greeted { attempt: place, .. }) => {
+            Some(State::Greeted(place)) => {
                 *place = Some(Box::new(attempt));
                 true
             }
@@ -157,7 +157,7 @@ impl Shard {
 
     fn take_attempt(&mut self, conn: ConnId) -> Option<Attempt> {
         match self.sessions.get_mut(conn).map(|session| &mut session.state) {
-            Some(State::Greeted { attempt, .. }) => attempt.take().map(|attempt| *attempt),
+            Some(State::Greeted(attempt)) => attempt.take().map(|attempt| *attempt),
             Some(State::Fresh | State::LoggedIn(_) | State::Draining) | None => None,
         }
     }
@@ -281,9 +281,9 @@ impl Shard {
     fn login_failed(&mut self, conn: ConnId, request_id: u32, fx: &mut Effects) {
         self.sessions.counters.login_failures += 1;
         let mut too_many = false;
-        if let Some(State::Greeted { failures, .. }) = self.sessions.get_mut(conn).map(|session| &mut session.state) {
-            *failures += 1;
-            too_many = *failures >= LOGIN_FAILURES_MAX;
+        if let Some(session) = self.sessions.get_mut(conn) {
+            session.failures = session.failures.saturating_add(1);
+            too_many = session.failures >= LOGIN_FAILURES_MAX;
         }
         let code = if too_many { ErrorCode::TooManyLogins } else { ErrorCode::AuthFailed };
         self.sessions.fail(conn, request_id, code, fx);
@@ -294,26 +294,16 @@ impl Shard {
         let user = attempt.user;
         self.apply_device_policy(&user, (device, kind), fx);
         self.logins += 1;
-        let login = Login {
-            key: DeviceKey::new(&user, device),
-            user: user.clone(),
-            device,
-            kind,
-            sends_in_flight: 0,
-            last_sent: None,
-            known: Default::default(),
-            social: None,
-            lagged: Default::default(),
-        };
+        let login = Login::new(user.clone(), device, kind);
         let Some(session) = self.sessions.get_mut(conn) else { return };
         self.users.pop(&user);
         session.state = State::LoggedIn(Box::new(login));
-        // Until now the connection was looked at for its login alone.
-        self.look_at(conn, self.now.mono_us + self.config.write_stall_ms * 1_000);
-        self.online.entry(user.clone()).or_default().push(conn);
-        self.logged_in += 1;
-        self.online_names.insert(user.clone());
-        let first = self.online.get(&user).is_some_and(|conns| conns.len() == 1);
+        // Until now the connection was looked at for its login alone. If that look is soon enough, it serves.
+        let look_us = self.now.mono_us + self.config.write_stall_ms * 1_000;
+        if session.look_us > look_us {
+            self.look_at(conn, look_us);
+        }
+        let first = self.online.add(&user, conn);
         self.sessions.counters.logins += 1;
         let ok = LoginOk {
             user: user.as_str(),
@@ -375,21 +365,15 @@ impl Shard {
 
     /// A device is gone: off the online list, its cursors written.
     pub(crate) fn forget_login(&mut self, conn: ConnId, login: &Login, fx: &mut Effects) {
-        if let Some(conns) = self.online.get_mut(&login.user) {
-            let before = conns.len();
-            conns.retain(|other| *other != conn);
-            self.logged_in -= before - conns.len();
-            if conns.is_empty() {
-                self.online.remove(&login.user);
-                self.online_names.remove(&login.user);
-                self.left(&login.user, fx);
-            }
+        if let Some(settings) = self.online.remove(&login.user, conn) {
+            self.settings_left(&login.user, settings);
+            self.left(&login.user, fx);
         }
-        for user in login.social.iter().flat_map(|social| &social.watching) {
+        for user in login.social().iter().flat_map(|social| &social.watching) {
             self.forget_watch(conn, user);
         }
         self.syncs.remove(&conn);
-        for (conversation, known) in login.known.iter().filter(|(_, known)| known.dirty) {
+        for (conversation, known) in login.known().iter().filter(|(_, known)| known.dirty) {
             self.write_cursor(login, *conversation, known.acked, fx);
         }
     }

@@ -134,9 +134,7 @@ impl Shard {
 
     /// This shard's part of the online list.
     pub(crate) fn online_part(&mut self, origin: Origin, (after, limit): (Option<UserName>, u16), fx: &mut Effects) {
-        use std::ops::Bound::{Excluded, Unbounded};
-        let start = after.as_ref().map_or(Unbounded, Excluded);
-        let mut names = self.online_names.range::<UserName, _>((start, Unbounded));
+        let mut names = self.online.listed_after(after.as_ref());
         let users: Vec<_> = names
             .by_ref()
             .take(usize::from(limit))

@@ -155,7 +155,7 @@ impl Shard {
         fx: &mut Effects,
     ) -> Result<(), ErrorCode> {
         let login = self.sessions.login_mut(origin.conn).ok_or(ErrorCode::NotLoggedIn)?;
-        let shown = login.known.get(&conversation).is_some_and(|known| seq <= known.shown);
+        let shown = login.known().get(&conversation).is_some_and(|known| seq <= known.shown);
         let (user, origin, delivered) = (login.user.clone(), Some(origin), Seq::ZERO);
         self.send_up(ReceiptUp { origin, conversation, user, delivered, read: seq, shown }, fx)
     }

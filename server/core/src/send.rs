@@ -89,7 +89,7 @@ impl Shard {
             return Err(ErrorCode::Busy);
         }
         let conversation = login.conversation(&to);
-        let (from, device, device_key) = (login.user.clone(), login.device, login.key);
+        let (from, device, device_key) = (login.user.clone(), login.device, login.key());
         let owner = self.owner(conversation.partition());
         if !self.is_here(owner) && self.is_blocked(owner) {
             return Err(ErrorCode::Busy);
@@ -190,7 +190,7 @@ impl Shard {
             from: login.user.clone(),
             to,
             device: login.device,
-            device_key: login.key,
+            device_key: login.key(),
             client_seq: send.client_seq,
             kind: send.kind,
             body: keep_body(&mut self.bodies, send.body),

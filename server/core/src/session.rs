@@ -28,10 +28,7 @@ pub enum State {
     /// Nothing was heard yet.
     Fresh,
     /// Speaks the protocol, has not proved who it is. At most one REGISTER or LOGIN is under way.
-    Greeted {
-        attempt: Option<Box<Attempt>>,
-        failures: u8,
-    },
+    Greeted(Option<Box<Attempt>>),
     LoggedIn(Box<Login>),
     /// Told why it ends; what is queued is still written.
     Draining,
@@ -42,21 +39,28 @@ pub enum State {
 pub struct Login {
     pub user: UserName,
     pub device: DeviceId,
-    pub key: DeviceKey,
     pub kind: DeviceKind,
     /// Durable sends without an answer.
     pub sends_in_flight: u32,
-    /// The conversation of the last durable send, whose id is a hash of two names.
-    /// Behind a pointer, like `lagged`: most connections of a server are idle, and pay for both with a word.
-    pub last_sent: Option<Box<(UserName, ConversationId)>>,
-    /// Conversations this device has seen something of.
-    pub known: BTreeMap<ConversationId, Known>,
-    /// What few devices have, so that the others stay small.
-    pub social: Option<Box<Sociable>>,
-    /// Dropped durable deliveries that LAGGED has yet to tell.
-    #[expect(clippy::box_collection, reason = "an idle connection pays 8 bytes for it instead of 24")]
-    pub lagged: Option<Box<BTreeMap<ConversationId, Lag>>>,
+    /// What only a device has that does something: most connections of a server are idle, and pay for it with a word.
+    active: Option<Box<Active>>,
 }
+
+/// What a device has once it has sent, been given or asked for something.
+#[derive(Debug)]
+struct Active {
+    key: DeviceKey,
+    /// The conversation of the last durable send, whose id is a hash of two names.
+    last_sent: Option<(UserName, ConversationId)>,
+    /// Conversations this device has seen something of.
+    known: BTreeMap<ConversationId, Known>,
+    /// What few devices have, so that the others stay small.
+    social: Option<Box<Sociable>>,
+    /// Dropped durable deliveries that LAGGED has yet to tell.
+    lagged: BTreeMap<ConversationId, Lag>,
+}
+
+static NOTHING_KNOWN: BTreeMap<ConversationId, Known> = BTreeMap::new();
 
 /// What a device has been given of a conversation, and what it says it has.
 #[derive(Clone, Copy, Debug, Default)]
@@ -76,32 +80,73 @@ pub struct Lag {
 }
 
 impl Login {
+    pub fn new(user: UserName, device: DeviceId, kind: DeviceKind) -> Self {
+        Self { user, device, kind, sends_in_flight: 0, active: None }
+    }
+
+    fn active(&mut self) -> &mut Active {
+        self.active.get_or_insert_with(|| {
+            let key = DeviceKey::new(&self.user, self.device);
+            let (known, lagged) = (BTreeMap::new(), BTreeMap::new());
+            Box::new(Active { key, last_sent: None, known, social: None, lagged })
+        })
+    }
+
+    /// Who the device is to conversations: a hash, which is remembered.
+    pub fn key(&mut self) -> DeviceKey {
+        self.active().key
+    }
+
     /// The id of the conversation with `to`, a user or a group.
     pub fn conversation(&mut self, to: &UserName) -> ConversationId {
-        if let Some((name, conversation)) = self.last_sent.as_deref()
+        if let Some((name, conversation)) = self.active.as_ref().and_then(|active| active.last_sent.as_ref())
             && name == to
         {
             return *conversation;
         }
         let conversation = ConversationId::with(&self.user, to);
-        let sent = (to.clone(), conversation);
-        match &mut self.last_sent {
-            Some(last) => **last = sent,
-            None => self.last_sent = Some(Box::new(sent)),
-        }
+        self.active().last_sent = Some((to.clone(), conversation));
         conversation
+    }
+
+    /// Conversations this device has seen something of.
+    pub fn known(&self) -> &BTreeMap<ConversationId, Known> {
+        self.active.as_ref().map_or(&NOTHING_KNOWN, |active| &active.known)
+    }
+
+    pub fn known_mut(&mut self, conversation: ConversationId) -> Option<&mut Known> {
+        self.active.as_mut()?.known.get_mut(&conversation)
+    }
+
+    /// What few devices have.
+    pub fn social(&self) -> Option<&Sociable> {
+        self.active.as_ref()?.social.as_deref()
+    }
+
+    pub fn social_mut(&mut self) -> &mut Sociable {
+        self.active().social.get_or_insert_default()
     }
 
     /// Notes that this device was given `seq`.
     pub fn show(&mut self, conversation: ConversationId, seq: Seq) {
-        let known = self.known.entry(conversation).or_default();
+        let all = &mut self.active().known;
+        let known = all.entry(conversation).or_default();
         known.shown = known.shown.max(seq);
-        if self.known.len() > KNOWN_CONVERSATIONS_MAX {
-            let clean = self.known.iter().find(|(id, known)| !known.dirty && **id != conversation);
+        if all.len() > KNOWN_CONVERSATIONS_MAX {
+            let clean = all.iter().find(|(id, known)| !known.dirty && **id != conversation);
             if let Some(id) = clean.map(|(id, _)| *id) {
-                self.known.remove(&id);
+                all.remove(&id);
             }
         }
+    }
+
+    /// Whether LAGGED has yet to tell of this conversation.
+    fn lags(&self, conversation: ConversationId) -> bool {
+        self.active.as_ref().is_some_and(|active| active.lagged.contains_key(&conversation))
+    }
+
+    fn take_lagged(&mut self) -> BTreeMap<ConversationId, Lag> {
+        self.active.as_mut().map(|active| std::mem::take(&mut active.lagged)).unwrap_or_default()
     }
 }
 
@@ -111,7 +156,9 @@ pub struct Session {
     pub conn: ConnId,
     pub codec: Codec,
     pub state: State,
-    pub opened_us: u64,
+    /// Logins that failed.
+    pub failures: u8,
+    dirty: bool,
     /// When the last whole request came. Bytes that complete nothing do not count.
     pub heard_us: u64,
     /// When output last moved, or began to wait.
@@ -120,7 +167,6 @@ pub struct Session {
     pub look_us: u64,
     out: Vec<u8>,
     in_flight_bytes: usize,
-    dirty: bool,
     bucket: Bucket,
 }
 
@@ -128,14 +174,14 @@ impl Session {
     pub fn login(&self) -> Option<&Login> {
         match &self.state {
             State::LoggedIn(login) => Some(login),
-            State::Fresh | State::Greeted { .. } | State::Draining => None,
+            State::Fresh | State::Greeted(_) | State::Draining => None,
         }
     }
 
     pub fn login_mut(&mut self) -> Option<&mut Login> {
         match &mut self.state {
             State::LoggedIn(login) => Some(login),
-            State::Fresh | State::Greeted { .. } | State::Draining => None,
+            State::Fresh | State::Greeted(_) | State::Draining => None,
         }
     }
 
@@ -149,26 +195,29 @@ impl Session {
     }
 }
 
-/// Token bucket in millionths of a request, so that it refills by whole microseconds.
-#[derive(Debug)]
+// What an idle connection pays for; see "Cost of a connection" in tuning.md.
+const _: () = assert!(size_of::<Option<Session>>() <= 96 && size_of::<Login>() <= 48);
+
+/// Token bucket, kept as one time: when it will be full. Each request puts that off by what it takes to refill.
+///
+/// In nanoseconds, so a rate that does not divide them is passed by less than one request in a thousand at the highest.
+#[derive(Debug, Default)]
 struct Bucket {
-    level: u64,
-    filled_us: u64,
+    full_ns: u64,
 }
 
 impl Bucket {
     /// Takes one request, or says after how many milliseconds one will be there.
     fn take(&mut self, now_us: u64, per_s: u32, burst: u32) -> Result<(), u32> {
-        const ONE: u64 = 1_000_000;
-        let gained = now_us.saturating_sub(self.filled_us).saturating_mul(u64::from(per_s));
-        self.level = self.level.saturating_add(gained).min(u64::from(burst) * ONE);
-        self.filled_us = now_us;
-        if self.level >= ONE {
-            self.level -= ONE;
+        let one_ns = 1_000_000_000 / u64::from(per_s.max(1));
+        let now_ns = now_us.saturating_mul(1_000);
+        let full_ns = self.full_ns.max(now_ns).saturating_add(one_ns);
+        let excess_ns = full_ns.saturating_sub(now_ns).saturating_sub(one_ns.saturating_mul(u64::from(burst)));
+        if excess_ns == 0 {
+            self.full_ns = full_ns;
             return Ok(());
         }
-        let wait_us = (ONE - self.level).div_ceil(u64::from(per_s.max(1)));
-        Err(u32::try_from(wait_us.div_ceil(1_000)).unwrap_or(u32::MAX))
+        Err(u32::try_from(excess_ns.div_ceil(1_000_000)).unwrap_or(u32::MAX))
     }
 }
 
@@ -236,7 +285,7 @@ impl Sessions {
         self.get_mut(conn)?.login_mut()
     }
 
-    pub fn open(&mut self, conn: ConnId, burst: u32) {
+    pub fn open(&mut self, conn: ConnId) {
         let slot = conn.slot as usize;
         if self.table.len() <= slot {
             self.table.resize_with(slot + 1, || None);
@@ -249,14 +298,14 @@ impl Sessions {
             conn,
             codec: Codec::default(),
             state: State::Fresh,
-            opened_us: now_us,
+            failures: 0,
+            dirty: false,
             heard_us: now_us,
             progress_us: now_us,
             look_us: 0,
             out: Vec::new(),
             in_flight_bytes: 0,
-            dirty: false,
-            bucket: Bucket { level: u64::from(burst) * 1_000_000, filled_us: now_us },
+            bucket: Bucket::default(),
         });
         self.counters.connections_opened += 1;
     }
@@ -415,13 +464,13 @@ impl Sessions {
         let Some(login) = self.login_mut(conn) else { return false };
         login.show(conversation, seq);
         // Once told to fetch from a place, what follows is part of that range until it has been told.
-        let lagging = login.lagged.as_ref().is_some_and(|lagged| lagged.contains_key(&conversation));
+        let lagging = login.lags(conversation);
         if room && !lagging {
             self.counters.delivered += 1;
             return true;
         }
         let lag = Lag { with: with.clone(), from: seq, to: seq };
-        let lagged = login.lagged.get_or_insert_default();
+        let lagged = &mut login.active().lagged;
         lagged.entry(conversation).or_insert(lag).to = seq;
         let too_many = lagged.len() > LAGGED_CONVERSATIONS_MAX;
         self.counters.dropped_durable += 1;
@@ -453,8 +502,7 @@ impl Sessions {
             return;
         }
         let Some(login) = session.login_mut() else { return };
-        let Some(lagged) = login.lagged.take() else { return };
-        for (conversation, lag) in *lagged {
+        for (conversation, lag) in login.take_lagged() {
             let reply = Reply::Lagged { conversation, with: lag.with.as_str(), from: lag.from, to: lag.to };
             self.counters.lagged += 1;
             self.push(conn, &reply, fx);

@@ -11,7 +11,6 @@ use ringline_schema::frame::Flags;
 use ringline_schema::ids::{ConversationId, DeviceKey, Seq, UserName};
 use ringline_schema::message::{Class, GoawayReason, Reply, Request, Send};
 use ringline_schema::record::{Answer, Query, Range, Record, User};
-use smallvec::SmallVec;
 
 use crate::config::{
     APPEND_BYTES_IN_FLIGHT_MAX, APPENDS_IN_FLIGHT_MAX, CURSOR_FLUSH_MS, CoreConfig, LOADS_IN_FLIGHT_MAX,
@@ -25,6 +24,7 @@ use crate::event::{CloseReason, ConnId, Effect, Effects, Event, Now, ShardMessag
 use crate::group::cache::{GroupQuestion, Slot};
 use crate::hide::Hiding;
 use crate::list::{ListWork, MarkWork};
+use crate::online::Online;
 use crate::peer::{Ask, Origin, Submit};
 use crate::planted::{Bug, Planted};
 use crate::read::is_truncated;
@@ -84,12 +84,9 @@ pub struct Shard {
     pub(crate) questions: HashMap<Token, Question, FixedState>,
     pub(crate) next_token: u64,
 
-    /// Users of this shard with devices logged in here, each list in order of login.
-    pub(crate) online: HashMap<UserName, Devices, FixedState>,
-    pub(crate) online_names: BTreeSet<UserName>,
+    /// Users of this shard with devices logged in here.
+    pub(crate) online: Online,
     pub(crate) logins: u64,
-    /// Devices on the lists of `online`.
-    pub(crate) logged_in: usize,
     /// Users asked for lately, bounded. Whoever logs in leaves it: that they exist is known as long as they stay.
     pub(crate) users: LruCache<UserName, User, FixedState>,
     /// Users whose record is on its way to the disk.
@@ -128,9 +125,6 @@ pub struct Shard {
     pub(crate) planted: Planted,
 }
 
-/// The connections of one user: nearly always one, which then lies in the table itself.
-pub(crate) type Devices = SmallVec<[ConnId; 2]>;
-
 impl Shard {
     /// `hash_seed` should be random in production: names are chosen by clients.
     pub fn new(config: CoreConfig, hash_seed: u64) -> Self {
@@ -146,10 +140,8 @@ impl Shard {
             lanes_blocked: vec![false; lanes],
             questions: HashMap::with_hasher(hasher.clone()),
             next_token: 0,
-            online: HashMap::with_hasher(hasher.clone()),
-            online_names: BTreeSet::new(),
+            online: Online::new(&hasher),
             logins: 0,
-            logged_in: 0,
             users: LruCache::unbounded_with_hasher(hasher.clone()),
             creating: BTreeSet::new(),
             social: Social::new(&hasher),
@@ -242,7 +234,7 @@ impl Shard {
 
     fn opened(&mut self, conn: ConnId, fx: &mut Effects) {
         let full = self.sessions.len() >= self.config.connections_max;
-        self.sessions.open(conn, self.config.requests_burst);
+        self.sessions.open(conn);
         if full {
             self.sessions.fail(conn, 0, ErrorCode::TooManyConnections, fx);
         } else if self.draining {
@@ -274,7 +266,7 @@ impl Shard {
         };
         session.heard_us = now_us;
         if matches!(session.state, State::Fresh) {
-            session.state = State::Greeted { attempt: None, failures: 0 };
+            session.state = State::Greeted(None);
         }
         let logged_in = session.login().is_some();
         self.sessions.counters.requests += 1;
@@ -474,9 +466,8 @@ impl Shard {
         let (now_us, config) = (self.now.mono_us, &self.config);
         let Some(session) = self.sessions.get(conn).filter(|session| now_us >= session.look_us) else { return };
         let (deadline_us, code) = match &session.state {
-            State::Fresh | State::Greeted { .. } => {
-                (session.opened_us + config.login_timeout_ms * 1_000, ErrorCode::LoginTimeout)
-            }
+            // Looked at once, when its time to log in is over.
+            State::Fresh | State::Greeted(_) => (session.look_us, ErrorCode::LoginTimeout),
             State::LoggedIn(_) => {
                 let idle_us = session.heard_us + config.idle_timeout_ms * 1_000;
                 let stall_us = session.progress_us + config.write_stall_ms * 1_000;
@@ -567,7 +558,7 @@ impl Shard {
     pub fn levels(&self) -> Levels {
         Levels {
             connections: self.sessions.len(),
-            sessions: self.logged_in,
+            sessions: self.online.devices(),
             users_online: self.online.len(),
             conversations_cached: self.conversations.len(),
             users_cached: self.users.len(),

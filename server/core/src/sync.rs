@@ -159,7 +159,7 @@ impl Shard {
         let work = SyncWork {
             origin,
             user: login.user.clone(),
-            device: login.key,
+            device: login.key(),
             places,
             from: sync.from,
             cursor: ConversationId(sync.from.conversation.0.saturating_sub(1)),
@@ -241,7 +241,7 @@ impl Shard {
         match answer {
             Answer::Conversations(rows) => {
                 // What this session has said is newer than what was written of it.
-                work.list(&rows, |id| login.known.get(&id).map_or(Seq::ZERO, |known| known.acked));
+                work.list(&rows, |id| login.known().get(&id).map_or(Seq::ZERO, |known| known.acked));
             }
             Answer::Messages { first, messages, .. } => work.take(first, messages),
             // Left out of the group for good, or its messages went: nothing to read there.

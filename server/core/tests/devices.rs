@@ -41,24 +41,31 @@ fn kicked(rig: &mut Rig, at: At) -> Option<KickReason> {
 
 #[test]
 fn devices_are_listed_with_their_first_and_last_login_also_after_a_restart() {
-    let mut rig = Rig::new(2, |_| ());
+    let mut rig = Rig::new(2, |config| config.idle_timeout_ms = 600_000);
     let start_ms = rig.now.unix_ms;
     let phone = rig.login_as("ann", 2, DeviceKind::Phone);
     rig.leave(phone);
     rig.pass(1_000);
     let desk = rig.login_as("ann", 1, DeviceKind::Desktop);
-    rig.pass(1_000);
     let _ = rig.login_as("bob", 3, DeviceKind::Phone);
     let agent = || "rig/1".to_owned();
-    let expected = |online| {
+    let expected = |last_ms, online| {
         [
             (1, DeviceKind::Desktop, agent(), start_ms + 1_000, start_ms + 1_000, true),
-            (2, DeviceKind::Phone, agent(), start_ms, if online { start_ms + 2_000 } else { start_ms }, online),
+            (2, DeviceKind::Phone, agent(), start_ms, start_ms + last_ms, online),
         ]
     };
-    assert_eq!(list(&mut rig, desk), expected(false));
-    let _ = rig.login_as("ann", 2, DeviceKind::Phone);
-    assert_eq!(list(&mut rig, desk), expected(true));
+    assert_eq!(list(&mut rig, desk), expected(0, false));
+    rig.pass(58_999);
+    let phone = rig.login_as("ann", 2, DeviceKind::Phone);
+    assert_eq!(list(&mut rig, desk), expected(0, true), "noted within the last minute");
+    rig.leave(phone);
+    rig.pass(1);
+    let phone = rig.login_as("ann", 2, DeviceKind::Phone);
+    assert_eq!(list(&mut rig, desk), expected(60_000, true));
+    rig.leave(phone);
+    let _ = rig.login_as("ann", 2, DeviceKind::Tablet);
+    assert_eq!(list(&mut rig, desk)[1].1, DeviceKind::Tablet, "what has changed is noted at once");
     rig.restart(3);
     let third = rig.login("ann", 9);
     assert_eq!(ids(&mut rig, third), [1, 2, 9]);
@@ -95,6 +102,7 @@ fn the_device_seen_longest_ago_is_forgotten_for_one_too_many() {
         rig.leave(at);
         rig.pass(100);
     }
+    rig.pass(60_000);
     let at = rig.login("ann", 1);
     assert_eq!(ids(&mut rig, at).len(), limits::DEVICES_PER_USER_MAX);
     rig.pass(100);

@@ -179,7 +179,7 @@ impl Shard {
             from: login.user.clone(),
             to: group,
             device: login.device,
-            device_key: login.key,
+            device_key: login.key(),
             client_seq: 0,
             kind: BodyKind::System,
             body: Bytes::new(),

@@ -104,7 +104,7 @@ impl Shard {
             return Err(ErrorCode::Busy);
         }
         let login = self.sessions.login_mut(conn).ok_or(ErrorCode::NotLoggedIn)?;
-        let watching = login.social.as_ref().map(|social| &social.watching);
+        let watching = login.social().map(|social| &social.watching);
         let new = users.iter().filter(|user| !watching.is_some_and(|watching| watching.contains(*user))).count();
         if watching.map_or(0, BTreeSet::len) + new > limits::WATCHED_MAX {
             return Err(ErrorCode::TooManyWatched);
@@ -118,7 +118,7 @@ impl Shard {
         let gathered = Gathered::Presence(watcher, Vec::new());
         let Some(gather) = self.gather((conn, request_id), (users.len(), gathered), fx) else { return Ok(()) };
         if let Some(login) = self.sessions.login_mut(conn) {
-            login.social.get_or_insert_default().watching.extend(users.iter().cloned());
+            login.social_mut().watching.extend(users.iter().cloned());
         }
         for user in users {
             let watched = self.social.presence.watched.entry(user);
@@ -141,7 +141,7 @@ impl Shard {
     ) -> Result<(), ErrorCode> {
         let users = checked(users)?;
         let login = self.sessions.login_mut(conn).ok_or(ErrorCode::NotLoggedIn)?;
-        let watching = &mut login.social.get_or_insert_default().watching;
+        let watching = &mut login.social_mut().watching;
         let gone: Vec<_> = users.into_iter().filter(|user| watching.remove(user)).collect();
         gone.iter().for_each(|user| self.forget_watch(conn, user));
         self.done(conn, request_id, fx);
@@ -193,7 +193,7 @@ impl Shard {
 
     /// How a user of this shard is; `None`: its settings are not in memory.
     fn seen(&mut self, user: &UserName) -> Option<Seen> {
-        let settings = self.social.settings.get(user)?;
+        let settings = self.settings(user)?;
         if !settings.row.visible {
             return Some(Seen::nothing(user.clone()));
         }
@@ -354,13 +354,14 @@ impl Shard {
     /// The first device of a user is there.
     pub(crate) fn arrived(&mut self, user: &UserName, fx: &mut Effects) {
         self.presence_moved(user);
+        self.settings_arrived(user);
         self.with_settings(user, Parked::Arrived(user.clone()), fx);
     }
 
     /// The last device of a user is gone.
     pub(crate) fn left(&mut self, user: &UserName, fx: &mut Effects) {
         self.presence_moved(user);
-        let known = self.social.settings.peek(user).is_some();
+        let known = self.has_settings(user);
         if known || !self.draining {
             self.with_settings(user, Parked::Left(user.clone(), self.now.unix_ms), fx);
         }
@@ -368,18 +369,14 @@ impl Shard {
 
     /// Who is not visible is not on the list of who is online.
     pub(crate) fn list_if_visible(&mut self, user: &UserName) {
-        let visible = self.social.settings.peek(user).is_none_or(|settings| settings.row.visible);
-        if visible && self.online.contains_key(user) {
-            self.online_names.insert(user.clone());
-        } else {
-            self.online_names.remove(user);
-        }
+        let visible = self.settings(user).is_none_or(|settings| settings.row.visible);
+        self.online.list(user, visible);
     }
 
     /// Notes when a user was last there. In memory at once; on disk now and then.
     pub(crate) fn note_last_seen(&mut self, user: &UserName, unix_ms: u64, fx: &mut Effects) {
         let writable = !self.poisoned && self.may_append() != Err(ErrorCode::Busy);
-        let Some(settings) = self.social.settings.peek_mut(user) else { return };
+        let Some(settings) = self.settings_mut(user) else { return };
         settings.row.last_seen_ms = settings.row.last_seen_ms.max(unix_ms);
         let due = unix_ms >= settings.last_seen_written_ms.saturating_add(LAST_SEEN_MS);
         if due && writable {

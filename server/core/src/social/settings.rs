@@ -6,6 +6,7 @@
 //! changes who may write, every shard is. BLOCK, UNBLOCK and PRIVACY are answered after those shards have heard of it,
 //! so nothing that was refused before DONE is accepted after it. If such news is lost, the answer runs out by itself.
 
+use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ops::Bound::{Excluded, Unbounded};
 
@@ -23,6 +24,7 @@ use super::{News, SocialPending, SocialQuestion};
 use crate::config::WAITERS_PER_LOAD_MAX;
 use crate::conversation::{Pending, PendingWork};
 use crate::event::{ConnId, Effects};
+use crate::online::Held;
 use crate::peer::{Ask, TransientSend};
 use crate::shard::Shard;
 
@@ -40,7 +42,7 @@ const EVICTION_LOOKS_MAX: usize = 8;
 const PRIVACY_CHANGES_MAX: usize = 4_096;
 
 /// What one user has set.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Settings {
     pub row: SettingRow,
     /// Counts the changes of the row and of the block list.
@@ -52,6 +54,38 @@ pub(crate) struct Settings {
     writes: u32,
     /// What the disk has of `row.last_seen_ms`.
     pub last_seen_written_ms: u64,
+}
+
+impl Settings {
+    /// Stamp and last-seen time, if all else is as by default and on disk.
+    pub(crate) fn plain(&self) -> Option<(u32, u64)> {
+        let Self { row, stamp, blocked, known, writes, last_seen_written_ms } = self;
+        let last_seen_ms = row.last_seen_ms;
+        let default = *row == SettingRow { last_seen_ms, ..SettingRow::default() };
+        let empty = blocked.is_empty() && known.is_empty() && *writes == 0 && *last_seen_written_ms == last_seen_ms;
+        u32::try_from(*stamp).ok().filter(|_| default && empty).map(|stamp| (stamp, last_seen_ms))
+    }
+
+    pub(crate) fn of_plain(stamp: u32, last_seen_ms: u64) -> Self {
+        let row = SettingRow { last_seen_ms, ..SettingRow::default() };
+        Self { row, stamp: u64::from(stamp), last_seen_written_ms: last_seen_ms, ..Self::default() }
+    }
+
+    /// Whether `from` may write to this user.
+    fn opinion(&self, from: &UserName) -> Opinion {
+        if self.row.deleted_ms != 0 {
+            return Opinion::Decided(Err(ErrorCode::UserDeleted));
+        }
+        if self.blocked.contains(from) {
+            return Opinion::Decided(Err(ErrorCode::Blocked));
+        }
+        match self.row.messages_from {
+            MessagesFrom::Anyone => Opinion::Decided(Ok(())),
+            MessagesFrom::Known if self.known.contains(from) => Opinion::Decided(Ok(())),
+            MessagesFrom::Known => Opinion::IfKnown,
+            MessagesFrom::Nobody => Opinion::Decided(Err(ErrorCode::NotAccepted)),
+        }
+    }
 }
 
 /// Settings on their way from the store.
@@ -108,6 +142,16 @@ enum Opinion {
     NotLoaded,
 }
 
+impl Opinion {
+    fn of(held: &Held, from: &UserName) -> Self {
+        match held {
+            Held::NotLoaded => Self::NotLoaded,
+            Held::Plain { .. } => Self::Decided(Ok(())),
+            Held::Full(settings) => settings.opinion(from),
+        }
+    }
+}
+
 /// When users of any shard changed who may write to them, as far as a permit may be older.
 #[derive(Debug, Default)]
 pub(crate) struct PrivacyChanges {
@@ -137,7 +181,7 @@ impl PrivacyChanges {
 impl Shard {
     /// Goes on with something once the user's settings are in memory.
     pub(crate) fn with_settings(&mut self, user: &UserName, parked: Parked, fx: &mut Effects) {
-        if self.social.settings.get(user).is_some() {
+        if self.has_settings(user) {
             return self.resume(user, parked, fx);
         }
         if let Some(loading) = self.social.loading.get_mut(user) {
@@ -199,11 +243,60 @@ impl Shard {
         self.social.blocked_names += blocked.len();
         let last_seen_written_ms = row.last_seen_ms;
         let settings = Settings { row, stamp, blocked, last_seen_written_ms, ..Settings::default() };
-        self.social.settings.put(user.clone(), settings);
+        self.keep_settings(user, settings);
         for parked in waiting {
             self.with_settings(user, parked, fx);
         }
         self.evict_settings();
+    }
+
+    /// Settings in memory, wherever they are.
+    pub(crate) fn settings(&self, user: &UserName) -> Option<Cow<'_, Settings>> {
+        match self.online.settings(user) {
+            Some(Held::Full(settings)) => Some(Cow::Borrowed(settings)),
+            Some(Held::Plain { stamp, last_seen_ms }) => Some(Cow::Owned(Settings::of_plain(*stamp, *last_seen_ms))),
+            Some(Held::NotLoaded) => None,
+            None => self.social.settings.peek(user).map(Cow::Borrowed),
+        }
+    }
+
+    /// The same, to change them.
+    pub(crate) fn settings_mut(&mut self, user: &UserName) -> Option<&mut Settings> {
+        match self.online.settings_mut(user) {
+            Some(held) => held.open(),
+            None => self.social.settings.get_mut(user),
+        }
+    }
+
+    pub(crate) fn has_settings(&mut self, user: &UserName) -> bool {
+        match self.online.settings(user) {
+            Some(held) => held.is_loaded(),
+            None => self.social.settings.get(user).is_some(),
+        }
+    }
+
+    fn keep_settings(&mut self, user: &UserName, settings: Settings) {
+        match self.online.settings_mut(user) {
+            Some(held) => *held = Held::new(settings),
+            None => {
+                self.social.settings.put(user.clone(), settings);
+            }
+        }
+    }
+
+    /// A user is here now: what is cached of it moves.
+    pub(crate) fn settings_arrived(&mut self, user: &UserName) {
+        if let Some(settings) = self.social.settings.pop(user) {
+            self.keep_settings(user, settings);
+        }
+    }
+
+    /// A user is not here any more.
+    pub(crate) fn settings_left(&mut self, user: &UserName, held: Held) {
+        if let Some(settings) = held.into_settings() {
+            self.social.settings.put(user.clone(), settings);
+            self.evict_settings();
+        }
     }
 
     fn evict_settings(&mut self) {
@@ -225,31 +318,20 @@ impl Shard {
     /// Whether a transient message or a signal may reach a user of this shard now; `None`: that takes a look into the
     /// store, by [`Shard::with_settings`].
     pub(crate) fn allowed_now(&mut self, user: &UserName, from: &UserName) -> Option<Result<(), ErrorCode>> {
-        if !self.online.contains_key(user) {
-            return Some(Err(ErrorCode::NotOnline));
-        }
+        let Some(held) = self.online.settings(user) else { return Some(Err(ErrorCode::NotOnline)) };
         if user == from {
             return Some(Ok(()));
         }
-        match self.opinion(user, from) {
+        match Opinion::of(held, from) {
             Opinion::Decided(result) => Some(result),
             Opinion::IfKnown | Opinion::NotLoaded => None,
         }
     }
 
     fn opinion(&mut self, user: &UserName, from: &UserName) -> Opinion {
-        let Some(settings) = self.social.settings.get(user) else { return Opinion::NotLoaded };
-        if settings.row.deleted_ms != 0 {
-            return Opinion::Decided(Err(ErrorCode::UserDeleted));
-        }
-        if settings.blocked.contains(from) {
-            return Opinion::Decided(Err(ErrorCode::Blocked));
-        }
-        match settings.row.messages_from {
-            MessagesFrom::Anyone => Opinion::Decided(Ok(())),
-            MessagesFrom::Known if settings.known.contains(from) => Opinion::Decided(Ok(())),
-            MessagesFrom::Known => Opinion::IfKnown,
-            MessagesFrom::Nobody => Opinion::Decided(Err(ErrorCode::NotAccepted)),
+        match self.online.settings(user) {
+            Some(held) => Opinion::of(held, from),
+            None => self.social.settings.get(user).map_or(Opinion::NotLoaded, |settings| settings.opinion(from)),
         }
     }
 
@@ -290,7 +372,7 @@ impl Shard {
             _ => Err(ErrorCode::Internal),
         };
         if result.is_ok()
-            && let Some(settings) = self.social.settings.peek_mut(user)
+            && let Some(settings) = self.settings_mut(user)
         {
             if settings.known.len() >= KNOWN_CACHED_MAX {
                 settings.known.clear();
@@ -335,7 +417,7 @@ impl Shard {
             Own::Block(other) => self.set_block((conn, request_id), user, (other, true), fx),
             Own::Unblock(other) => self.set_block((conn, request_id), user, (other, false), fx),
             Own::Presence { status, visible } => {
-                let settings = self.social.settings.get(&user).ok_or(ErrorCode::Internal)?;
+                let settings = self.settings(&user).ok_or(ErrorCode::Internal)?;
                 let mut row = settings.row.clone();
                 row.status = status.unwrap_or(row.status);
                 row.visible = visible.unwrap_or(row.visible);
@@ -345,7 +427,7 @@ impl Shard {
                 Ok(())
             }
             Own::Privacy(messages_from) => {
-                let settings = self.social.settings.get(&user).ok_or(ErrorCode::Internal)?;
+                let settings = self.settings(&user).ok_or(ErrorCode::Internal)?;
                 let wanted = messages_from.unwrap_or(settings.row.messages_from);
                 let row = SettingRow { messages_from: wanted, ..settings.row.clone() };
                 let news = News::Privacy;
@@ -361,12 +443,14 @@ impl Shard {
         (after, limit): (Option<UserName>, u16),
         fx: &mut Effects,
     ) -> Result<(), ErrorCode> {
-        let settings = self.social.settings.get(user).ok_or(ErrorCode::Internal)?;
+        let settings = self.settings(user).ok_or(ErrorCode::Internal)?;
         let start = after.as_ref().map_or(Unbounded, Excluded);
         let mut names = settings.blocked.range::<UserName, _>((start, Unbounded));
-        let users: Vec<_> = names.by_ref().take(usize::from(limit)).map(UserName::as_str).collect();
-        let next = if names.next().is_some() { users.last().copied().unwrap_or_default() } else { "" };
+        let page: Vec<UserName> = names.by_ref().take(usize::from(limit)).cloned().collect();
+        let more = names.next().is_some();
         let messages_from = settings.row.messages_from;
+        let users: Vec<_> = page.iter().map(UserName::as_str).collect();
+        let next = users.last().copied().filter(|_| more).unwrap_or_default();
         let reply = Reply::Chat(ChatReply::BlocksOk { users, next, messages_from });
         self.sessions.answer(conn, request_id, &reply, fx);
         Ok(())
@@ -383,7 +467,7 @@ impl Shard {
         if other == user {
             return Err(ErrorCode::BadRequest);
         }
-        let settings = self.social.settings.get(&user).ok_or(ErrorCode::Internal)?;
+        let settings = self.settings(&user).ok_or(ErrorCode::Internal)?;
         if block && settings.blocked.len() >= limits::BLOCKS_MAX && !settings.blocked.contains(&other) {
             return Err(ErrorCode::TooManyBlocks);
         }
@@ -406,7 +490,7 @@ impl Shard {
 
     /// Writes the present settings of a user, of which only the last-seen time has changed.
     pub(crate) fn write_last_seen(&mut self, user: &UserName, fx: &mut Effects) {
-        let Some(row) = self.social.settings.peek(user).map(|settings| settings.row.clone()) else { return };
+        let Some(row) = self.settings(user).map(|settings| settings.row.clone()) else { return };
         let conn = ConnId { slot: u32::MAX, generation: 0 };
         let pending = SocialPending { conn, request_id: 0, user: user.clone(), news: News::Nothing };
         // It can't fail for want of settings; they were just there.
@@ -421,7 +505,7 @@ impl Shard {
         fx: &mut Effects,
     ) -> Result<(), ErrorCode> {
         let user = pending.user.clone();
-        let settings = self.social.settings.get_mut(&user).ok_or(ErrorCode::Internal)?;
+        let settings = self.settings_mut(&user).ok_or(ErrorCode::Internal)?;
         settings.last_seen_written_ms = row.last_seen_ms;
         settings.stamp += 1;
         settings.writes += 1;
@@ -429,13 +513,14 @@ impl Shard {
         let stamp = settings.stamp;
         let mut rows = vec![Row { key: RowKey::Setting(user.clone()), stamp, value: Some(RowValue::Setting(row)) }];
         if let Some((other, block)) = block {
-            self.social.blocked_names -= settings.blocked.len();
+            let before = settings.blocked.len();
             if block {
                 settings.blocked.insert(other.clone());
             } else {
                 settings.blocked.remove(&other);
             }
-            self.social.blocked_names += settings.blocked.len();
+            let after = settings.blocked.len();
+            self.social.blocked_names = self.social.blocked_names + after - before;
             rows.push(Row { key: RowKey::Block(user.clone(), other), stamp, value: block.then_some(RowValue::Block) });
         }
         let lsn = self.append(Record::Change(Box::new(Change { message: None, rows })), fx);
@@ -445,8 +530,11 @@ impl Shard {
     }
 
     pub(crate) fn settings_written(&mut self, user: &UserName) {
-        if let Some(settings) = self.social.settings.peek_mut(user) {
+        if let Some(settings) = self.settings_mut(user) {
             settings.writes = settings.writes.saturating_sub(1);
+        }
+        if let Some(held) = self.online.settings_mut(user) {
+            held.settle();
         }
     }
 }

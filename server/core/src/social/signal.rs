@@ -85,7 +85,7 @@ impl Shard {
         }
         let now_us = self.now.mono_us;
         let login = self.sessions.login_mut(conn).ok_or(ErrorCode::NotLoggedIn)?;
-        if login.social.get_or_insert_default().signalled.repeats((&to, kind, body), now_us) {
+        if login.social_mut().signalled.repeats((&to, kind, body), now_us) {
             self.sessions.counters.signals_coalesced += 1;
             return Ok(());
         }
@@ -97,7 +97,7 @@ impl Shard {
                 from: login.user.clone(),
                 to,
                 device: login.device,
-                device_key: login.key,
+                device_key: login.key(),
                 client_seq: 0,
                 kind: BodyKind::Custom,
                 body: Bytes::copy_from_slice(body),
@@ -158,8 +158,8 @@ impl Shard {
 
     /// The next one is to be tried, even if it says the same.
     pub(crate) fn signal_refused(&mut self, origin: Origin, code: ErrorCode, fx: &mut Effects) {
-        if let Some(social) = self.sessions.login_mut(origin.conn).and_then(|login| login.social.as_mut()) {
-            social.signalled = Signalled::default();
+        if let Some(login) = self.sessions.login_mut(origin.conn).filter(|login| login.social().is_some()) {
+            login.social_mut().signalled = Signalled::default();
         }
         self.sessions.fail(origin.conn, origin.request_id, code, fx);
     }
