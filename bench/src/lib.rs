@@ -9,7 +9,7 @@
 //! - Against others: [`wire`] (protocols, pure), [`compare`], [`floor`], [`floor_ring`] (the bare echo).
 //!
 //! - Correctness: [`checker`] (histories against promises; shares no code with what it judges), [`sim`] (shards and SDK
-//!   under one seed), [`torture`] (real servers that are killed).
+//!   under one seed), [`torture`] (real servers that are killed), `observed` (what their clients saw, as histories say it).
 //!
 //! What measures uses nothing of the server or of the SDK: what is measured is what the wire shows. The simulator alone
 //! drives shards; it and `torture` drive the SDK.
@@ -27,6 +27,7 @@ pub mod idle;
 pub mod intervals;
 pub mod launch;
 pub mod metrics;
+mod observed;
 pub mod peer;
 pub mod plan;
 pub mod report;

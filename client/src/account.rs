@@ -11,6 +11,9 @@ use ringline_schema::message::{BodyKind, DeviceKind, Request};
 
 use crate::client::Client;
 use crate::pending::{Answer, CallError, Query};
+use crate::streams::Message;
+
+pub use ringline_schema::message::Place;
 
 /// A device of this user.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,8 +60,21 @@ pub struct MemberReceipt {
     pub read: Seq,
 }
 
+/// A page of what a device missed, conversation by conversation, each in rising order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SyncPage {
+    pub messages: Vec<Message>,
+    /// Where the next page begins; `None`: nothing more was missed.
+    pub next: Option<Place>,
+}
+
 #[derive(Clone, Debug)]
 pub(crate) enum AccountQuery {
+    Sync {
+        places: Vec<Place>,
+        from: Place,
+        limit: u16,
+    },
     Read {
         conversation: ConversationId,
         seq: Seq,
@@ -84,11 +100,15 @@ pub(crate) enum AccountAnswer {
     Done,
     Devices(Vec<Device>),
     Receipts(ReceiptPage),
+    Sync(SyncPage),
 }
 
 impl AccountQuery {
     pub(crate) fn as_wire(&self) -> Request<'_> {
         Request::Chat(match self {
+            Self::Sync { places, from, limit } => {
+                ChatRequest::Sync(chat::Sync { places: places[..].into(), from: *from, limit: *limit })
+            }
             Self::Read { conversation, seq } => ChatRequest::Read { conversation: *conversation, seq: *seq },
             Self::Mark(mark) => ChatRequest::Mark(*mark),
             Self::Devices => ChatRequest::Devices,
@@ -107,9 +127,10 @@ impl AccountQuery {
         match (self, answer) {
             (Self::Read { .. } | Self::Mark(_) | Self::Drop(_) | Self::Hide { .. }, AccountAnswer::Done)
             | (Self::Devices, AccountAnswer::Devices(_))
+            | (Self::Sync { .. }, AccountAnswer::Sync(_))
             | (Self::Receipts { .. }, AccountAnswer::Receipts(_)) => true,
             (Self::Read { .. } | Self::Mark(_) | Self::Drop(_) | Self::Hide { .. }, _)
-            | (Self::Devices | Self::Receipts { .. }, _) => false,
+            | (Self::Devices | Self::Sync { .. } | Self::Receipts { .. }, _) => false,
         }
     }
 }
@@ -139,8 +160,12 @@ pub(crate) fn answer(reply: &ChatReply<'_>) -> Result<AccountAnswer, ErrorCode> 
             let (members, delivered, read) = (*members, *delivered, *read);
             Ok(AccountAnswer::Receipts(ReceiptPage { members, delivered, read, rows, next }))
         }
+        ChatReply::SyncOk { messages, next } => {
+            let messages = messages.iter().map(Message::from_wire).collect::<Result<_, _>>()?;
+            let next = (*next != Place::default()).then_some(*next);
+            Ok(AccountAnswer::Sync(SyncPage { messages, next }))
+        }
         ChatReply::Truncated { .. }
-        | ChatReply::SyncOk { .. }
         | ChatReply::BroadcastOk { .. }
         | ChatReply::PresenceOk { .. }
         | ChatReply::BlocksOk { .. }
@@ -179,6 +204,16 @@ impl Client {
     /// Logs a device of this user out and forgets it: `NO_SUCH_DEVICE` if there is none.
     pub async fn drop_device(&self, device: DeviceId) -> Result<(), CallError> {
         self.done(AccountQuery::Drop(device)).await
+    }
+
+    /// A page of all that was missed in every conversation: behind `places` (at most 1,000), in the others behind what this
+    /// device has acknowledged. From the beginning with `None`, then from the `next` of the page before. Only reads: the
+    /// stream of [`Events`](crate::Events) catches up by itself. `limit` 0 stands for 50.
+    pub async fn sync(&self, places: &[Place], from: Option<Place>, limit: u16) -> Result<SyncPage, CallError> {
+        let (places, from) = (places.to_vec(), from.unwrap_or_default());
+        let answer = self.call(Query::Account(AccountQuery::Sync { places, from, limit })).await?;
+        let Answer::Account(AccountAnswer::Sync(page)) = answer else { return Err(CallError::Closed) };
+        Ok(page)
     }
 
     /// Who has received and read message `seq` of a conversation: from the first with `None`, then from the `next` of the

@@ -8,11 +8,15 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use ringline_schema::ids::{DeviceId, UserName};
-use ringline_schema::message::{Credential, DeviceKind, Secret};
+use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
+use ringline_schema::message::group::JoinPolicy;
+use ringline_schema::message::{Credential, DeviceKind, Place, Secret};
 
+use crate::account::{AccountAnswer, AccountQuery, Device, SyncPage};
+use crate::group::{Act, GroupAnswer, GroupDone};
 use crate::pending::{
-    Accepted, Answer, CallError, Delivery, Done, History, HistoryRange, Outgoing, Query, SendError, SendOptions,
+    Accepted, Answer, CallError, ConversationPage, Delivery, Done, History, HistoryRange, Outgoing, Query, SendError,
+    SendOptions,
 };
 pub use crate::session::Cut;
 use crate::session::{Config, Event, Session};
@@ -38,7 +42,78 @@ pub struct MachineConfig {
 pub enum Finished {
     Sent(u64, Result<Accepted, SendError>),
     Delivered(u64, Result<Delivery, SendError>),
-    History(u64, Result<History, CallError>),
+    Answered(u64, Result<Told, CallError>),
+}
+
+/// What can be asked for; each as the function of [`Client`](crate::Client) of that name.
+#[derive(Clone, Debug)]
+pub enum Ask {
+    History { with: UserName, range: HistoryRange },
+    Conversations { cursor: ConversationId, limit: u16 },
+    Sync { places: Vec<Place>, from: Place, limit: u16 },
+    Read { conversation: ConversationId, seq: Seq },
+    Devices,
+    DropDevice(DeviceId),
+    CreateGroup { group: UserName, join: JoinPolicy, users: Vec<UserName> },
+    JoinGroup(UserName),
+    LeaveGroup(UserName),
+    RenameGroup { group: UserName, title: String },
+    Invite { group: UserName, users: Vec<UserName> },
+    AnswerRequest { group: UserName, user: UserName, approve: bool },
+    Kick { group: UserName, user: UserName },
+    Mute { group: UserName, user: UserName, for_ms: u64 },
+}
+
+impl Ask {
+    fn into_query(self) -> Query {
+        let group = |group, act| Query::Group { group, act };
+        match self {
+            Self::History { with, range } => Query::History { with, range },
+            Self::Conversations { cursor, limit } => Query::Conversations { cursor, limit },
+            Self::Sync { places, from, limit } => Query::Account(AccountQuery::Sync { places, from, limit }),
+            Self::Read { conversation, seq } => Query::Account(AccountQuery::Read { conversation, seq }),
+            Self::Devices => Query::Account(AccountQuery::Devices),
+            Self::DropDevice(device) => Query::Account(AccountQuery::Drop(device)),
+            Self::CreateGroup { group: name, join, users } => {
+                let title = name.as_str().to_owned();
+                group(name, Act::Create { title, join, users })
+            }
+            Self::JoinGroup(name) => group(name, Act::Join(String::new())),
+            Self::LeaveGroup(name) => group(name, Act::Leave),
+            Self::RenameGroup { group: name, title } => group(name, Act::Rename(title)),
+            Self::Invite { group: name, users } => group(name, Act::Invite(users)),
+            Self::AnswerRequest { group: name, user, approve } => group(name, Act::Answer(user, approve)),
+            Self::Kick { group: name, user } => group(name, Act::Kick(user)),
+            Self::Mute { group: name, user, for_ms } => group(name, Act::Mute(user, for_ms)),
+        }
+    }
+}
+
+/// The answer to an [`Ask`].
+#[derive(Debug)]
+pub enum Told {
+    History(History),
+    Conversations(ConversationPage),
+    Sync(SyncPage),
+    Devices(Vec<Device>),
+    Group(GroupDone),
+    Done,
+}
+
+/// `None` for what no [`Ask`] asks.
+fn told(answer: Answer) -> Option<Told> {
+    match answer {
+        Answer::History(history) => Some(Told::History(history)),
+        Answer::Conversations(page) => Some(Told::Conversations(page)),
+        Answer::Account(AccountAnswer::Sync(page)) => Some(Told::Sync(page)),
+        Answer::Account(AccountAnswer::Devices(devices)) => Some(Told::Devices(devices)),
+        Answer::Account(AccountAnswer::Done) => Some(Told::Done),
+        Answer::Group(GroupAnswer::Done(done)) => Some(Told::Group(done)),
+        Answer::Account(AccountAnswer::Receipts(_))
+        | Answer::Group(GroupAnswer::Info(_) | GroupAnswer::Members(_))
+        | Answer::Online(_)
+        | Answer::Social(_) => None,
+    }
 }
 
 /// See the module.
@@ -68,10 +143,10 @@ impl Machine {
         self.session.send(now_ms, Outgoing { to, body, options, amends: None })
     }
 
-    /// Asks for a piece of a conversation. Errors: `QueueFull` asks nothing.
-    pub fn history(&mut self, now_ms: u64, with: UserName, range: HistoryRange) -> Result<u64, CallError> {
+    /// Asks for something, and gives the number of its answer. Errors: `QueueFull` asks nothing.
+    pub fn ask(&mut self, now_ms: u64, ask: Ask) -> Result<u64, CallError> {
         const PATIENCE: Duration = Duration::from_secs(60);
-        self.session.call(now_ms, Query::History { with, range }, PATIENCE)
+        self.session.call(now_ms, ask.into_query(), PATIENCE)
     }
 
     /// The application is done with an event; acknowledged at the next [`Machine::advance`] or a little later.
@@ -126,10 +201,8 @@ impl Machine {
         let finished = |done| match done {
             Done::Sent(number, result) => Some(Finished::Sent(number, result)),
             Done::Delivered(number, result) => Some(Finished::Delivered(number, result)),
-            Done::Answered(number, Ok(Answer::History(history))) => Some(Finished::History(number, Ok(history))),
-            Done::Answered(number, Err(error)) => Some(Finished::History(number, Err(error))),
-            // Only histories can be asked for.
-            Done::Answered(_, Ok(_)) => None,
+            Done::Answered(number, Ok(answer)) => told(answer).map(|told| Finished::Answered(number, Ok(told))),
+            Done::Answered(number, Err(error)) => Some(Finished::Answered(number, Err(error))),
         };
         self.session.take_done().into_iter().filter_map(finished).collect()
     }

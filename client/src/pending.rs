@@ -298,6 +298,8 @@ pub(crate) struct Sends {
     /// client_seq → when to stop waiting, once the send itself was accepted.
     receipts: BTreeMap<u64, Option<Millis>>,
     timers: BTreeSet<(Millis, Timer)>,
+    /// Given up while in flight on this connection: their answers may still come, and say what others see by now.
+    given_up: BTreeMap<u64, Outgoing>,
     /// A refusal slows all sends down: nothing is written before this.
     paused_until: Millis,
     window: u64,
@@ -315,6 +317,7 @@ impl Sends {
             waiting: BTreeSet::new(),
             receipts: BTreeMap::new(),
             timers: BTreeSet::new(),
+            given_up: BTreeMap::new(),
             paused_until: 0,
             window: u64::from(limits::SENDS_IN_FLIGHT_MAX),
             frame_bytes_max: limits::FRAME_BYTES_MAX,
@@ -377,9 +380,9 @@ impl Sends {
         }
     }
 
-    /// SEND_ACK came. Gives the message back if it was still open, to enter it into its conversation's stream.
+    /// SEND_ACK came. Gives the message back, to enter it into its conversation's stream; also one that was given up.
     pub(crate) fn accepted(&mut self, now: Millis, client_seq: u64, accepted: Accepted) -> Option<Outgoing> {
-        let send = self.end(client_seq, Ok(accepted))?;
+        let Some(send) = self.end(client_seq, Ok(accepted)) else { return self.given_up.remove(&client_seq) };
         if let (Some(at), Some(timeout)) = (self.receipts.get_mut(&client_seq), send.outgoing.options.delivery_timeout)
         {
             let due = now + Millis::from(delivery_timeout_ms(timeout)) + RECEIPT_GRACE_MS;
@@ -391,6 +394,7 @@ impl Sends {
 
     /// FAILURE came: ends the send, or has it written again later under the same number.
     pub(crate) fn refused(&mut self, now: Millis, client_seq: u64, refusal: Refusal<'_>) {
+        self.given_up.remove(&client_seq);
         let Some(send) = self.open.get_mut(&client_seq) else { return };
         let code = refusal.code;
         let again = match send.outgoing.options.class {
@@ -426,6 +430,7 @@ impl Sends {
     /// The connection is gone: durable sends in flight will be written again, transient ones end as unknown.
     pub(crate) fn disconnected(&mut self) {
         self.paused_until = 0;
+        self.given_up.clear();
         let in_flight: Vec<(u64, Class)> = self
             .open
             .iter()
@@ -477,8 +482,10 @@ impl Sends {
 
     fn give_up(&mut self, client_seq: u64) {
         if let Some(send) = self.open.get(&client_seq) {
-            let verdict = send.verdict();
-            self.end(client_seq, Err(verdict));
+            let (verdict, in_flight) = (send.verdict(), send.stage == Stage::InFlight);
+            let send = self.end(client_seq, Err(verdict));
+            // No more than the window allows in flight.
+            self.given_up.extend(send.filter(|_| in_flight).map(|send| (client_seq, send.outgoing)));
         }
     }
 

@@ -29,6 +29,7 @@ const BENCH_IMPORTS: &[(&str, &[&str])] = &[
     ("bench/src/checker", &[]),
     ("bench/src/sim", &["ringline_schema", "ringline_core", "ringline_cluster", "ringline_store", "ringline_client"]),
     ("bench/src/torture", &["ringline_client"]),
+    ("bench/src/observed.rs", &["ringline_client"]),
     ("bench/src/", &["ringline_schema"]),
     ("bench/", &["ringline_schema", "ringline_core", "ringline_cluster"]),
 ];

@@ -122,7 +122,7 @@ fn main() -> ExitCode {
     let Totals { counts, steps, faults, millis } = totals;
     println!(
         "{played} seeds, {failed} failed: {} virtual s, {steps} steps, {faults} faults, {} processes; {} sends, {} accepted, \
-         {} unknown, {} in logs, {} handed to applications, {} receipts",
+         {} unknown, {} in logs, {} handed to applications, {} receipts; {} changes of groups, {} READs, {} synced",
         millis / 1_000,
         counts.processes,
         counts.sends,
@@ -130,7 +130,10 @@ fn main() -> ExitCode {
         counts.unknown,
         counts.kept,
         counts.seen,
-        counts.receipts
+        counts.receipts,
+        counts.changes,
+        counts.reads,
+        counts.synced
     );
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -7,37 +7,20 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use ringline_client::machine::{Finished, Machine, MachineConfig};
-use ringline_client::{
-    CatchUp, Class, DeviceId, DeviceKind, Event, HistoryRange, Message, Outcome, SendError, SendOptions, Seq, UserName,
-};
+use ringline_client::{CatchUp, Class, DeviceId, DeviceKind, Event, Outcome, SendOptions, Seq};
 use ringline_schema::codec::{decode_reply, decode_request};
 use ringline_schema::frame::FrameDecoder;
 use ringline_schema::limits;
 use ringline_schema::message::{Reply, Request};
 
-use crate::checker::{Device as Name, Happening, History, Place, Shown};
+use super::asked::Asked;
+use crate::checker::{Device as Name, Happening, History, Peer, Place, Source};
+use crate::observed;
 
 /// Unix microseconds at which the simulation begins.
 pub const EPOCH_US: u64 = 1_700_000_000_000_000;
 /// Events that may wait for a simulated application.
 const EVENTS_QUEUED_MAX: usize = 64;
-
-/// Names of users are their numbers.
-pub fn user_name(user: u32) -> UserName {
-    UserName::new(&format!("user-{user}")).expect("a plain name")
-}
-
-fn user_number(name: &UserName) -> u32 {
-    name.as_str().strip_prefix("user-").and_then(|number| number.parse().ok()).unwrap_or(u32::MAX)
-}
-
-/// A conversation that is read back, page by page.
-#[derive(Default)]
-pub struct Reading {
-    with: VecDeque<u32>,
-    messages: Vec<Shown>,
-    first: u64,
-}
 
 /// Listens on one connection, before the SDK's filters: what is pushed, and which sends are refused for a while.
 #[derive(Default)]
@@ -66,7 +49,8 @@ pub struct Device {
     pub taking: bool,
     pub open_sends: u32,
     bodies: u64,
-    pub reading: Option<Reading>,
+    /// What the application has asked beside its sends.
+    pub asked: Asked,
 }
 
 impl Device {
@@ -83,7 +67,7 @@ impl Device {
             taking: false,
             open_sends: 0,
             bodies: 0,
-            reading: None,
+            asked: Asked::default(),
         }
     }
 
@@ -95,11 +79,11 @@ impl Device {
     }
 
     /// The application sends something.
-    pub fn send(&mut self, (now_ms, to): (u64, u32), (options, padding): (SendOptions, usize), history: &mut History) {
+    pub fn send(&mut self, (now_ms, to): (u64, Peer), (options, padding): (SendOptions, usize), history: &mut History) {
         self.bodies += 1;
         let body = format!("{}.{} says {} {}", self.name.user, self.name.number, self.bodies, "x".repeat(padding));
         let durable = options.class == Class::Durable;
-        if let Ok(number) = self.machine.send(now_ms, (user_name(to), body.clone().into()), options) {
+        if let Ok(number) = self.machine.send(now_ms, (observed::name(to), body.clone().into()), options) {
             self.open_sends += 1;
             history.push(self.name, Happening::Sent { number, to, body, durable });
         }
@@ -111,10 +95,18 @@ impl Device {
             let Some(event) = self.inbox.pop_front() else { return };
             // The rest is told again or can be asked for: no promise of a stream.
             if let Event::Message(message) = &event {
-                history.push(self.name, Happening::Saw(shown(message)));
-            } else if let Event::Skipped { conversation, to, .. } = &event {
-                let place = Place { conversation: conversation.0, seq: to.0 };
-                history.push(self.name, Happening::Skipped(place));
+                let shown = observed::shown(message);
+                self.asked.saw(shown.place);
+                history.push(self.name, Happening::Saw(shown));
+            } else if let Event::Skipped { conversation, from, to, .. } = &event {
+                let (conversation, from, to) = (conversation.0, from.0, to.0);
+                history.push(self.name, Happening::Skipped { conversation, from, to });
+            } else if let Event::ReadUpto(read) = &event
+                && let Some(user) = &read.user
+            {
+                let place = Place { conversation: read.conversation.0, seq: read.read.0 };
+                let (source, user) = (Source::Push, observed::user(user));
+                history.push(self.name, Happening::ReadShown { source, user, place });
             }
             self.machine.take(&event);
         }
@@ -126,55 +118,21 @@ impl Device {
             match finished {
                 Finished::Sent(number, result) => {
                     self.open_sends = self.open_sends.saturating_sub(1);
-                    history.push(self.name, end_of_send(number, result));
+                    history.push(self.name, observed::end_of_send(number, result));
                 }
                 Finished::Delivered(number, Ok(delivery)) if delivery.outcome == Outcome::Delivered => {
                     history.push(self.name, Happening::Delivered { number });
                 }
                 Finished::Delivered(..) => {}
-                Finished::History(_, Ok(page)) => self.read_page(now_ms, page, history),
-                Finished::History(_, Err(_)) => self.read_next(now_ms, Seq::ZERO),
+                Finished::Answered(number, answer) => self.answered(now_ms, (number, answer), history),
             }
         }
-    }
-
-    /// Begins to read back the conversations with these users.
-    pub fn read_back(&mut self, now_ms: u64, with: impl Iterator<Item = u32>) {
-        self.reading = Some(Reading { with: with.collect(), messages: Vec::new(), first: 0 });
-        self.read_next(now_ms, Seq::ZERO);
-    }
-
-    fn read_next(&mut self, now_ms: u64, after: Seq) {
-        let Some(reading) = &mut self.reading else { return };
-        let Some(&with) = reading.with.front() else {
-            self.reading = None;
-            return;
-        };
-        // Both ways of turning pages are used; small ones, so that there are several.
-        let range = HistoryRange { after, before: None, limit: 20, newest: false };
-        // Only one is open at a time, so the queue is never full.
-        let _ = self.machine.history(now_ms, user_name(with), range);
-    }
-
-    fn read_page(&mut self, now_ms: u64, page: ringline_client::History, history: &mut History) {
-        let Some(reading) = &mut self.reading else { return };
-        reading.first = page.first.0;
-        let last = page.messages.last().map(|message| message.seq);
-        reading.messages.extend(page.messages.iter().map(shown));
-        if let Some(last) = last {
-            return self.read_next(now_ms, last);
-        }
-        let messages = std::mem::take(&mut reading.messages);
-        let (conversation, first, head) = (page.conversation.0, reading.first, page.head.0);
-        history.push(self.name, Happening::ReadBack { conversation, first, head, messages });
-        reading.with.pop_front();
-        self.read_next(now_ms, Seq::ZERO);
     }
 }
 
 fn machine(name: Name, now_us: u64) -> Machine {
     Machine::new(MachineConfig {
-        user: user_name(name.user),
+        user: observed::name(Peer::User(name.user)),
         device: DeviceId(name.number),
         device_kind: DeviceKind::Other,
         catch_up: CatchUp::All,
@@ -182,35 +140,6 @@ fn machine(name: Name, now_us: u64) -> Machine {
         events_queued_max: EVENTS_QUEUED_MAX,
         first_client_seq: EPOCH_US + now_us,
     })
-}
-
-fn end_of_send(number: u64, result: Result<ringline_client::Accepted, SendError>) -> Happening {
-    match result {
-        Ok(accepted) => {
-            let place = Place { conversation: accepted.conversation.0, seq: accepted.seq.0 };
-            Happening::Accepted { number, place }
-        }
-        Err(SendError::Unknown) => Happening::Unknown { number },
-        Err(
-            SendError::Refused { .. }
-            | SendError::NotSent
-            | SendError::QueueFull
-            | SendError::BadName
-            | SendError::BodyTooLarge { .. }
-            | SendError::DeliveryNotAsked,
-        ) => Happening::Refused { number },
-    }
-}
-
-fn shown(message: &Message) -> Shown {
-    Shown {
-        place: Place { conversation: message.conversation.0, seq: message.seq.0 },
-        from: user_number(&message.from),
-        to: user_number(&message.to),
-        device: message.device.0,
-        client_seq: message.client_seq,
-        body: message.text().into_owned(),
-    }
 }
 
 impl Tap {

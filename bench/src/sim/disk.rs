@@ -96,8 +96,11 @@ impl Disk {
         self.logs.iter().any(|log| log.poisoned || log.failing)
     }
 
-    /// Answers from what is durable.
-    pub fn answer(&mut self, shard: usize, query: Query) -> Answer {
+    /// Answers from what is durable. `readable`: false fails, as an index would that can't read its file.
+    pub fn answer(&mut self, shard: usize, query: Query, readable: bool) -> Answer {
+        if !readable {
+            return Answer::Failed;
+        }
         (0..self.logs.len()).for_each(|at| self.flush(at));
         let store = &mut self.durable[shard];
         let mut events = Vec::new();
@@ -125,6 +128,13 @@ impl Disk {
                 writing.retain(|_| rng.random_range(0..3) > 0);
             } else {
                 writing.truncate(rng.random_range(0..=writing.len()));
+            }
+            if self.bug == Some(Bug::TornChange) {
+                for record in &mut writing {
+                    if let Record::Change(change) = record {
+                        change.rows.clear();
+                    }
+                }
             }
             self.keep(shard, writing);
         }

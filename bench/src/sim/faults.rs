@@ -38,6 +38,7 @@ impl World {
                 let (delay, epoch) = (self.random_us(50_000, 2_000_000), self.epoch);
                 self.after(delay, Action::Restart { epoch, orderly: false });
             }
+            92..96 => self.unreadable_percent = if self.chance(50) { self.rng.random_range(1..10) } else { 0 },
             _ => self.slow_disk_percent = self.rng.random_range(0..40),
         }
     }

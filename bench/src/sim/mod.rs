@@ -8,8 +8,10 @@
 //! shards afterwards, and processes of clients that hang or die. What clients saw goes to the [`checker`](crate::checker).
 //!
 //! - [`world`]: the queue of what happens when. `node`: the server's shell, played. `faults`: what breaks.
-//! - [`device`]: a client. [`disk`]: what is durable.
+//! - [`device`]: a client; `acts`: what it does; `asked`: what it asks beside its sends. [`disk`]: what is durable.
 
+mod acts;
+mod asked;
 pub mod device;
 pub mod disk;
 mod faults;
@@ -28,6 +30,8 @@ pub enum Bug {
     TornMiddle,
     /// A lane gives two deliveries in the wrong order.
     SwappedDeliveries,
+    /// A crash keeps a change of a group and loses the rows that say who its members are.
+    TornChange,
     /// One of the shard's own; without the feature `planted-bugs` it does nothing.
     Shard(ringline_core::planted::Bug),
 }
@@ -35,7 +39,7 @@ pub enum Bug {
 impl Bug {
     /// All of them.
     pub fn all() -> impl Iterator<Item = Self> {
-        let outside = [Self::SkippedSync, Self::TornMiddle, Self::SwappedDeliveries];
+        let outside = [Self::SkippedSync, Self::TornMiddle, Self::SwappedDeliveries, Self::TornChange];
         outside.into_iter().chain(ringline_core::planted::Bug::ALL.iter().copied().map(Self::Shard))
     }
 }

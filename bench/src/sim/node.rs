@@ -168,7 +168,8 @@ impl World {
     }
 
     pub(super) fn loaded(&mut self, shard: usize, token: Token, query: Query) {
-        let answer = self.disk.answer(shard, query);
+        let readable = !self.chance(self.unreadable_percent);
+        let answer = self.disk.answer(shard, query, readable);
         self.tell(shard, Event::Loaded { token, answer });
     }
 

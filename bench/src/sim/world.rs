@@ -5,16 +5,16 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
-use std::time::Duration;
 
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
-use ringline_client::{Class, SendOptions};
+use ringline_client::machine::Cut;
 use ringline_core::event::{ConnId, ShardMessage, Token, Work};
 use ringline_schema::frame::FrameDecoder;
 use ringline_schema::record::Query;
 
 use super::Bug;
+use super::acts;
 use super::device::{Device, Tap};
 use super::disk::Disk;
 use super::node::Side;
@@ -170,6 +170,8 @@ pub struct World {
     pub(super) lively: bool,
     /// Chance in percent that a write or an answer of the disk takes long.
     pub(super) slow_disk_percent: u32,
+    /// … and that a question to the disk fails.
+    pub(super) unreadable_percent: u32,
     ends_us: u64,
     pub trace: u64,
     pub steps: u64,
@@ -199,6 +201,7 @@ impl World {
             history: History::default(),
             lively: true,
             slow_disk_percent: rng.random_range(0..10),
+            unreadable_percent: 0,
             ends_us: rng.random_range(4_000_000..10_000_000),
             trace: seed,
             steps: 0,
@@ -211,6 +214,10 @@ impl World {
             let (connect, act) = (world.random_us(0, 50_000), world.random_us(0, 500_000));
             world.after(connect, Action::Connect { client, process: 0 });
             world.after(act, Action::Act { client });
+            let Name { user, number } = world.clients[client].name;
+            if user < acts::GROUPS && number == 1 {
+                world.create_group(client, user);
+            }
         }
         world.after(300_000, Action::Fault);
         world
@@ -256,7 +263,7 @@ impl World {
     pub fn play(&mut self) {
         while self.now_us < self.ends_us && self.step() {}
         self.lively = false;
-        self.slow_disk_percent = 0;
+        (self.slow_disk_percent, self.unreadable_percent) = (0, 0);
     }
 
     /// Nothing breaks any more: everybody gets time to finish, logs are read back, cursors are held to their word.
@@ -275,11 +282,11 @@ impl World {
         let now_ms = self.now_ms();
         for client in 0..self.clients.len() {
             if self.clients[client].name.number == 1 {
-                self.clients[client].read_back(now_ms, 0..USERS);
+                self.clients[client].ask_all(now_ms, acts::peers());
                 self.pump(client);
             }
         }
-        self.run_until(self.now_us + HEAL_US, |world| world.clients.iter().all(|client| client.reading.is_none()));
+        self.run_until(self.now_us + HEAL_US, |world| world.clients.iter().all(|client| client.asked.is_done()));
         self.run_until(self.now_us + CURSOR_TIME_US, |_| false);
         for client in 0..self.clients.len() {
             let online = self.clients[client].machine.is_online();
@@ -344,41 +351,11 @@ impl World {
 
     // --- clients -------------------------------------------------------------------------------------------------
 
-    fn act(&mut self, client: usize) {
-        if !self.lively {
-            return;
-        }
-        let pause = self.random_us(10_000, 400_000);
-        self.after(pause, Action::Act { client });
-        if self.clients[client].open_sends > 40 {
-            return;
-        }
-        // Now and then a burst, so that several are in one batch of the disk.
-        let count = if self.chance(10) { self.rng.random_range(2..12) } else { 1 };
-        for _ in 0..count {
-            let to = self.rng.random_range(0..USERS);
-            let padding = if self.chance(5) { self.rng.random_range(200..3_000) } else { 0 };
-            let timeout = Duration::from_millis(self.rng.random_range(1..1_500));
-            let class = if self.chance(15) { Class::Transient } else { Class::Durable };
-            // A false receipt shows best on a message that never arrives, which only a transient one may.
-            let wanted_percent = if class == Class::Transient { 80 } else { 20 };
-            let options = SendOptions {
-                class,
-                delivery_timeout: self.chance(wanted_percent).then_some(timeout),
-                give_up_after: self.chance(10).then_some(Duration::from_secs(2)),
-                ..SendOptions::default()
-            };
-            let now_ms = self.now_ms();
-            self.clients[client].send((now_ms, to), (options, padding), &mut self.history);
-        }
-        self.pump(client);
-    }
-
     /// Lets a client's machine do what is due, and takes out what it brought.
     pub(super) fn pump(&mut self, client: usize) {
         let now_ms = self.now_ms();
         let device = &mut self.clients[client];
-        let cut = device.machine.advance(now_ms).is_err();
+        let cut = device.machine.advance(now_ms).err();
         device.finish(now_ms, &mut self.history);
         let mut bytes = Vec::new();
         device.machine.take_output(&mut bytes);
@@ -386,8 +363,10 @@ impl World {
         let (process, link) = (device.process, device.link);
         if let Some(link) = link {
             self.client_writes(link, &bytes);
-            if cut {
-                self.client_cuts(link);
+            match cut {
+                Some(Cut::Lost(_)) => self.client_cuts(link),
+                Some(Cut::End(_)) => return self.restart_process(client),
+                None => {}
             }
         }
         let device = &mut self.clients[client];
@@ -480,12 +459,15 @@ impl World {
         open.tap.reached((self.clients[client].name, link), bytes, &mut self.history);
         self.note(1, link.wrapping_mul(31).wrapping_add(ringline_schema::ids::body_hash(bytes)));
         let now_ms = self.now_ms();
-        let cut = self.clients[client].machine.received(now_ms, bytes).is_err();
+        let cut = self.clients[client].machine.received(now_ms, bytes).err();
         if self.clients[client].machine.is_online() {
             self.clients[client].attempts = 0;
         }
-        if cut {
-            self.client_cuts(link);
+        match cut {
+            Some(Cut::Lost(_)) => self.client_cuts(link),
+            // Logged out by another device: the application begins anew.
+            Some(Cut::End(_)) => return self.restart_process(client),
+            None => {}
         }
         self.pump(client);
     }

@@ -5,6 +5,7 @@
 //! what is remembered stays bounded. The clients are the SDK's, through a [`proxy`] that can break connections at any
 //! byte. The seed decides which faults come when; what they meet is up to the machine.
 
+mod asks;
 mod proxy;
 mod server;
 mod traffic;
@@ -36,6 +37,10 @@ const CURSOR_TIME: Duration = Duration::from_secs(2);
 const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
 /// Between two faults, in milliseconds.
 const PAUSE_MS: std::ops::Range<u64> = 200..1_800;
+/// … and so much has to have happened to clients in between, on a machine that is slow to start a server; but no longer
+/// than this.
+const HAPPENINGS_BETWEEN: usize = 300;
+const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// How long a stopped server stays stopped, in milliseconds.
 const FREEZE_MS: std::ops::Range<u64> = 100..1_000;
 const KILLS_MAX: i64 = 10_000;
@@ -146,7 +151,7 @@ async fn round(args: &TortureArgs, mut rng: SmallRng, mut server: Server) -> Res
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     let mut kills = 0;
     while kills < args.kills {
-        sleep(Duration::from_millis(rng.random_range(PAUSE_MS))).await;
+        pause(&record, rng.random_range(PAUSE_MS)).await;
         match rng.random_range(0..10) {
             0..6 => {
                 kills += 1;
@@ -178,6 +183,16 @@ async fn round(args: &TortureArgs, mut rng: SmallRng, mut server: Server) -> Res
     traffic.join().await;
     server.stop().await?;
     Ok(with_history(&record, |history| history.check()))
+}
+
+/// Lets clients do something before the next fault.
+async fn pause(record: &Record, ms: u64) {
+    let began = Instant::now();
+    let enough = with_history(record, |history| history.len()) + HAPPENINGS_BETWEEN;
+    sleep(Duration::from_millis(ms)).await;
+    while with_history(record, |history| history.len()) < enough && began.elapsed() < PAUSE_MAX {
+        sleep(BETWEEN_LOOKS).await;
+    }
 }
 
 /// Faults are over: every send ends, every device gets all there is.

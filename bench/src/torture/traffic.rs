@@ -1,9 +1,10 @@
-//! The clients of a round: a few users with a few devices each, SDK clients that send to each other and write down what
-//! they see.
+//! The clients of a round: a few users with a few devices each, SDK clients that send to each other and to groups, ask for
+//! this and that, and write down what they see.
 //!
 //! One task a device. Invariants: a body is used once; a process of a device ends with an end of each of its sends;
 //! what was handed to the application is in the record before the next event is asked for.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -12,21 +13,22 @@ use std::time::Duration;
 use rand::RngExt;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
-use ringline_client::{
-    Accepted, Class, Client, ClientBuilder, DeviceId, Event, Events, HistoryRange, Message, SendError, SendOptions,
-    Seq, UserName,
-};
+use ringline_client::{Accepted, Class, Client, ClientBuilder, DeviceId, Event, Events, SendError, SendOptions};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{interval, sleep};
 
+use super::asks::{self, Wish};
 use super::{Record, failed, with_history};
 use crate::Failure;
-use crate::checker::{Device, Happening, Place, Shown};
+use crate::checker::{Device, Happening, Peer, Place, Source};
+use crate::observed;
 use crate::token::Issuer;
 
-const USERS: u32 = 6;
-const DEVICES_PER_USER: u64 = 2;
+pub const USERS: u32 = 6;
+pub const DEVICES_PER_USER: u64 = 2;
+/// At most one a user: group n is made by user n.
+pub const GROUPS: u32 = 3;
 /// The number of the device that reads logs back.
 const READER: u64 = 99;
 /// Sends without an answer a device: few enough that none is refused for their number.
@@ -35,8 +37,12 @@ const SEND_EVERY: Duration = Duration::from_millis(20);
 /// A client that would wait longer than this to reconnect is replaced by a new process of its device.
 const PATIENCE: Duration = Duration::from_millis(600);
 const BETWEEN_TRIES: Duration = Duration::from_millis(50);
-/// Chance in percent that a send is transient.
+/// Chance in percent that a send to a user is transient, and that it goes to a group.
 const TRANSIENT_PERCENT: u32 = 10;
+const GROUP_PERCENT: u32 = 30;
+/// Asked for beside sends, one after the other, so that answers are noted in their order.
+const ASK_EVERY: Duration = Duration::from_millis(100);
+const OPEN_ASKS_MAX: usize = 1;
 
 /// What the clients are to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,11 +70,7 @@ pub struct Traffic {
 }
 
 fn user_name(user: u32) -> String {
-    format!("user-{user}")
-}
-
-fn user_number(name: &UserName) -> u32 {
-    name.as_str().strip_prefix("user-").and_then(|number| number.parse().ok()).unwrap_or(u32::MAX)
+    observed::name(Peer::User(user)).as_str().to_owned()
 }
 
 fn builder(address: SocketAddr, user: u32, token: &str) -> ClientBuilder {
@@ -94,7 +96,7 @@ impl Traffic {
                 let (builder, name) = (builder(address, user, token).device(DeviceId(number)), Device { user, number });
                 let rng = SmallRng::seed_from_u64(u64::from(user) * 100 + number);
                 let parts = (record.clone(), Arc::clone(&gauges), phases.clone());
-                devices.push(tokio::spawn(Life { name, builder, rng, sent: 0, parts }.live()));
+                devices.push(tokio::spawn(Life { name, builder, rng, sent: 0, seen: BTreeMap::new(), parts }.live()));
             }
         }
         Ok(Self { devices, gauges, record })
@@ -117,7 +119,7 @@ impl Traffic {
         }
     }
 
-    /// Reads every conversation back, as each of its users. Errors: a page can't be had.
+    /// Reads everything back, as each user. Errors: a page can't be had.
     pub async fn read_back(&self, issuer: &Issuer, address: SocketAddr) -> Result<(), Failure> {
         let tokens = issuer.tokens(&(0..USERS).map(user_name).collect::<Vec<_>>())?;
         for (user, token) in (0..).zip(&tokens) {
@@ -128,41 +130,13 @@ impl Traffic {
                 }
             };
             drop(events);
-            for with in 0..USERS {
-                let happening = read_log(&client, &user_name(with)).await?;
-                with_history(&self.record, |history| history.push(Device { user, number: READER }, happening));
-            }
+            let all =
+                asks::read_all(&client).await.map_err(|error| failed("what was sent can't be read back", &error))?;
+            let reader = Device { user, number: READER };
+            with_history(&self.record, |history| all.into_iter().for_each(|one| history.push(reader, one)));
             client.close(Duration::from_secs(1)).await;
         }
         Ok(())
-    }
-}
-
-async fn read_log(client: &Client, with: &str) -> Result<Happening, Failure> {
-    let mut messages = Vec::new();
-    let mut after = Seq::ZERO;
-    loop {
-        let range = HistoryRange { after, before: None, limit: 200, newest: false };
-        let page = client.history(with, range).await.map_err(|error| failed("a log can't be read back", &error))?;
-        messages.extend(page.messages.iter().map(shown));
-        match page.messages.last() {
-            Some(last) => after = last.seq,
-            None => {
-                let (conversation, first, head) = (page.conversation.0, page.first.0, page.head.0);
-                return Ok(Happening::ReadBack { conversation, first, head, messages });
-            }
-        }
-    }
-}
-
-fn shown(message: &Message) -> Shown {
-    Shown {
-        place: Place { conversation: message.conversation.0, seq: message.seq.0 },
-        from: user_number(&message.from),
-        to: user_number(&message.to),
-        device: message.device.0,
-        client_seq: message.client_seq,
-        body: message.text().into_owned(),
     }
 }
 
@@ -174,6 +148,8 @@ struct Life {
     builder: ClientBuilder,
     rng: SmallRng,
     sent: u64,
+    /// Handed to the application last, by conversation.
+    seen: BTreeMap<u128, u64>,
     parts: (Record, Arc<Gauges>, watch::Receiver<Phase>),
 }
 
@@ -214,7 +190,8 @@ impl Life {
 
     /// One process, until it is to end or its connection has been lost for too long.
     async fn process(&mut self, (client, mut events): (&Client, Events), sends: &mut JoinSet<Ended>, anew: bool) {
-        let mut ticks = interval(SEND_EVERY);
+        let (mut ticks, mut wishes) = (interval(SEND_EVERY), interval(ASK_EVERY));
+        let mut asks = JoinSet::new();
         loop {
             match self.phase() {
                 Phase::End => return,
@@ -228,9 +205,20 @@ impl Life {
                     }
                 }
                 Some(ended) = sends.join_next() => self.ended(ended),
+                Some(Ok(happenings)) = asks.join_next() => {
+                    let happenings: Vec<Happening> = happenings;
+                    happenings.into_iter().for_each(|happening| self.note(happening));
+                }
                 _ = ticks.tick() => {
                     if self.phase() == Phase::Load && sends.len() < OPEN_SENDS_MAX {
                         self.send(client, sends);
+                    }
+                }
+                _ = wishes.tick() => {
+                    if self.phase() == Phase::Load && asks.len() < OPEN_ASKS_MAX {
+                        let wish = Wish::any(self.name.user, &self.seen, &mut self.rng);
+                        wish.before().into_iter().for_each(|happening| self.note(happening));
+                        asks.spawn(wish.ask(client.clone()));
                     }
                 }
             }
@@ -238,11 +226,20 @@ impl Life {
     }
 
     /// Takes an event in; false: the process is to end.
-    fn event(&self, event: Event) -> bool {
+    fn event(&mut self, event: Event) -> bool {
         if let Event::Message(message) = &event {
-            self.note(Happening::Saw(shown(message)));
-        } else if let Event::Skipped { conversation, to, .. } = &event {
-            self.note(Happening::Skipped(Place { conversation: conversation.0, seq: to.0 }));
+            let shown = observed::shown(message);
+            if shown.place.seq > 0 {
+                self.seen.insert(shown.place.conversation, shown.place.seq);
+            }
+            self.note(Happening::Saw(shown));
+        } else if let Event::Skipped { conversation, from, to, .. } = &event {
+            self.note(Happening::Skipped { conversation: conversation.0, from: from.0, to: to.0 });
+        } else if let Event::ReadUpto(read) = &event
+            && let Some(user) = &read.user
+        {
+            let place = Place { conversation: read.conversation.0, seq: read.read.0 };
+            self.note(Happening::ReadShown { source: Source::Push, user: observed::user(user), place });
         }
         let waits_long = matches!(event, Event::Reconnecting { delay, .. } if delay > PATIENCE);
         !waits_long && !matches!(event, Event::Closed { .. })
@@ -250,13 +247,19 @@ impl Life {
 
     fn send(&mut self, client: &Client, sends: &mut JoinSet<Ended>) {
         self.sent += 1;
-        let (number, to) = (self.sent, self.rng.random_range(0..USERS));
+        let number = self.sent;
+        let to = match self.rng.random_range(0..100) < GROUP_PERCENT {
+            true => Peer::Group(self.rng.random_range(0..GROUPS)),
+            false => Peer::User(self.rng.random_range(0..USERS)),
+        };
         let padding = if self.rng.random_range(0..50) == 0 { self.rng.random_range(100..4_000) } else { 0 };
         let body = format!("{}.{} says {number} {}", self.name.user, self.name.number, "x".repeat(padding));
-        let durable = self.rng.random_range(0..100) >= TRANSIENT_PERCENT;
+        let transient = matches!(to, Peer::User(_)) && self.rng.random_range(0..100) < TRANSIENT_PERCENT;
+        let durable = !transient;
         self.note(Happening::Sent { number, to, body: body.clone(), durable });
         let class = if durable { Class::Durable } else { Class::Transient };
-        let sending = client.send_with(&user_name(to), body, SendOptions { class, ..SendOptions::default() });
+        let sending =
+            client.send_with(observed::name(to).as_str(), body, SendOptions { class, ..SendOptions::default() });
         self.parts.1.open_sends.fetch_add(1, Ordering::Relaxed);
         sends.spawn(async move { (number, sending.await) });
     }
@@ -264,20 +267,6 @@ impl Life {
     fn ended(&self, ended: Result<Ended, tokio::task::JoinError>) {
         let Ok((number, result)) = ended else { return };
         self.parts.1.open_sends.fetch_sub(1, Ordering::Relaxed);
-        self.note(match result {
-            Ok(accepted) => {
-                let place = Place { conversation: accepted.conversation.0, seq: accepted.seq.0 };
-                Happening::Accepted { number, place }
-            }
-            Err(SendError::Unknown) => Happening::Unknown { number },
-            Err(
-                SendError::Refused { .. }
-                | SendError::NotSent
-                | SendError::QueueFull
-                | SendError::BadName
-                | SendError::BodyTooLarge { .. }
-                | SendError::DeliveryNotAsked,
-            ) => Happening::Refused { number },
-        });
+        self.note(observed::end_of_send(number, result));
     }
 }

@@ -449,6 +449,12 @@ fn a_timeout_says_what_is_known() {
     world.session.advance(0).unwrap();
     world.session.advance(100).unwrap();
     assert_eq!(results(&mut world.session), [Err(SendError::Unknown)]);
+    // Its answer comes after all: everyone has the message, and so has this device.
+    for op in [Op::Serve(9), Op::Serve(9), Op::Read(9)] {
+        world.apply(&op);
+    }
+    let own = |event: &Event| matches!(event, Event::Message(message) if message.text() == "x");
+    assert!(world.queued.iter().any(own) && results(&mut world.session).is_empty());
     // Never written: not sent.
     let mut offline = session(CatchUp::All);
     offline.send(0, outgoing("bob", "x", give_up_after(100))).unwrap();

@@ -18,6 +18,20 @@ pub enum Bug {
     WrongUser,
     /// A delivery that did not happen in time is reported as one that did.
     FalseReceipt,
+    /// A READ of an earlier place is taken for the newest.
+    ReadGoesBack,
+    /// A READ is answered and not written.
+    ReadForgotten,
+    /// A message of a group is given to everyone online.
+    EveryoneIsMember,
+    /// The history of a group is given to whoever was a member once, all of it.
+    MembershipUnread,
+    /// Who is no member writes to a group.
+    StrangersWrite,
+    /// A message of a group is not given to the members on other shards, who are not told either.
+    LostGroupPush,
+    /// The page after a page of SYNC begins one too late.
+    SyncSkipsOne,
 }
 
 impl Bug {
@@ -29,6 +43,13 @@ impl Bug {
         Self::ForgottenCursor,
         Self::WrongUser,
         Self::FalseReceipt,
+        Self::ReadGoesBack,
+        Self::ReadForgotten,
+        Self::EveryoneIsMember,
+        Self::MembershipUnread,
+        Self::StrangersWrite,
+        Self::LostGroupPush,
+        Self::SyncSkipsOne,
     ];
 }
 

@@ -54,7 +54,8 @@ impl Shard {
         // The id is made from the session's own name, so nobody reads a conversation of others; what of a group its
         // reader may see, the store finds out from the memberships, and what the user has deleted for himself.
         let conversation = ConversationId::with(&login.user, &with);
-        let reader = Some(login.user.clone());
+        let unread = with.is_group() && self.planted.is(Bug::MembershipUnread);
+        let reader = (!unread).then(|| login.user.clone());
         let range = Range {
             after: Seq(fetch.after.0.saturating_add(self.planted.is(Bug::PageSkipsOne).into())),
             before: fetch.before,

@@ -28,6 +28,7 @@ use crate::conversation::{Pending, PendingWork};
 use crate::event::{Effects, ShardMessage};
 use crate::group::reached::Reached;
 use crate::peer::Origin;
+use crate::planted::Bug;
 use crate::shard::{Question, Shard};
 use crate::timers::Timer;
 
@@ -273,7 +274,15 @@ impl Shard {
             return self.load_reader(key, fx);
         }
         let old = entry.row;
-        let row = ReceiptRow { delivered: old.delivered.max(up.delivered).max(up.read), read: old.read.max(up.read) };
+        let mut row =
+            ReceiptRow { delivered: old.delivered.max(up.delivered).max(up.read), read: old.read.max(up.read) };
+        if self.planted.is(Bug::ReadGoesBack) && up.read != Seq::ZERO {
+            row.read = up.read;
+        }
+        if self.planted.is(Bug::ReadForgotten) {
+            entry.row = row;
+            return self.up_ended(&up, Ok(()), fx);
+        }
         if row == old {
             let in_flight = entry.in_flight > 0;
             return match up.origin {

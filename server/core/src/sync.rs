@@ -21,6 +21,7 @@ use ringline_schema::record::{Answer, ConversationRow, Query, Range, StoredMessa
 use crate::config::{SYNC_QUESTIONS_MAX, SYNCS_IN_FLIGHT_MAX};
 use crate::event::{ConnId, Effects, ShardMessage};
 use crate::peer::Origin;
+use crate::planted::Bug;
 use crate::shard::{Question, Shard};
 
 /// What a name in a list takes on the wire at most, with its table entry.
@@ -270,7 +271,11 @@ impl Shard {
             }
         }
         let messages = work.messages.iter().map(StoredMessage::as_wire).collect();
-        let reply = Reply::Chat(ChatReply::SyncOk { messages, next: work.next() });
+        let mut next = work.next();
+        if self.planted.is(Bug::SyncSkipsOne) && next.seq != Seq::ZERO {
+            next.seq = next.seq.next();
+        }
+        let reply = Reply::Chat(ChatReply::SyncOk { messages, next });
         self.sessions.answer(conn, request_id, &reply, fx);
     }
 

@@ -147,10 +147,16 @@ impl Shard {
         }
     }
 
-    /// Nothing was appended, so this is a plain refusal.
+    /// Nothing was appended, so this is a plain refusal. A group that is in memory stays there: changes of it may be on their
+    /// way to the disk, and others may wait for its conversation.
     fn group_not_loaded(&mut self, id: ConversationId, fx: &mut Effects) {
-        let Some(slot) = self.groups.pop(&id) else { return };
-        for submit in slot.waiting {
+        let Some(slot) = self.groups.get_mut(&id) else { return };
+        slot.loading = false;
+        let waiting = std::mem::take(&mut slot.waiting);
+        if !slot.loaded {
+            self.groups.pop(&id);
+        }
+        for submit in waiting {
             self.refuse_submit(&submit, ErrorCode::Internal, fx);
         }
     }

@@ -18,6 +18,7 @@ use crate::group::decide::{Decision, Push, Scene};
 use crate::group::fan_out::{GroupAnswer, GroupPush, InfoAnswer, MemberAnswer};
 use crate::group::state::{Group, Targets};
 use crate::peer::{Origin, Submit, Wanted};
+use crate::planted::Bug;
 use crate::shard::Shard;
 
 /// What follows when a change of a group, or a message to it, is on disk.
@@ -39,6 +40,9 @@ impl Shard {
     pub(crate) fn may_write(&self, submit: &Submit) -> Result<(), ErrorCode> {
         let slot = self.groups.peek(&submit.conversation).ok_or(ErrorCode::Busy)?;
         let group = slot.group.as_ref().ok_or(ErrorCode::NoSuchGroup)?;
+        if self.planted.is(Bug::StrangersWrite) {
+            return Ok(());
+        }
         let member = group.member(&submit.from).ok_or(ErrorCode::NotMember)?;
         if group.row.dissolved != Seq::ZERO {
             return Err(ErrorCode::GroupDissolved);
@@ -273,11 +277,13 @@ fn apply(
     ),
 ) -> Vec<Row> {
     let stamp = group.stamp;
-    let mut rows = Vec::with_capacity(1 + members.len());
     if let Some(row) = new_row {
-        group.row = row.clone();
-        rows.push(Row { key: RowKey::Group(id), stamp, value: Some(RowValue::Group(row)) });
+        group.row = row;
     }
+    // The group's own row carries the stamp of every change: rows of those who are gone are not loaded with the group, and
+    // one written later with a lower stamp would count for nothing.
+    let mut rows = Vec::with_capacity(1 + members.len());
+    rows.push(Row { key: RowKey::Group(id), stamp, value: Some(RowValue::Group(group.row.clone())) });
     for (name, row) in members {
         let key = RowKey::Member(id, name.clone());
         rows.push(Row { key, stamp, value: row.clone().map(RowValue::Member) });

@@ -13,6 +13,7 @@ use crate::event::{ConnId, Effects, ShardMessage};
 use crate::group::passing::Relay;
 use crate::group::state::Targets;
 use crate::peer::Origin;
+use crate::planted::Bug;
 use crate::shard::Shard;
 
 /// How an act ended well; travels to the shard of the session.
@@ -110,7 +111,7 @@ impl Shard {
             self.sessions.counters.fan_outs += 1;
             if self.is_here(*shard) {
                 self.deliver_to_members(message, members, (skip, relay), fx);
-            } else {
+            } else if !self.planted.is(Bug::LostGroupPush) {
                 let (message, members) = (Arc::clone(message), Arc::clone(members));
                 self.tell_shard(*shard, ShardMessage::DeliverGroup { message, members, skip, relay }, fx);
             }
@@ -126,6 +127,10 @@ impl Shard {
         fx: &mut Effects,
     ) {
         let mut conns = self.online_members(members, None);
+        if self.planted.is(Bug::EveryoneIsMember) {
+            conns = self.online.values().flatten().copied().collect();
+            conns.sort_unstable();
+        }
         conns.retain(|conn| Some(*conn) != skip);
         if let Some(relay) = relay.filter(|_| !conns.is_empty()) {
             let (conversation, seq, none) =

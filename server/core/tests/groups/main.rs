@@ -223,6 +223,24 @@ fn a_membership_decides_what_can_be_read_now_and_later() {
 }
 
 #[test]
+fn who_declined_before_a_restart_and_joins_after_it_is_a_member_for_good() {
+    let (town, bob) = (&mut Town::new(2), "bob");
+    let (ann, guest) = (town.login("ann"), town.login(bob));
+    town.act(ann, TEAM, create(JoinPolicy::Open)).unwrap();
+    for _ in 0..3 {
+        invite(town, ann, &[bob]).unwrap();
+        town.act(guest, TEAM, GroupAct::Answer { user: bob, approve: false }).unwrap();
+    }
+    let mut later = town.restarted(3);
+    let guest = later.login(bob);
+    assert_eq!(later.act(guest, TEAM, join()), Ok((Seq(2), Some(Standing::Member))));
+    let mut later = later.restarted(1);
+    let guest = later.login(bob);
+    assert_eq!(later.fetch(guest, TEAM, 0), Ok((2, 2, vec![2])));
+    assert_eq!(later.send(guest, TEAM, 1), Ok(Seq(3)));
+}
+
+#[test]
 fn whoever_was_a_member_when_a_message_got_its_number_sees_it_and_nobody_else() {
     let (mut town, ann, seats) = team(3, &["bob"]);
     let (bob, cid) = (seats[0], town.login("cid"));

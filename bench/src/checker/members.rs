@@ -1,0 +1,158 @@
+//! Who may see what: both users of a direct conversation all of it, members of a group what got its number while they were
+//! members, which follows from the group's own log.
+//!
+//! Made once for a run, from the logs as they were read back. Invariant: a range is rising, ranges of a user do not overlap.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::judge::Checker;
+use super::{Change, Device, Rule, Shown};
+
+/// Times one user's coming and going is remembered for one group: what was said in earlier ones may be out of reach.
+const RANGES_KEPT_MAX: usize = 16;
+
+/// A device was given what is before `after` and from `before` on, and nothing between them.
+#[derive(Clone, Copy, Debug)]
+pub struct Hop {
+    /// What it breaks if there is something between.
+    pub rule: Rule,
+    pub device: Device,
+    pub conversation: u128,
+    pub after: u64,
+    pub before: u64,
+}
+
+type Log<'a> = BTreeMap<u64, &'a Shown>;
+type Ranges = Vec<(u64, u64)>;
+
+/// See the module.
+#[derive(Default)]
+pub struct Members {
+    /// First and last seq of each time that a user was a member.
+    ranges: BTreeMap<(u128, u32), Ranges>,
+    groups: BTreeSet<u128>,
+}
+
+impl Members {
+    pub fn new(
+        logs: &BTreeMap<u128, Log<'_>>,
+        firsts: &BTreeMap<u128, u64>,
+        pairs: &BTreeMap<u128, BTreeSet<u32>>,
+    ) -> Self {
+        let mut members = Self::default();
+        for (&conversation, log) in logs {
+            let Some((&head, _)) = log.last_key_value() else { continue };
+            match pairs.get(&conversation) {
+                Some(pair) => {
+                    let first = firsts.get(&conversation).copied().unwrap_or(1);
+                    for &user in pair {
+                        members.ranges.insert((conversation, user), vec![(first, head)]);
+                    }
+                }
+                None => {
+                    members.groups.insert(conversation);
+                    members.of_group((conversation, head), log);
+                }
+            }
+        }
+        members
+    }
+
+    fn of_group(&mut self, (conversation, head): (u128, u64), log: &Log<'_>) {
+        for (&seq, shown) in log {
+            let came = match &shown.change {
+                Some(Change::Created) => &[shown.from][..],
+                Some(Change::Came(users)) => users,
+                Some(Change::Went(_) | Change::Other) | None => &[],
+            };
+            for user in came {
+                self.ranges.entry((conversation, *user)).or_default().push((seq, head));
+            }
+            if let Some(Change::Went(users)) = &shown.change {
+                for user in users {
+                    let last = self.ranges.get_mut(&(conversation, *user)).and_then(|ranges| ranges.last_mut());
+                    if let Some((_, end)) = last {
+                        *end = (*end).min(seq.saturating_sub(1));
+                    }
+                }
+            }
+        }
+    }
+
+    fn all(&self, conversation: u128, user: u32) -> &[(u64, u64)] {
+        self.ranges.get(&(conversation, user)).map_or(&[], Vec::as_slice)
+    }
+
+    /// The ranges that a user can still read.
+    fn kept(&self, conversation: u128, user: u32) -> &[(u64, u64)] {
+        let all = self.all(conversation, user);
+        all.get(all.len().saturating_sub(RANGES_KEPT_MAX)..).unwrap_or(all)
+    }
+
+    fn may_see(&self, conversation: u128, user: u32, seq: u64) -> bool {
+        self.all(conversation, user).iter().any(|(first, last)| (*first..=*last).contains(&seq))
+    }
+
+    /// The last that a user may see; `None`: was never a member.
+    pub fn head(&self, conversation: u128, user: u32) -> Option<u64> {
+        self.all(conversation, user).last().map(|(_, last)| *last)
+    }
+
+    /// The first that a device may see and a hop left out.
+    pub fn left_out(&self, hop: &Hop) -> Option<u64> {
+        let kept = self.kept(hop.conversation, hop.device.user);
+        let parts = kept.iter().map(|(first, last)| ((*first).max(hop.after + 1), *last));
+        parts.filter(|(first, last)| first <= last && *first < hop.before).map(|(first, _)| first).next()
+    }
+
+    /// Conversations of a user, with the head of each.
+    pub fn of_user(&self, user: u32) -> impl Iterator<Item = (u128, u64)> {
+        let own = self.ranges.iter().filter(move |((_, member), _)| *member == user);
+        own.filter_map(|((conversation, _), ranges)| ranges.last().map(|(_, head)| (*conversation, *head)))
+    }
+}
+
+impl Checker<'_> {
+    /// What members were given of a group is what was said while they were members: no more, and no less.
+    pub fn check_groups(&mut self, members: &Members) {
+        for conversation in &members.groups {
+            let Some(log) = self.logs.get(conversation) else { continue };
+            let begins = log.first_key_value().is_some_and(|(_, row)| row.change == Some(Change::Created));
+            if !begins || !(1..).zip(log.keys()).all(|(expected, seq)| *seq == expected) {
+                let text = format!("{conversation:032x} has a hole, or does not begin with its creation");
+                self.verdict.broken(Rule::Dense, text);
+            }
+        }
+        let rows = members.groups.iter().filter_map(|group| self.logs.get(group)).flat_map(BTreeMap::values);
+        for row in rows.filter(|row| row.change.is_none()) {
+            if !members.may_see(row.place.conversation, row.from, row.place.seq) {
+                self.verdict.broken(Rule::OnlyMembersWrite, format!("{row:?} is there, its sender was no member"));
+            }
+        }
+        for (place, user) in &self.given {
+            let of_group = members.groups.contains(&place.conversation);
+            if of_group && !members.may_see(place.conversation, *user, place.seq) {
+                let text = format!("user {user} was given {place:?} and was no member then");
+                self.verdict.broken(Rule::OnlyToItsMembers, text);
+            }
+        }
+        for (reader, conversation, head, messages) in &self.readings {
+            let read: BTreeSet<u64> = messages.iter().map(|shown| shown.place.seq).collect();
+            let kept = members.kept(*conversation, reader.user);
+            let missing = kept.iter().flat_map(|(first, last)| *first..=*last).find(|seq| !read.contains(seq));
+            let rises = messages.is_sorted_by(|one, other| one.place.seq < other.place.seq);
+            let own_head = members.head(*conversation, reader.user).unwrap_or(0);
+            if missing.is_some() || !rises || *head != own_head {
+                let text = format!("{reader:?} read {conversation:032x} to {head} of {own_head}, without {missing:?}");
+                self.verdict.broken(Rule::MembersReadAll, text);
+            }
+        }
+        for hop in &self.hops {
+            if let Some(seq) = members.left_out(hop) {
+                let Hop { device, conversation, after, before, .. } = hop;
+                let text = format!("{device:?} was given {before} of {conversation:032x} after {after}, without {seq}");
+                self.verdict.broken(hop.rule, text);
+            }
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! What simulated applications do: they send, in bursts, to users and groups; they come into groups and leave them, read, ask for
+//! lists and for what they missed, and log each other out.
+//!
+//! Group n is made by user n, who stays its owner and so can read all of it in the end.
+
+use std::time::Duration;
+
+use rand::RngExt;
+use ringline_client::machine::Ask;
+use ringline_client::{Class, JoinPolicy, SendOptions};
+
+use super::world::{Action, USERS, World};
+use crate::checker::{Peer, Place};
+use crate::observed;
+
+/// At most one a user.
+pub const GROUPS: u32 = 3;
+/// Sends without an answer above which an application waits.
+const OPEN_SENDS_MAX: u32 = 40;
+/// How long a muted member is silent.
+const MUTE_MS: u64 = 500;
+
+const _: () = assert!(GROUPS <= USERS);
+
+/// All that can be written to.
+pub fn peers() -> impl Iterator<Item = Peer> {
+    (0..USERS).map(Peer::User).chain((0..GROUPS).map(Peer::Group))
+}
+
+impl World {
+    pub(super) fn act(&mut self, client: usize) {
+        if !self.lively {
+            return;
+        }
+        let pause = self.random_us(10_000, 400_000);
+        self.after(pause, Action::Act { client });
+        if self.chance(30) {
+            self.ask_something(client);
+        } else if self.clients[client].open_sends <= OPEN_SENDS_MAX {
+            self.send_some(client);
+        }
+        self.pump(client);
+    }
+
+    fn send_some(&mut self, client: usize) {
+        // Now and then a burst, so that several are in one batch of the disk.
+        let count = if self.chance(10) { self.rng.random_range(2..12) } else { 1 };
+        for _ in 0..count {
+            let to_group = self.chance(30);
+            let to = match to_group {
+                true => Peer::Group(self.rng.random_range(0..GROUPS)),
+                false => Peer::User(self.rng.random_range(0..USERS)),
+            };
+            let padding = if self.chance(5) { self.rng.random_range(200..3_000) } else { 0 };
+            let timeout = Duration::from_millis(self.rng.random_range(1..1_500));
+            let class = if !to_group && self.chance(15) { Class::Transient } else { Class::Durable };
+            // A false receipt shows best on a message that never arrives, which only a transient one may.
+            let wanted_percent = if class == Class::Transient { 80 } else { 20 };
+            let options = SendOptions {
+                class,
+                delivery_timeout: (!to_group && self.chance(wanted_percent)).then_some(timeout),
+                give_up_after: self.chance(10).then_some(Duration::from_secs(2)),
+                ..SendOptions::default()
+            };
+            let now_ms = self.now_ms();
+            self.clients[client].send((now_ms, to), (options, padding), &mut self.history);
+        }
+    }
+
+    fn ask_something(&mut self, client: usize) {
+        let now_ms = self.now_ms();
+        let number = self.rng.random_range(0..64);
+        let place = self.clients[client].asked.place(number);
+        match self.rng.random_range(0..100) {
+            0..40 => self.act_in_group(client),
+            40..65 => {
+                if let Some(place) = place {
+                    self.clients[client].read(now_ms, place, &mut self.history);
+                }
+            }
+            65..82 => {
+                let behind = place.map(|place| Place { seq: self.rng.random_range(0..=place.seq), ..place });
+                self.clients[client].sync(now_ms, behind.into_iter().collect());
+            }
+            82..96 => self.clients[client].list(now_ms),
+            _ => {
+                let number = self.rng.random_range(1..=2);
+                self.clients[client].drop_device(now_ms, number);
+            }
+        }
+    }
+
+    /// The owner's first wish of a group.
+    pub(super) fn create_group(&mut self, client: usize, group: u32) {
+        let join = [JoinPolicy::Open, JoinPolicy::Invite, JoinPolicy::Approval][group as usize % 3];
+        let users = (0..USERS).filter(|user| (user + group).is_multiple_of(2)).map(Peer::User).map(observed::name);
+        let ask = Ask::CreateGroup { group: observed::name(Peer::Group(group)), join, users: users.collect() };
+        let now_ms = self.now_ms();
+        self.clients[client].ask_group(now_ms, ask);
+    }
+
+    fn act_in_group(&mut self, client: usize) {
+        let number = self.rng.random_range(0..GROUPS);
+        let group = observed::name(Peer::Group(number));
+        let own = self.clients[client].name.user;
+        let other = (own + self.rng.random_range(1..USERS)) % USERS;
+        let user = observed::name(Peer::User(other));
+        let what = self.rng.random_range(0..100);
+        let ask = match what {
+            0..15 if own == number => return self.create_group(client, number),
+            15..50 if own == number => Ask::Invite { group, users: vec![user] },
+            50..65 if own == number => Ask::AnswerRequest { group, user, approve: true },
+            65..80 if own == number => Ask::Kick { group, user },
+            80..90 if own == number => Ask::RenameGroup { group, title: format!("title {what}") },
+            _ if own == number => Ask::Mute { group, user, for_ms: MUTE_MS },
+            0..70 => Ask::JoinGroup(group),
+            70..85 => Ask::LeaveGroup(group),
+            _ => Ask::AnswerRequest { group, user: observed::name(Peer::User(own)), approve: what % 2 == 0 },
+        };
+        let now_ms = self.now_ms();
+        self.clients[client].ask_group(now_ms, ask);
+    }
+}

@@ -1,0 +1,267 @@
+//! What a simulated application asks beside its sends, and what it makes of the answers: groups, READ, SYNC, lists, devices,
+//! and whole conversations that are read back.
+//!
+//! Part of a [`Device`]; forgotten with its process. Invariant: what is asked page by page is written to the history when the
+//! last page has come, as one thing.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use ringline_client::machine::{Ask, Told};
+use ringline_client::{CallError, ConversationId, ConversationPage, HistoryRange, Seq, SyncPage};
+use ringline_client::{History as Page, Place as WirePlace};
+
+use super::device::Device;
+use crate::checker::{Happening, History, Listed, Peer, Place, Shown, Source};
+use crate::observed;
+
+/// Rows of a page: few, so that there are several.
+const PAGE_ROWS: u16 = 20;
+
+/// What an open question is for.
+#[derive(Clone, Copy, Debug)]
+enum Purpose {
+    Reading,
+    Group,
+    Read(Place),
+    Sync,
+    List,
+    Devices,
+    Drop,
+}
+
+/// A SYNC, page by page.
+#[derive(Clone, Debug, Default)]
+struct Syncing {
+    behind: Vec<Place>,
+    messages: Vec<Shown>,
+    /// Nothing is sent meanwhile.
+    at_rest: bool,
+}
+
+/// See the module.
+#[derive(Default)]
+pub struct Asked {
+    open: BTreeMap<u64, Purpose>,
+    /// What the application was handed last of each conversation.
+    seen: BTreeMap<u128, u64>,
+    reading: VecDeque<Peer>,
+    read: Vec<Shown>,
+    syncing: Option<Syncing>,
+    listing: Option<(Vec<Listed>, bool)>,
+    /// Every conversation of the user.
+    listed: Vec<u128>,
+    /// What has to be asked when nothing is sent any more.
+    last: VecDeque<Last>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Last {
+    ReadBack,
+    Sync,
+    List,
+    Devices,
+}
+
+impl Asked {
+    pub fn saw(&mut self, place: Place) {
+        if place.seq > 0 {
+            self.seen.insert(place.conversation, place.seq);
+        }
+    }
+
+    /// Where the application is in the `number`th of the conversations it knows, counted round and round.
+    pub fn place(&self, number: usize) -> Option<Place> {
+        let (&conversation, &seq) = self.seen.iter().nth(number.checked_rem(self.seen.len())?)?;
+        Some(Place { conversation, seq })
+    }
+
+    /// Nothing is being asked that has to come to its end.
+    pub fn is_done(&self) -> bool {
+        self.last.is_empty() && self.reading.is_empty() && self.syncing.is_none() && self.listing.is_none()
+    }
+}
+
+fn wire(place: Place) -> WirePlace {
+    WirePlace { conversation: ConversationId(place.conversation), seq: Seq(place.seq) }
+}
+
+impl Device {
+    fn ask(&mut self, now_ms: u64, purpose: Purpose, ask: Ask) {
+        // A full queue: the application asks another time.
+        if let Ok(number) = self.machine.ask(now_ms, ask) {
+            self.asked.open.insert(number, purpose);
+        }
+    }
+
+    pub fn ask_group(&mut self, now_ms: u64, ask: Ask) {
+        self.ask(now_ms, Purpose::Group, ask);
+    }
+
+    pub fn read(&mut self, now_ms: u64, place: Place, history: &mut History) {
+        history.push(self.name, Happening::ReadAsked(place));
+        let WirePlace { conversation, seq } = wire(place);
+        self.ask(now_ms, Purpose::Read(place), Ask::Read { conversation, seq });
+    }
+
+    pub fn drop_device(&mut self, now_ms: u64, number: u64) {
+        self.ask(now_ms, Purpose::Drop, Ask::DropDevice(ringline_client::DeviceId(number)));
+    }
+
+    /// Asks for what is behind these places.
+    pub fn sync(&mut self, now_ms: u64, behind: Vec<Place>) {
+        if self.asked.syncing.is_none() {
+            self.asked.syncing = Some(Syncing { behind, ..Syncing::default() });
+            self.sync_on(now_ms, WirePlace::default());
+        }
+    }
+
+    fn sync_on(&mut self, now_ms: u64, from: WirePlace) {
+        let Some(syncing) = &self.asked.syncing else { return };
+        let places = syncing.behind.iter().copied().map(wire).collect();
+        self.ask(now_ms, Purpose::Sync, Ask::Sync { places, from, limit: PAGE_ROWS });
+    }
+
+    pub fn list(&mut self, now_ms: u64) {
+        if self.asked.listing.is_none() {
+            self.asked.listing = Some((Vec::new(), false));
+            self.list_on(now_ms, ConversationId(0));
+        }
+    }
+
+    fn list_on(&mut self, now_ms: u64, cursor: ConversationId) {
+        self.ask(now_ms, Purpose::List, Ask::Conversations { cursor, limit: PAGE_ROWS });
+    }
+
+    /// Nothing is sent any more: everything is asked once, one thing after the other.
+    pub fn ask_all(&mut self, now_ms: u64, with: impl Iterator<Item = Peer>) {
+        self.asked = Asked { seen: std::mem::take(&mut self.asked.seen), ..Asked::default() };
+        self.asked.reading = with.collect();
+        self.asked.last = VecDeque::from([Last::ReadBack, Last::List, Last::Sync, Last::Devices]);
+        self.ask_last(now_ms);
+    }
+
+    fn ask_last(&mut self, now_ms: u64) {
+        match self.asked.last.front() {
+            None => {}
+            Some(Last::ReadBack) => self.read_next(now_ms, Seq::ZERO),
+            Some(Last::Sync) => {
+                let behind = self.asked.listed.iter().map(|&conversation| Place { conversation, seq: 0 }).collect();
+                self.asked.syncing = Some(Syncing { behind, messages: Vec::new(), at_rest: true });
+                self.sync_on(now_ms, WirePlace::default());
+            }
+            Some(Last::List) => {
+                self.asked.listing = Some((Vec::new(), true));
+                self.list_on(now_ms, ConversationId(0));
+            }
+            Some(Last::Devices) => self.ask(now_ms, Purpose::Devices, Ask::Devices),
+        }
+    }
+
+    fn last_done(&mut self, now_ms: u64) {
+        self.asked.last.pop_front();
+        self.ask_last(now_ms);
+    }
+
+    pub(super) fn answered(
+        &mut self,
+        now_ms: u64,
+        (number, answer): (u64, Result<Told, CallError>),
+        history: &mut History,
+    ) {
+        let Some(purpose) = self.asked.open.remove(&number) else { return };
+        match (purpose, answer) {
+            (Purpose::Reading, Ok(Told::History(page))) => self.read_page(now_ms, page, history),
+            (Purpose::Reading, Err(CallError::Refused { .. })) => {
+                // Of no group that this user was ever in.
+                self.asked.reading.pop_front();
+                self.asked.read.clear();
+                self.read_next(now_ms, Seq::ZERO);
+            }
+            (Purpose::Reading, _) => {
+                self.asked.read.clear();
+                self.read_next(now_ms, Seq::ZERO);
+            }
+            (Purpose::Group, Ok(Told::Group(done))) if done.seq > Seq::ZERO => {
+                let place = Place { conversation: done.conversation.0, seq: done.seq.0 };
+                history.push(self.name, Happening::Changed(place));
+            }
+            (Purpose::Read(place), Ok(_)) => history.push(self.name, Happening::ReadKept(place)),
+            (Purpose::Sync, Ok(Told::Sync(page))) => self.sync_page(now_ms, page, history),
+            (Purpose::Sync, _) => self.sync_ends(now_ms, false, history),
+            (Purpose::List, Ok(Told::Conversations(page))) => self.list_page(now_ms, &page, history),
+            (Purpose::List, _) => self.listing_ends(now_ms, false, history),
+            (Purpose::Devices, Ok(Told::Devices(devices))) => {
+                let numbers = devices.iter().map(|device| device.device.0).collect();
+                history.push(self.name, Happening::Devices(numbers));
+                self.last_done(now_ms);
+            }
+            (Purpose::Devices, _) => self.ask_last(now_ms),
+            (Purpose::Group | Purpose::Read(_) | Purpose::Drop, _) => {}
+        }
+    }
+
+    fn read_next(&mut self, now_ms: u64, after: Seq) {
+        let Some(&with) = self.asked.reading.front() else { return self.last_done(now_ms) };
+        let range = HistoryRange { after, before: None, limit: PAGE_ROWS, newest: false };
+        self.ask(now_ms, Purpose::Reading, Ask::History { with: observed::name(with), range });
+    }
+
+    fn read_page(&mut self, now_ms: u64, page: Page, history: &mut History) {
+        self.asked.read.extend(page.messages.iter().map(observed::shown));
+        if let Some(last) = page.messages.last() {
+            return self.read_next(now_ms, last.seq);
+        }
+        let messages = std::mem::take(&mut self.asked.read);
+        let (conversation, first, head) = (page.conversation.0, page.first.0, page.head.0);
+        if let Some(with) = self.asked.reading.pop_front() {
+            history.push(self.name, Happening::ReadBack { conversation, with, first, head, messages });
+        }
+        self.read_next(now_ms, Seq::ZERO);
+    }
+
+    fn sync_page(&mut self, now_ms: u64, page: SyncPage, history: &mut History) {
+        let Some(syncing) = &mut self.asked.syncing else { return };
+        syncing.messages.extend(page.messages.iter().map(observed::shown));
+        match page.next {
+            Some(next) => self.sync_on(now_ms, next),
+            None => self.sync_ends(now_ms, true, history),
+        }
+    }
+
+    fn sync_ends(&mut self, now_ms: u64, complete: bool, history: &mut History) {
+        let Some(Syncing { behind, messages, at_rest }) = self.asked.syncing.take() else { return };
+        history.push(self.name, Happening::Synced { behind, messages, whole: complete && at_rest });
+        match (at_rest, complete) {
+            (true, true) => self.last_done(now_ms),
+            (true, false) => self.ask_last(now_ms),
+            (false, _) => {}
+        }
+    }
+
+    fn list_page(&mut self, now_ms: u64, page: &ConversationPage, history: &mut History) {
+        for row in &page.conversations {
+            let place = Place { conversation: row.conversation.0, seq: row.read.0 };
+            let (source, user) = (Source::List, self.name.user);
+            history.push(self.name, Happening::ReadShown { source, user, place });
+        }
+        let Some((rows, _)) = &mut self.asked.listing else { return };
+        rows.extend(page.conversations.iter().map(observed::listed));
+        match page.next {
+            Some(next) => self.list_on(now_ms, next),
+            None => self.listing_ends(now_ms, true, history),
+        }
+    }
+
+    fn listing_ends(&mut self, now_ms: u64, complete: bool, history: &mut History) {
+        let Some((rows, at_rest)) = self.asked.listing.take() else { return };
+        match (at_rest, complete) {
+            (true, true) => {
+                self.asked.listed = rows.iter().map(|row| row.conversation).collect();
+                history.push(self.name, Happening::Listed(rows));
+                self.last_done(now_ms);
+            }
+            (true, false) => self.ask_last(now_ms),
+            (false, _) => {}
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! What clients of a round ask beside their sends: groups, READ, SYNC, lists, devices; and what is read back in the end.
+//!
+//! Functions of an SDK client that give what happened, for the device's history. What has no answer (the connection was cut,
+//! the server killed, the act not allowed) gives nothing: only a READ is told when it is asked, because it may count all
+//! the same.
+
+use std::collections::BTreeMap;
+
+use rand::RngExt;
+use rand::rngs::SmallRng;
+use ringline_client::group::GroupDone;
+use ringline_client::{
+    CallError, Client, ConversationId, ConversationPage, DeviceId, HistoryRange, JoinPolicy, Place as WirePlace, Seq,
+};
+
+use super::traffic::{DEVICES_PER_USER, GROUPS, USERS};
+use crate::checker::{Happening, Peer, Place, Source};
+use crate::observed;
+
+const PAGE_ROWS: u16 = 200;
+/// How long a muted member is silent.
+const MUTE_MS: u64 = 500;
+
+/// One thing to ask for.
+#[derive(Clone, Debug)]
+pub enum Wish {
+    Create(u32),
+    Join(u32),
+    Leave(u32),
+    Invite(u32, u32),
+    Approve(u32, u32),
+    Kick(u32, u32),
+    Rename(u32),
+    Mute(u32, u32),
+    Read(Place),
+    /// What is behind these.
+    Sync(Vec<Place>),
+    List,
+    DropDevice(u64),
+}
+
+impl Wish {
+    /// A wish of `user`, whose application has `seen` so much. Group n belongs to user n.
+    pub fn any(user: u32, seen: &BTreeMap<u128, u64>, rng: &mut SmallRng) -> Self {
+        let group = rng.random_range(0..GROUPS);
+        let other = (user + rng.random_range(1..USERS)) % USERS;
+        let known = seen.iter().nth(rng.random_range(0..=seen.len()));
+        let place = known.map(|(&conversation, &seq)| Place { conversation, seq });
+        match (rng.random_range(0..100), place) {
+            (0..5, _) => Self::Create(user.min(GROUPS - 1)),
+            (5..15, _) if user == group => Self::Invite(group, other),
+            (15..20, _) if user == group => Self::Approve(group, other),
+            (20..25, _) if user == group => Self::Kick(group, other),
+            (25..30, _) if user == group => Self::Rename(group),
+            (30..35, _) if user == group => Self::Mute(group, other),
+            (0..25, _) => Self::Join(group),
+            (25..28, _) => Self::Leave(group),
+            (28..60, Some(place)) => Self::Read(place),
+            (60..75, Some(place)) => Self::Sync(vec![Place { seq: rng.random_range(0..=place.seq), ..place }]),
+            (75..77, _) => Self::DropDevice(rng.random_range(1..=DEVICES_PER_USER)),
+            (_, _) => Self::List,
+        }
+    }
+
+    /// What is to be noted before it is asked.
+    pub fn before(&self) -> Option<Happening> {
+        match self {
+            Self::Read(place) => Some(Happening::ReadAsked(*place)),
+            _ => None,
+        }
+    }
+
+    /// Asks, and says what happened.
+    pub async fn ask(self, client: Client) -> Vec<Happening> {
+        let name = |peer| observed::name(peer).as_str().to_owned();
+        let (user, group) = (|user| name(Peer::User(user)), |group| name(Peer::Group(group)));
+        let done = match self {
+            Self::Create(number) => {
+                let join = [JoinPolicy::Open, JoinPolicy::Invite, JoinPolicy::Approval][number as usize % 3];
+                client.create_group(&group(number), ("a group", join), &[]).await
+            }
+            Self::Join(number) => client.join_group(&group(number), "").await,
+            Self::Leave(number) => client.leave_group(&group(number)).await,
+            Self::Invite(number, other) => client.invite(&group(number), &[&user(other)]).await,
+            Self::Approve(number, other) => client.answer_request(&group(number), &user(other), true).await,
+            Self::Kick(number, other) => client.kick(&group(number), &user(other)).await,
+            Self::Rename(number) => client.rename_group(&group(number), "another title").await,
+            Self::Mute(number, other) => client.mute_member(&group(number), &user(other), MUTE_MS).await,
+            Self::Read(place) => {
+                let read = client.read(ConversationId(place.conversation), Seq(place.seq)).await;
+                return read.map(|()| Happening::ReadKept(place)).into_iter().collect();
+            }
+            Self::Sync(behind) => return sync(&client, behind, false).await.into_iter().collect(),
+            Self::List => return list(&client).await.map(|pages| reads_of(&client, &pages)).unwrap_or_default(),
+            Self::DropDevice(number) => {
+                // Whether it was this device itself, its session ends then.
+                let _ = client.drop_device(DeviceId(number)).await;
+                return Vec::new();
+            }
+        };
+        changed(done).into_iter().collect()
+    }
+}
+
+fn changed(done: Result<GroupDone, CallError>) -> Option<Happening> {
+    let done = done.ok().filter(|done| done.seq > Seq::ZERO)?;
+    Some(Happening::Changed(Place { conversation: done.conversation.0, seq: done.seq.0 }))
+}
+
+/// A whole SYNC; without its end if a page can't be had.
+async fn sync(client: &Client, behind: Vec<Place>, at_rest: bool) -> Result<Happening, CallError> {
+    let wire = |place: &Place| WirePlace { conversation: ConversationId(place.conversation), seq: Seq(place.seq) };
+    let places: Vec<WirePlace> = behind.iter().map(wire).collect();
+    let (mut messages, mut from) = (Vec::new(), None);
+    loop {
+        let page = client.sync(&places, from, PAGE_ROWS).await?;
+        messages.extend(page.messages.iter().map(observed::shown));
+        match page.next {
+            Some(next) => from = Some(next),
+            None => return Ok(Happening::Synced { behind, messages, whole: at_rest }),
+        }
+    }
+}
+
+async fn list(client: &Client) -> Result<Vec<ConversationPage>, CallError> {
+    let (mut pages, mut from) = (Vec::new(), None);
+    loop {
+        let page = client.conversations(from, PAGE_ROWS).await?;
+        from = page.next;
+        pages.push(page);
+        if from.is_none() {
+            return Ok(pages);
+        }
+    }
+}
+
+fn reads_of(client: &Client, pages: &[ConversationPage]) -> Vec<Happening> {
+    let rows = pages.iter().flat_map(|page| &page.conversations);
+    let (source, user) = (Source::List, observed::user(client.user()));
+    rows.map(|row| {
+        let place = Place { conversation: row.conversation.0, seq: row.read.0 };
+        Happening::ReadShown { source, user, place }
+    })
+    .collect()
+}
+
+/// Everything once, when nothing is sent any more. Errors: a page can't be had.
+pub async fn read_all(client: &Client) -> Result<Vec<Happening>, CallError> {
+    let mut happenings = Vec::new();
+    for with in (0..USERS).map(Peer::User).chain((0..GROUPS).map(Peer::Group)) {
+        match read_log(client, with).await {
+            Ok(log) => happenings.push(log),
+            // Of no group that this user was ever in.
+            Err(CallError::Refused { .. }) if matches!(with, Peer::Group(_)) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let pages = list(client).await?;
+    happenings.extend(reads_of(client, &pages));
+    let rows = || pages.iter().flat_map(|page| &page.conversations);
+    happenings.push(Happening::Listed(rows().map(observed::listed).collect()));
+    let behind = rows().map(|row| Place { conversation: row.conversation.0, seq: 0 }).collect();
+    happenings.push(sync(client, behind, true).await?);
+    let devices = client.devices().await?;
+    happenings.push(Happening::Devices(devices.iter().map(|device| device.device.0).collect()));
+    Ok(happenings)
+}
+
+async fn read_log(client: &Client, with: Peer) -> Result<Happening, CallError> {
+    let (mut messages, mut after) = (Vec::new(), Seq::ZERO);
+    let name = observed::name(with);
+    loop {
+        let range = HistoryRange { after, before: None, limit: PAGE_ROWS, newest: false };
+        let page = client.history(name.as_str(), range).await?;
+        messages.extend(page.messages.iter().map(observed::shown));
+        match page.messages.last() {
+            Some(last) => after = last.seq,
+            None => {
+                let (conversation, first, head) = (page.conversation.0, page.first.0, page.head.0);
+                return Ok(Happening::ReadBack { conversation, with, first, head, messages });
+            }
+        }
+    }
+}
