@@ -128,7 +128,7 @@ impl Shard {
     ) {
         let mut conns = self.online_members(members, None);
         if self.planted.is(Bug::EveryoneIsMember) {
-            conns = self.online.values().flatten().copied().collect();
+            conns = self.online.iter().flat_map(|(_, devices)| devices.iter().copied()).collect();
             conns.sort_unstable();
         }
         conns.retain(|conn| Some(*conn) != skip);
