@@ -120,6 +120,11 @@ impl Online {
         self.person(user).map(|person| &person.devices)
     }
 
+    /// What a user that is here has set, and its devices.
+    pub(crate) fn reach(&self, user: &UserName) -> Option<(&Held, &Devices)> {
+        self.person(user).map(|person| (&person.settings, &person.devices))
+    }
+
     /// What a user that is here has set.
     pub(crate) fn settings(&self, user: &UserName) -> Option<&Held> {
         self.person(user).map(|person| &person.settings)

@@ -10,6 +10,7 @@ use ringline_schema::record::{StoredExtra, StoredMessage};
 use crate::deliver::{DeliveryWait, Whose};
 use crate::event::{ConnId, Effects, ShardMessage};
 use crate::group::passing::Passing;
+use crate::online::Devices;
 use crate::peer::{Origin, Submit, SubmitMore, TransientSend, Wanted};
 use crate::shard::Shard;
 use crate::social::settings::Parked;
@@ -142,8 +143,8 @@ impl Shard {
         let (from, device) = (login.user.clone(), login.device);
         let ack_timeout_ms = send.ack_timeout_ms.map(|ms| ms.min(limits::ACK_TIMEOUT_MS_MAX));
         self.sessions.counters.sends_transient += 1;
-        let allowed = if here { self.allowed_now(&to, &from).transpose()? } else { None };
-        if allowed.is_some() {
+        let reached = if here { self.reach_now(&to, &from).transpose()?.cloned() } else { None };
+        if let Some(devices) = reached {
             let message = Message {
                 conversation: NO_CONVERSATION,
                 seq: Seq::ZERO,
@@ -159,7 +160,7 @@ impl Shard {
                 extra: Extra::default(),
             };
             let wanted = ack_timeout_ms.map(|timeout_ms| Wanted { origin, timeout_ms });
-            let result = self.deliver_transient(&to, message, wanted, fx);
+            let result = self.deliver_transient((&to, &devices), message, wanted, fx);
             if !no_reply || result.is_err() {
                 self.answer_send(origin, (false, result), None, fx);
             }
@@ -203,7 +204,7 @@ impl Shard {
 
     /// A transient message has reached the shard of its target, which knows whether it may come in.
     pub(crate) fn transient_from_peer(&mut self, send: Box<TransientSend>, fx: &mut Effects) {
-        match self.allowed_now(&send.to, &send.from) {
+        match self.reach_now(&send.to, &send.from).map(|reached| reached.map(|_| ())) {
             Some(Ok(())) => self.give_transient(&send, fx),
             Some(Err(code)) => self.answer_send(send.origin, (false, Err(code)), None, fx),
             None => {
@@ -229,7 +230,8 @@ impl Shard {
             extra: Extra::default(),
         };
         let wanted = send.ack_timeout_ms.map(|timeout_ms| Wanted { origin: send.origin, timeout_ms });
-        let result = self.deliver_transient(&send.to, message, wanted, fx);
+        let devices = self.online.get(&send.to).cloned().unwrap_or_default();
+        let result = self.deliver_transient((&send.to, &devices), message, wanted, fx);
         if !send.no_reply || result.is_err() {
             self.answer_send(send.origin, (false, result), None, fx);
         }
@@ -238,12 +240,14 @@ impl Shard {
     /// Gives a transient message to every device of its target that has room.
     fn deliver_transient(
         &mut self,
-        to: &UserName,
+        (to, devices): (&UserName, &Devices),
         mut message: Message<'_>,
         wanted: Option<Wanted>,
         fx: &mut Effects,
     ) -> Result<SendAck, ErrorCode> {
-        let Some(conns) = self.online.get(to) else { return Err(ErrorCode::NotOnline) };
+        if devices.is_empty() {
+            return Err(ErrorCode::NotOnline);
+        }
         if let Some(wanted) = wanted {
             let wait = DeliveryWait {
                 wanted,
@@ -257,7 +261,7 @@ impl Shard {
             message.delivery = crate::deliver::await_delivery(waits, timers, wait, self.now.mono_us)?;
         }
         let mut queued = false;
-        for &conn in conns {
+        for &conn in devices {
             queued |= self.sessions.deliver_transient(conn, &message, fx);
         }
         if !queued {

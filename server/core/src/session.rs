@@ -193,6 +193,46 @@ impl Session {
     pub fn waiting_bytes(&self) -> usize {
         self.out.len() + self.in_flight_bytes
     }
+
+    /// Whether a push still fits.
+    fn has_room(&self, outbox_bytes_max: usize) -> bool {
+        self.waiting_bytes() < session_limit(outbox_bytes_max)
+    }
+
+    /// Counts a request against the connection's rate; `Err`: after how many milliseconds it may come again.
+    pub fn take_rate(&mut self, now_us: u64, config: &CoreConfig) -> Result<(), u32> {
+        self.bucket.take(now_us, config.requests_per_s, config.requests_burst)
+    }
+}
+
+/// What writes output: borrowed from [`Sessions`] beside one of its connections, which so is looked up once.
+struct Pen<'a> {
+    encoder: &'a mut Encoder,
+    spare: &'a mut Vec<Vec<u8>>,
+    now_us: u64,
+}
+
+impl Pen<'_> {
+    /// A connection is about to get output.
+    #[inline]
+    fn begin(&mut self, session: &mut Session, fx: &mut Effects) {
+        if session.out.capacity() == 0 {
+            session.out = self.spare.pop().unwrap_or_default();
+        }
+        if session.waiting_bytes() == 0 {
+            session.progress_us = self.now_us;
+        }
+        if !session.dirty {
+            session.dirty = true;
+            fx.dirty.push(session.conn);
+        }
+    }
+
+    #[inline]
+    fn write(mut self, session: &mut Session, request_id: u32, reply: &Reply<'_>, fx: &mut Effects) {
+        self.begin(session, fx);
+        self.encoder.reply(session.codec, request_id, reply, &mut session.out);
+    }
 }
 
 // What an idle connection pays for; see "Cost of a connection" in tuning.md.
@@ -332,26 +372,18 @@ impl Sessions {
         }
     }
 
-    /// Counts a request against the connection's rate.
-    pub fn take_rate(&mut self, conn: ConnId, config: &CoreConfig) -> Result<(), u32> {
-        let now_us = self.now_us;
-        match self.get_mut(conn) {
-            Some(session) => session.bucket.take(now_us, config.requests_per_s, config.requests_burst),
-            None => Ok(()),
-        }
-    }
-
     /// Queues an answer. Closes the connection when it reads so slowly that even answers pile up.
     pub fn answer(&mut self, conn: ConnId, request_id: u32, reply: &Reply<'_>, fx: &mut Effects) {
-        let Some(session) = self.get_mut(conn).filter(|session| !session.is_draining()) else {
+        let outbox_bytes_max = self.outbox_bytes_max;
+        let Some((session, pen)) = self.open_session(conn) else {
             self.counters.orphaned_answers += 1;
             return;
         };
-        if session.waiting_bytes() > 2 * session_limit(self.outbox_bytes_max) {
+        if session.waiting_bytes() > 2 * session_limit(outbox_bytes_max) {
             self.close(conn, CloseReason::Error(ErrorCode::SlowReader), fx);
             return;
         }
-        self.write(conn, request_id, reply, fx);
+        pen.write(session, request_id, reply, fx);
     }
 
     /// Answers with a failure; ends the connection if the code says so.
@@ -379,31 +411,32 @@ impl Sessions {
 
     /// Queues a push that nobody misses for ever, or drops and counts it. True when queued.
     pub fn offer(&mut self, conn: ConnId, reply: &Reply<'_>, fx: &mut Effects) -> bool {
-        let room = self.room(conn);
-        if room {
-            self.write(conn, 0, reply, fx);
-        } else {
-            self.counters.dropped_transient += 1;
+        let outbox_bytes_max = self.outbox_bytes_max;
+        match self.open_session(conn).filter(|(session, _)| session.has_room(outbox_bytes_max)) {
+            Some((session, pen)) => {
+                pen.write(session, 0, reply, fx);
+                true
+            }
+            None => {
+                self.counters.dropped_transient += 1;
+                false
+            }
         }
-        room
     }
 
     /// Queues a transient delivery, or drops and counts it. True when queued.
     pub fn deliver_transient(&mut self, conn: ConnId, message: &Message<'_>, fx: &mut Effects) -> bool {
-        let room = self.room(conn);
-        if room {
-            self.counters.delivered += 1;
-            self.write(conn, 0, &Reply::Deliver(*message), fx);
-        } else {
-            self.counters.dropped_transient += 1;
-        }
-        room
+        let queued = self.offer(conn, &Reply::Deliver(*message), fx);
+        self.counters.delivered += u64::from(queued);
+        queued
     }
 
     /// Queues a durable delivery, or notes that the device lags. `with` names the conversation to the device.
     pub fn deliver_durable(&mut self, conn: ConnId, message: &Message<'_>, with: &UserName, fx: &mut Effects) {
-        if self.may_deliver(conn, (message.conversation, message.seq), with, fx) {
-            self.write(conn, 0, &Reply::Deliver(*message), fx);
+        if self.may_deliver(conn, (message.conversation, message.seq), with, fx)
+            && let Some((session, pen)) = self.open_session(conn)
+        {
+            pen.write(session, 0, &Reply::Deliver(*message), fx);
         }
     }
 
@@ -421,7 +454,8 @@ impl Sessions {
                 self.encoder.reply(codec, 0, &Reply::Deliver(message.as_wire()), &mut frame);
                 encoded = Some(codec);
             }
-            if let Some(session) = self.output(conn, fx) {
+            if let Some((session, mut pen)) = self.open_session(conn) {
+                pen.begin(session, fx);
                 session.out.extend_from_slice(&frame);
             }
         }
@@ -443,7 +477,8 @@ impl Sessions {
                 self.encoder.reply(codec, 0, reply, &mut frame);
                 encoded = Some(codec);
             }
-            if let Some(session) = self.output(conn, fx) {
+            if let Some((session, mut pen)) = self.open_session(conn) {
+                pen.begin(session, fx);
                 session.out.extend_from_slice(&frame);
                 given += 1;
             }
@@ -481,9 +516,7 @@ impl Sessions {
     }
 
     fn room(&self, conn: ConnId) -> bool {
-        self.get(conn).is_some_and(|session| {
-            !session.is_draining() && session.waiting_bytes() < session_limit(self.outbox_bytes_max)
-        })
+        self.get(conn).is_some_and(|session| !session.is_draining() && session.has_room(self.outbox_bytes_max))
     }
 
     /// Whether an answer as large as a frame may be asked for now.
@@ -520,29 +553,12 @@ impl Sessions {
         }
     }
 
-    fn write(&mut self, conn: ConnId, request_id: u32, reply: &Reply<'_>, fx: &mut Effects) {
-        if self.output(conn, fx).is_some()
-            && let Some(session) = self.table.get_mut(conn.slot as usize).and_then(Option::as_mut)
-        {
-            self.encoder.reply(session.codec, request_id, reply, &mut session.out);
-        }
-    }
-
-    /// A connection that is about to get output.
-    fn output(&mut self, conn: ConnId, fx: &mut Effects) -> Option<&mut Session> {
-        let now_us = self.now_us;
-        let session = self.table.get_mut(conn.slot as usize).and_then(Option::as_mut)?;
-        if session.out.capacity() == 0 {
-            session.out = self.spare.pop().unwrap_or_default();
-        }
-        if session.waiting_bytes() == 0 {
-            session.progress_us = now_us;
-        }
-        if !session.dirty {
-            session.dirty = true;
-            fx.dirty.push(conn);
-        }
-        Some(session)
+    /// A connection that still takes output, and what is needed to write some.
+    #[inline]
+    fn open_session(&mut self, conn: ConnId) -> Option<(&mut Session, Pen<'_>)> {
+        let session = self.table.get_mut(conn.slot as usize)?.as_mut();
+        let session = session.filter(|session| session.conn == conn && !session.is_draining())?;
+        Some((session, Pen { encoder: &mut self.encoder, spare: &mut self.spare, now_us: self.now_us }))
     }
 
     /// Hands the queued output of a connection to the shell.

@@ -6,6 +6,7 @@ use bytes::BytesMut;
 use foldhash::fast::FixedState;
 use lru::LruCache;
 use ringline_cluster::placement::ShardIndex;
+use ringline_schema::codec::Codec;
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::frame::Flags;
 use ringline_schema::ids::{ConversationId, DeviceKey, Seq, UserName};
@@ -179,10 +180,7 @@ impl Shard {
         self.sessions.now_us = now.mono_us;
         let verdict = match event {
             Event::Request { conn, codec, flags, request_id, request } => {
-                if let Some(session) = self.sessions.get_mut(conn) {
-                    session.codec = codec;
-                }
-                self.request(conn, (request_id, flags), request, fx)
+                self.request(conn, (codec, request_id, flags), request, fx)
             }
             Event::Refused { conn, codec, request_id, code } => {
                 if let Some(session) = self.sessions.get_mut(conn) {
@@ -256,7 +254,7 @@ impl Shard {
     fn request(
         &mut self,
         conn: ConnId,
-        (request_id, flags): (u32, Flags),
+        (codec, request_id, flags): (Codec, u32, Flags),
         request: Request<'_>,
         fx: &mut Effects,
     ) -> Verdict {
@@ -264,13 +262,15 @@ impl Shard {
         let Some(session) = self.sessions.get_mut(conn).filter(|session| !session.is_draining()) else {
             return Verdict::Stop;
         };
+        session.codec = codec;
         session.heard_us = now_us;
         if matches!(session.state, State::Fresh) {
             session.state = State::Greeted(None);
         }
         let logged_in = session.login().is_some();
+        let rate = session.take_rate(now_us, &self.config);
         self.sessions.counters.requests += 1;
-        if let Err(retry_ms) = self.sessions.take_rate(conn, &self.config) {
+        if let Err(retry_ms) = rate {
             self.sessions.fail_after(conn, request_id, (ErrorCode::RateLimited, retry_ms), fx);
             return Verdict::Continue;
         }

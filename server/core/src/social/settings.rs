@@ -24,7 +24,7 @@ use super::{News, SocialPending, SocialQuestion};
 use crate::config::WAITERS_PER_LOAD_MAX;
 use crate::conversation::{Pending, PendingWork};
 use crate::event::{ConnId, Effects};
-use crate::online::Held;
+use crate::online::{Devices, Held};
 use crate::peer::{Ask, TransientSend};
 use crate::shard::Shard;
 
@@ -315,15 +315,15 @@ impl Shard {
         }
     }
 
-    /// Whether a transient message or a signal may reach a user of this shard now; `None`: that takes a look into the
-    /// store, by [`Shard::with_settings`].
-    pub(crate) fn allowed_now(&mut self, user: &UserName, from: &UserName) -> Option<Result<(), ErrorCode>> {
-        let Some(held) = self.online.settings(user) else { return Some(Err(ErrorCode::NotOnline)) };
+    /// The devices of a user of this shard, if a transient message or a signal may reach them now; `None`: that takes a
+    /// look into the store, by [`Shard::with_settings`].
+    pub(crate) fn reach_now(&self, user: &UserName, from: &UserName) -> Option<Result<&Devices, ErrorCode>> {
+        let Some((held, devices)) = self.online.reach(user) else { return Some(Err(ErrorCode::NotOnline)) };
         if user == from {
-            return Some(Ok(()));
+            return Some(Ok(devices));
         }
         match Opinion::of(held, from) {
-            Opinion::Decided(result) => Some(result),
+            Opinion::Decided(result) => Some(result.map(|()| devices)),
             Opinion::IfKnown | Opinion::NotLoaded => None,
         }
     }

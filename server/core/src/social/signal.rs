@@ -120,7 +120,7 @@ impl Shard {
 
     /// A signal has reached the shard of its receiver.
     pub(crate) fn signal_from_peer(&mut self, signal: Box<SignalSend>, fx: &mut Effects) {
-        match self.allowed_now(&signal.to, &signal.from) {
+        match self.reach_now(&signal.to, &signal.from).map(|reached| reached.map(|_| ())) {
             Some(Ok(())) => self.give_signal(&signal, fx),
             Some(Err(code)) => self.refuse_signal(&signal, code, fx),
             None => {
