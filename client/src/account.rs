@@ -68,6 +68,15 @@ pub struct SyncPage {
     pub next: Option<Place>,
 }
 
+/// A piece of what is kept about a user.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExportPage {
+    /// Lines of JSON. A long line may go on in the next piece: put them together before they are parsed.
+    pub body: Vec<u8>,
+    /// Where the next piece starts; `None`: this was the last.
+    pub next: Option<String>,
+}
+
 #[derive(Clone, Debug)]
 pub(crate) enum AccountQuery {
     Sync {
@@ -93,6 +102,9 @@ pub(crate) enum AccountQuery {
         cursor: String,
         limit: u16,
     },
+    Export {
+        cursor: String,
+    },
 }
 
 #[derive(Debug)]
@@ -101,6 +113,7 @@ pub(crate) enum AccountAnswer {
     Devices(Vec<Device>),
     Receipts(ReceiptPage),
     Sync(SyncPage),
+    Export(ExportPage),
 }
 
 impl AccountQuery {
@@ -120,6 +133,7 @@ impl AccountQuery {
             Self::Receipts { conversation, seq, cursor, limit } => {
                 ChatRequest::Receipts { conversation: *conversation, seq: *seq, cursor, limit: *limit }
             }
+            Self::Export { cursor } => ChatRequest::Export { cursor },
         })
     }
 
@@ -128,9 +142,10 @@ impl AccountQuery {
             (Self::Read { .. } | Self::Mark(_) | Self::Drop(_) | Self::Hide { .. }, AccountAnswer::Done)
             | (Self::Devices, AccountAnswer::Devices(_))
             | (Self::Sync { .. }, AccountAnswer::Sync(_))
-            | (Self::Receipts { .. }, AccountAnswer::Receipts(_)) => true,
+            | (Self::Receipts { .. }, AccountAnswer::Receipts(_))
+            | (Self::Export { .. }, AccountAnswer::Export(_)) => true,
             (Self::Read { .. } | Self::Mark(_) | Self::Drop(_) | Self::Hide { .. }, _)
-            | (Self::Devices | Self::Sync { .. } | Self::Receipts { .. }, _) => false,
+            | (Self::Devices | Self::Sync { .. } | Self::Receipts { .. } | Self::Export { .. }, _) => false,
         }
     }
 }
@@ -165,11 +180,14 @@ pub(crate) fn answer(reply: &ChatReply<'_>) -> Result<AccountAnswer, ErrorCode> 
             let next = (*next != Place::default()).then_some(*next);
             Ok(AccountAnswer::Sync(SyncPage { messages, next }))
         }
+        ChatReply::ExportOk { body, next } => {
+            let next = (!next.is_empty()).then(|| (*next).to_owned());
+            Ok(AccountAnswer::Export(ExportPage { body: body.to_vec(), next }))
+        }
         ChatReply::Truncated { .. }
         | ChatReply::BroadcastOk { .. }
         | ChatReply::PresenceOk { .. }
         | ChatReply::BlocksOk { .. }
-        | ChatReply::ExportOk { .. }
         | ChatReply::ReceiptUpto { .. }
         | ChatReply::Signalled { .. }
         | ChatReply::PresenceChanged { .. }
@@ -199,6 +217,14 @@ impl Client {
         let answer = self.call(Query::Account(AccountQuery::Devices)).await?;
         let Answer::Account(AccountAnswer::Devices(devices)) = answer else { return Err(CallError::Closed) };
         Ok(devices)
+    }
+
+    /// A piece of everything that is kept about this user: account without password, settings, devices, blocked users, and
+    /// conversations with the messages that this user may read. `cursor`: empty for the first piece.
+    pub async fn export(&self, cursor: &str) -> Result<ExportPage, CallError> {
+        let answer = self.call(Query::Account(AccountQuery::Export { cursor: cursor.to_owned() })).await?;
+        let Answer::Account(AccountAnswer::Export(page)) = answer else { return Err(CallError::Closed) };
+        Ok(page)
     }
 
     /// Logs a device of this user out and forgets it: `NO_SUCH_DEVICE` if there is none.

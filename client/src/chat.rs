@@ -61,6 +61,7 @@ const HELP: &str = "\
 /conversations      with whom, how many messages, how many you have not read
 /pin NAME           /unpin NAME, /mute NAME HOURS: what you keep in sight, what may not disturb you
 /devices            where you are or were logged in; /drop ID logs one out
+/export FILE        all that is kept about you, as lines of JSON, into a new file
 /help               this list
 /quit               leave (or Ctrl-D)";
 

@@ -57,7 +57,7 @@ pub mod chat;
 #[cfg(feature = "testing")]
 pub mod testing;
 
-pub use account::{Device, MemberReceipt, Place, ReadUpto, ReceiptPage, SyncPage};
+pub use account::{Device, ExportPage, MemberReceipt, Place, ReadUpto, ReceiptPage, SyncPage};
 pub use amend::Amendment;
 pub use client::{Client, ClientBuilder, ConnectError, Events, Sending};
 pub use connection::TokenFuture;

@@ -109,7 +109,7 @@ fn told(answer: Answer) -> Option<Told> {
         Answer::Account(AccountAnswer::Devices(devices)) => Some(Told::Devices(devices)),
         Answer::Account(AccountAnswer::Done) => Some(Told::Done),
         Answer::Group(GroupAnswer::Done(done)) => Some(Told::Group(done)),
-        Answer::Account(AccountAnswer::Receipts(_))
+        Answer::Account(AccountAnswer::Receipts(_) | AccountAnswer::Export(_))
         | Answer::Group(GroupAnswer::Info(_) | GroupAnswer::Members(_))
         | Answer::Online(_)
         | Answer::Social(_) => None,

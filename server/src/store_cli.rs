@@ -6,17 +6,17 @@
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use base64::Engine;
-use base64::prelude::BASE64_STANDARD;
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use ringline_schema::ids::ConversationId;
-use ringline_schema::record::StoredMessage;
-use ringline_schema::rows::{Row, RowKey, RowValue};
+use ringline_core::export::Exporter;
+use ringline_core::export::lines::{id, message_line, row_line, user_line};
+use ringline_schema::ids::UserName;
 use ringline_store::embedded::backup::{BackupReport, backup};
 use ringline_store::embedded::offline::{self, CheckReport, Exported, IndexState, Progress, RepairReport};
-use ringline_store::embedded::{Damage, Torn};
+use ringline_store::embedded::{Damage, EmbeddedOptions, EmbeddedStore, Torn};
+use ringline_store::{LoadToken, Store, StoreEvent};
 use serde_json::{Value, json};
 
 use crate::cli::ConfigArgs;
@@ -25,6 +25,8 @@ use crate::cli::ConfigArgs;
 pub const EXIT_DAMAGED: u8 = 2;
 /// Bytes of an export that are gathered before they are written.
 const EXPORT_BUFFER_BYTES: usize = 1024 * 1024;
+/// Time between two looks for an answer.
+const EXPORT_PAUSE: Duration = Duration::from_micros(50);
 /// Redraws of the progress bar.
 const DRAWS_PER_S: u8 = 10;
 
@@ -37,7 +39,8 @@ pub enum StoreCommand {
     Repair(RepairArgs),
     /// Copy the folder to another one that a server can start from. The server may be running.
     Backup(BackupArgs),
-    /// Write all users, conversations, messages and rows as JSON lines. Password hashes are left out.
+    /// Write all users, conversations, messages and rows as JSON lines, or all that one user is shown. Password hashes are
+    /// left out.
     Export(ExportArgs),
 }
 
@@ -73,6 +76,9 @@ pub struct ExportArgs {
     /// Where to write; the standard output otherwise.
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
+    /// Only what this user is shown: account, settings, devices, blocks, conversations and their messages.
+    #[arg(long, value_name = "NAME")]
+    user: Option<String>,
     #[command(flatten)]
     config: ConfigArgs,
 }
@@ -105,7 +111,7 @@ pub fn run(command: StoreCommand) -> Result<u8, String> {
             Ok(0)
         }
         StoreCommand::Export(args) => {
-            let lines = export(data_dir, args.out.as_deref(), watch)?;
+            let lines = export(data_dir, &args, watch)?;
             bar.end();
             eprintln!("{lines} lines");
             Ok(0)
@@ -286,34 +292,65 @@ fn repair_json(report: &RepairReport) -> Value {
     })
 }
 
-fn export(data_dir: &Path, out: Option<&Path>, watch: offline::Watch<'_>) -> Result<u64, String> {
-    let out: Box<dyn Write> = match out {
+fn export(data_dir: &Path, args: &ExportArgs, watch: offline::Watch<'_>) -> Result<u64, String> {
+    let out: Box<dyn Write> = match &args.out {
         Some(path) => Box::new(File::create_new(path).map_err(|error| format!("{}: {error}", path.display()))?),
         None => Box::new(std::io::stdout().lock()),
     };
     let mut out = BufWriter::with_capacity(EXPORT_BUFFER_BYTES, out);
     let mut lines = 0;
-    let mut each = |exported| {
-        lines += 1;
-        writeln!(out, "{}", line(&exported))
-    };
-    offline::export(data_dir, &mut each, watch).map_err(|error| error.to_string())?;
+    match &args.user {
+        Some(user) => lines = export_user(data_dir, user, &mut out, watch)?,
+        None => {
+            let mut each = |exported| {
+                lines += 1;
+                writeln!(out, "{}", line(&exported))
+            };
+            offline::export(data_dir, &mut each, watch).map_err(|error| error.to_string())?;
+        }
+    }
     out.flush().map_err(|error| error.to_string())?;
     Ok(lines)
 }
 
-fn id(conversation: ConversationId) -> String {
-    format!("{conversation:?}")
+/// The pages of an EXPORT, asked of the store itself.
+fn export_user(data_dir: &Path, user: &str, out: &mut dyn Write, watch: offline::Watch<'_>) -> Result<u64, String> {
+    let user = UserName::new(user).map_err(|error| error.to_string())?;
+    offline::is_data_folder(data_dir).map_err(|error| error.to_string())?;
+    let opened = EmbeddedStore::open(data_dir, 1, EmbeddedOptions::default()).map_err(|error| error.to_string())?;
+    let mut store = opened.0.into_iter().next().ok_or("no store")?;
+    let (mut cursor, mut lines) = (String::new(), 0);
+    loop {
+        let mut exporter = Exporter::new(user.clone(), &cursor, EXPORT_BUFFER_BYTES).ok_or("a bad cursor")?;
+        while let Some(query) = exporter.question() {
+            store.load(LoadToken(0), query).map_err(|error| error.to_string())?;
+            let mut events = Vec::new();
+            while events.is_empty() {
+                std::thread::sleep(EXPORT_PAUSE);
+                store.poll(&mut events);
+            }
+            for event in events {
+                if let StoreEvent::Loaded(_, answer) = event {
+                    exporter.take(answer).map_err(|code| format!("{user}: {code}"))?;
+                }
+            }
+        }
+        let (page, next) = exporter.finish();
+        lines += page.iter().filter(|byte| **byte == b'\n').count() as u64;
+        watch(Progress { what: "exporting", done: lines, total: 0 });
+        out.write_all(&page).map_err(|error| error.to_string())?;
+        if next.is_empty() {
+            break;
+        }
+        cursor = next;
+    }
+    store.close().map_err(|error| error.to_string())?;
+    Ok(lines)
 }
 
 fn line(exported: &Exported) -> Value {
     match exported {
-        Exported::User(user) => json!({
-            "type": "user",
-            "name": user.name.as_str(),
-            "created_ms": user.created_ms,
-            "password": user.password_hash.is_some(),
-        }),
+        Exported::User(user) => user_line(user),
         Exported::Conversation { id: conversation, members, created_ms, first, head } => json!({
             "type": "conversation",
             "id": id(*conversation),
@@ -324,113 +361,5 @@ fn line(exported: &Exported) -> Value {
         }),
         Exported::Message(message) => message_line(message),
         Exported::Row(row) => row_line(row),
-    }
-}
-
-fn message_line(message: &StoredMessage) -> Value {
-    let mut value = json!({
-        "type": "message",
-        "conversation": id(message.conversation),
-        "seq": message.seq.0,
-        "from": message.from.as_str(),
-        "to": message.to.as_str(),
-        "device": message.device.0,
-        "client_seq": message.client_seq,
-        "time_ms": message.time_ms,
-        "kind": format!("{:?}", message.kind).to_lowercase(),
-    });
-    let Some(fields) = value.as_object_mut() else { return value };
-    match std::str::from_utf8(&message.body) {
-        Ok(text) => fields.insert("body".into(), text.into()),
-        Err(_) => fields.insert("body_base64".into(), BASE64_STANDARD.encode(&message.body).into()),
-    };
-    if let Some(extra) = &message.extra {
-        let names = |names: &[ringline_schema::ids::UserName]| -> Vec<String> {
-            names.iter().map(|name| name.as_str().to_owned()).collect()
-        };
-        let change = extra.change.as_ref().map(|change| {
-            let what = format!("{:?}", change.what).to_lowercase();
-            json!({ "what": what, "users": names(&change.users), "text": change.text, "number": change.number })
-        });
-        fields.insert("mentions".into(), names(&extra.mentions).into());
-        fields.insert("mention_all".into(), extra.mention_all.into());
-        fields.insert("refers".into(), extra.refers.0.into());
-        fields.insert("state".into(), format!("{:?}", extra.state).to_lowercase().into());
-        fields.insert("amended_ms".into(), extra.amended_ms.into());
-        fields.insert("change".into(), change.unwrap_or(Value::Null));
-    }
-    value
-}
-
-/// A row by the names of its key and its value; names and numbers only, so a table that is added shows up by itself.
-fn row_line(row: &Row) -> Value {
-    let (table, user, conversation, more) = match &row.key {
-        RowKey::Group(conversation) => ("group", None, Some(*conversation), Value::Null),
-        RowKey::Member(conversation, user) => ("member", Some(user), Some(*conversation), Value::Null),
-        RowKey::Receipt(conversation, user) => ("receipt", Some(user), Some(*conversation), Value::Null),
-        RowKey::Device(user, device) => ("device", Some(user), None, json!(device.0)),
-        RowKey::Setting(user) => ("setting", Some(user), None, Value::Null),
-        RowKey::Block(user, other) => ("block", Some(user), None, json!(other.as_str())),
-        RowKey::Wrote(conversation, user) => ("wrote", Some(user), Some(*conversation), Value::Null),
-        RowKey::Amended(conversation, seq) => ("amended", None, Some(*conversation), json!(seq.0)),
-        RowKey::Mark(user, conversation) => ("mark", Some(user), Some(*conversation), Value::Null),
-        RowKey::Hidden(user, conversation, seq) => ("hidden", Some(user), Some(*conversation), json!(seq.0)),
-    };
-    json!({
-        "type": "row",
-        "table": table,
-        "user": user.map(|user| user.as_str()),
-        "conversation": conversation.map(id),
-        "key": more,
-        "value": row.value.as_ref().map(value_json),
-    })
-}
-
-fn value_json(value: &RowValue) -> Value {
-    let choice = |debug: String| debug.to_lowercase();
-    match value {
-        RowValue::Group(group) => json!({
-            "name": group.name.as_str(),
-            "title": group.title,
-            "join": choice(format!("{:?}", group.join)),
-            "owner": group.owner.as_str(),
-            "created_ms": group.created_ms,
-            "dissolved": group.dissolved.0,
-        }),
-        RowValue::Member(member) => {
-            let ranges: Vec<_> = member
-                .ranges
-                .iter()
-                .map(|range| json!({ "join": range.join.0, "leave": range.leave.map(|leave| leave.0) }))
-                .collect();
-            json!({
-                "standing": choice(format!("{:?}", member.standing)),
-                "role": choice(format!("{:?}", member.role)),
-                "since_ms": member.since_ms,
-                "muted_until_ms": member.muted_until_ms,
-                "ranges": ranges,
-            })
-        }
-        RowValue::Receipt(receipt) => json!({ "delivered": receipt.delivered.0, "read": receipt.read.0 }),
-        RowValue::Device(device) => json!({
-            "kind": choice(format!("{:?}", device.kind)),
-            "agent": device.agent,
-            "first_ms": device.first_ms,
-            "last_ms": device.last_ms,
-        }),
-        RowValue::Setting(setting) => json!({
-            "messages_from": choice(format!("{:?}", setting.messages_from)),
-            "visible": setting.visible,
-            "status": setting.status,
-            "last_seen_ms": setting.last_seen_ms,
-            "deleted_ms": setting.deleted_ms,
-        }),
-        RowValue::Amended(amended) => json!({
-            "state": choice(format!("{:?}", amended.state)),
-            "by": amended.by.0,
-            "at_ms": amended.at_ms,
-        }),
-        RowValue::Mark(mark) => json!({ "pinned": mark.pinned, "muted_until_ms": mark.muted_until_ms }),
-        RowValue::Block | RowValue::Hidden | RowValue::Wrote => Value::Null,
     }
 }

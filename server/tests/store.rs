@@ -4,7 +4,7 @@ mod common;
 
 use common::{Server, run};
 use ringline_schema::ids::Seq;
-use ringline_schema::message::{BodyKind, Class, Fetch, Mentions, Reply, Request, Send};
+use ringline_schema::message::{BodyKind, ChatReply, ChatRequest, Class, Fetch, Mentions, Reply, Request, Send};
 
 const MESSAGES: u64 = 50;
 
@@ -57,6 +57,15 @@ fn check_repair_and_export_of_a_stopped_server() {
     assert_eq!((&of("message")[6]["body"], &of("message")[6]["seq"]), (&"message 7".into(), &7.into()));
     assert!(!text.contains("argon2"), "no password leaves the folder");
 
+    let (code, text) = store(&server, &["export", "--user", "bob"]);
+    let lines: Vec<serde_json::Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let types: Vec<_> = lines.iter().map(|line| line["type"].as_str().unwrap()).collect();
+    assert_eq!((code, types[0], &lines[0]["name"]), (Some(0), "user", &"bob".into()), "{text}");
+    assert_eq!(types.iter().filter(|kind| **kind == "message").count(), MESSAGES as usize);
+    assert!(types.contains(&"row") && types.contains(&"conversation") && !text.contains("argon2"));
+    let (code, text) = store(&server, &["export", "--user", "nobody"]);
+    assert!(code == Some(1) && text.contains("NO_SUCH_USER"), "{text}");
+
     // One byte in the middle of the log.
     let log = server.data_dir().join("log/00/0000000001.log");
     let mut bytes = std::fs::read(&log).unwrap();
@@ -73,6 +82,10 @@ fn check_repair_and_export_of_a_stopped_server() {
     assert!(code == Some(0) && text.contains("nothing is damaged"), "{text}");
 
     server.restart(None);
+    let mut wire = server.login("bob", 2);
+    let told = wire.request(&Request::Chat(ChatRequest::Export { cursor: "" }));
+    let Reply::Chat(ChatReply::ExportOk { body, next: "" }) = told.reply() else { panic!("{:?}", told.reply()) };
+    assert_eq!(body.split(|byte| *byte == b'\n').filter(|line| line.starts_with(b"{")).count(), lines.len());
     let (code, text) = store(&server, &["check"]);
     assert!(code == Some(1) && text.contains("is in use by"), "{text}");
 }

@@ -3,6 +3,8 @@
 //!
 //! Invariant as in the chat: what others chose passes [`clean`] on its way to the screen.
 
+use std::fs::File;
+use std::io::Write;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::{Chat, clean, split_name};
@@ -23,6 +25,7 @@ impl Chat {
                 }
                 Err(_) => self.screen.line("/drop ID, as /devices shows it"),
             },
+            "/export" => self.export(rest.trim()).await,
             "/pin" | "/unpin" => match self.conversation_with(name) {
                 Some(id) => {
                     let result = self.client.pin(id, command == "/pin").await;
@@ -48,6 +51,30 @@ impl Chat {
 
     fn conversation_with(&self, name: &str) -> Option<ConversationId> {
         UserName::new(name).ok().map(|name| ConversationId::with(self.client.user(), &name))
+    }
+
+    /// Writes what is kept about this user into a new file; what came before an error stays in it.
+    async fn export(&mut self, file: &str) {
+        if file.is_empty() {
+            return self.screen.line("/export FILE");
+        }
+        let mut out = match File::create_new(file) {
+            Ok(out) => out,
+            Err(error) => return self.screen.line(&format!("{file}: {error}")),
+        };
+        let (mut cursor, mut lines) = (Some(String::new()), 0);
+        while let Some(from) = cursor {
+            let page = match self.client.export(&from).await {
+                Ok(page) => page,
+                Err(error) => return self.screen.line(&format!("{error}; {file} is not whole")),
+            };
+            if let Err(error) = out.write_all(&page.body) {
+                return self.screen.line(&format!("{file}: {error}"));
+            }
+            lines += page.body.iter().filter(|byte| **byte == b'\n').count();
+            cursor = page.next;
+        }
+        self.screen.line(&format!("{lines} lines in {file}"));
     }
 
     async fn devices(&mut self) {

@@ -228,3 +228,21 @@ fn what_was_said_is_edited_taken_back_and_deleted() {
         assert!(!bob.contains("[1]\n") && !bob.contains("Amendment"), "{bob}");
     });
 }
+
+#[test]
+fn what_is_kept_about_a_user_goes_into_a_new_file() {
+    in_one_thread(async {
+        let server = FakeServer::start().await.unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("ann.jsonl");
+        let mut ann = sit_down(&server, "ann", 1).await;
+        ann.types(&format!("/export {}", file.display()));
+        ann.output.wait_for("2 lines in").await;
+        assert_eq!(fs::read_to_string(&file).unwrap(), "{\"type\":\"user\",\"name\":\"ann\"}\n{\"type\":\"row\"}\n");
+        ann.types(&format!("/export {}", file.display()));
+        ann.output.wait_for("File exists").await;
+        ann.types("/export");
+        ann.output.wait_for("/export FILE").await;
+        ann.leave().await;
+    });
+}

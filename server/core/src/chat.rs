@@ -18,6 +18,7 @@ impl Shard {
             ChatRequest::Mark(mark) => self.mark(origin, mark, fx),
             ChatRequest::Devices => self.devices(origin, fx),
             ChatRequest::DropDevice { device } => self.drop_device(origin, device, fx),
+            ChatRequest::Export { cursor } => self.export(origin, cursor, fx),
             ChatRequest::Amend(amend) => self.amend(origin, &amend, fx),
             ChatRequest::Broadcast { .. }
             | ChatRequest::Signal { .. }
@@ -28,7 +29,6 @@ impl Shard {
             | ChatRequest::Unblock { .. }
             | ChatRequest::Blocks { .. }
             | ChatRequest::Privacy { .. }
-            | ChatRequest::Export { .. }
             | ChatRequest::DeleteUser { .. } => self.social(conn, request_id, &request, fx),
         };
         if let Err(code) = asked {

@@ -105,6 +105,10 @@ pub const SPARE_BUFFERS_MAX: usize = 1_024;
 pub const SPARE_BUFFER_BYTES_MAX: usize = 16 * 1024;
 /// How often cursors that moved are written: a crash repeats at most this much.
 pub const CURSOR_FLUSH_MS: u64 = 1_000;
+/// EXPORTs under way, per shard; over it BUSY. Each holds a page.
+pub const EXPORTS_IN_FLIGHT_MAX: usize = 64;
+/// Questions to the store that one page of an EXPORT may take; then it is answered with what there is.
+pub const EXPORT_QUESTIONS_MAX: u32 = 64;
 /// SYNCs under way, per shard; over it BUSY. Each holds a page and the places of its request.
 pub const SYNCS_IN_FLIGHT_MAX: usize = 1_024;
 /// Questions to the store that one page of a SYNC may take; then it is answered with what there is.

@@ -22,6 +22,7 @@ use crate::counters::{Counters, Levels};
 use crate::deliver::DeliveryWait;
 use crate::devices::DeviceWork;
 use crate::event::{CloseReason, ConnId, Effect, Effects, Event, Now, ShardMessage, Token, Verdict, Work};
+use crate::export::ExportWork;
 use crate::group::cache::{GroupQuestion, Slot};
 use crate::hide::Hiding;
 use crate::list::{ListWork, MarkWork};
@@ -65,6 +66,7 @@ pub(crate) enum Question {
     /// How far a user has a conversation of this shard.
     Receipt(Box<Reader>),
     Receipts(Box<ReceiptList>),
+    Export(Box<ExportWork>),
     /// What the SYNC of this connection asks next.
     Sync(ConnId),
     /// Whether this shard's index is up to date, for the SYNC of a connection of that shard.
@@ -123,6 +125,8 @@ pub struct Shard {
     pub(crate) marking: BTreeSet<UserName>,
     /// RECEIPTS under way.
     pub(crate) receipt_lists: usize,
+    /// EXPORTs under way.
+    pub(crate) exports: usize,
     pub(crate) planted: Planted,
 }
 
@@ -163,6 +167,7 @@ impl Shard {
             receipts: Receipts::new(FixedState::with_seed(hash_seed)),
             marking: BTreeSet::new(),
             receipt_lists: 0,
+            exports: 0,
             planted: Planted::default(),
             config,
         }
@@ -371,6 +376,7 @@ impl Shard {
             Some(Question::Hide(hiding)) => self.hide_loaded(hiding, answer, fx),
             Some(Question::Receipt(reader)) => self.receipt_loaded(*reader, answer, fx),
             Some(Question::Receipts(list)) => self.receipts_loaded(list, answer, fx),
+            Some(Question::Export(work)) => self.export_loaded(work, answer, fx),
             Some(Question::Sync(conn)) => self.sync_loaded(conn, answer, fx),
             Some(Question::Flush(asker, sync)) => self.flush_loaded(asker, sync, &answer, fx),
             Some(Question::AttemptWork(_)) | None => debug_assert!(false, "an answer nobody asked for"),

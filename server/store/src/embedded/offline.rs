@@ -214,11 +214,14 @@ pub fn export(
     }
 }
 
+/// Errors: it is none. Makes nothing, unlike an opening.
+pub fn is_data_folder(dir: &Path) -> Result<(), OpenError> {
+    if dir.join(FORMAT_FILE).exists() { Ok(()) } else { Err(OpenError::NoDataFolder { dir: dir.to_owned() }) }
+}
+
 /// Like [`enter`], but makes nothing.
 fn enter_existing(dir: &Path) -> Result<(fs::File, u64), OpenError> {
-    if !dir.join(FORMAT_FILE).exists() {
-        return Err(OpenError::NoDataFolder { dir: dir.to_owned() });
-    }
+    is_data_folder(dir)?;
     enter(dir)
 }
 
