@@ -34,7 +34,8 @@
 //!   and written again under their old numbers, by which the server knows what it has already: see [`Client::send`].
 //! - No outcome is silent: a send ends as [`Accepted`] or as a [`SendError`] that says whether the message may have been
 //!   accepted. A lost answer is [`SendError::Unknown`], never a failure.
-//! - What was missed while away is fetched and handed on first, in order: see [`CatchUp`] and [`Events::next`].
+//! - What was missed while away is handed on first, in order, by SYNC and what it leaves open by FETCH: see [`CatchUp`]
+//!   and [`Events::next`].
 //!
 //! Inside, `pending`, `streams` and `session` are pure and take the time as an argument; `connection` is the one task
 //! that owns them and a socket; `client` holds the handles. The terminal chat is the feature `chat`.

@@ -52,6 +52,8 @@ pub(crate) enum Waiting {
     Row(ConversationId),
     /// A page of the conversation list.
     Page,
+    /// A page of what was missed.
+    Sync,
 }
 
 /// Frames to write on the present connection, and what their answers will mean.

@@ -13,8 +13,8 @@ use ringline_schema::frame::{Frame, FrameDecoder};
 use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
 use ringline_schema::limits;
 use ringline_schema::message::{
-    self, BodyKind, Credential, DeviceKind, GoawayReason, GroupReply, KickReason, Login, LoginOk, Receipt, Reply,
-    Request,
+    self, BodyKind, ChatReply, Credential, DeviceKind, GoawayReason, GroupReply, KickReason, Login, LoginOk, Receipt,
+    Reply, Request,
 };
 
 use crate::account::{self, ReadUpto};
@@ -487,7 +487,7 @@ impl Session {
                 let answer = match reply {
                     Reply::FetchOk { .. } => Answer::History(history(reply)?),
                     Reply::ConversationsOk { .. } => Answer::Conversations(conversation_page(reply)?),
-                    Reply::Chat(message::ChatReply::Truncated { .. }) => {
+                    Reply::Chat(ChatReply::Truncated { .. }) => {
                         let code = ErrorCode::Truncated;
                         self.calls.refused(now, number, Refusal { code, retry_after_ms: 0, detail: code.text() });
                         return Ok(());
@@ -513,6 +513,16 @@ impl Session {
                 self.streams.row(now, id, row);
             }
             Waiting::Page => self.streams.page(now, conversation_page(reply)?),
+            Waiting::Sync => match reply {
+                Reply::Chat(ChatReply::SyncOk { messages, next }) => {
+                    let messages = messages.iter().map(Message::from_wire).collect::<Result<_, _>>();
+                    self.streams.synced(now, messages.map_err(Cut::protocol)?, next);
+                }
+                Reply::Chat(ChatReply::Truncated { conversation, first }) => {
+                    self.streams.sync_truncated(now, conversation, first);
+                }
+                _ => return Err(wrong_answer()),
+            },
         }
         Ok(())
     }
@@ -587,6 +597,7 @@ impl Session {
             Some(Waiting::Call(number)) => self.calls.refused(now, number, refusal),
             Some(Waiting::Fetch(id) | Waiting::Row(id)) => self.streams.refused(now, id, refusal),
             Some(Waiting::Page) => self.streams.page_refused(now, refusal),
+            Some(Waiting::Sync) => self.streams.sync_refused(now, refusal),
             None => match self.signals.refused(request_id, code) {
                 Some(event) => drop(self.streams.emit(event)),
                 None => self.streams.ack_refused(now, request_id, refusal),

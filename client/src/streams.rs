@@ -5,6 +5,8 @@
 //! taken it; every queue here is bounded, and what does not fit is either fetched again later (durable messages) or
 //! counted in [`Event::Missed`].
 
+mod sync;
+
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -17,6 +19,7 @@ use ringline_schema::message::{self, Ack, BodyKind, Class, Fetch, Request};
 use crate::group::Extra;
 use crate::pending::{Conversation, Millis, Refusal, Waiting, Wire};
 use crate::session::Event;
+use sync::Syncing;
 
 /// Conversations that are followed at once. Above it idle ones are forgotten (the server knows how far they are
 /// acknowledged), and if none is idle, messages of new ones are missed until the next login.
@@ -147,12 +150,14 @@ fn previous(seq: Seq) -> Seq {
     Seq(seq.0.saturating_sub(1))
 }
 
-/// How far the walk through the conversation list is, that begins a connection.
+/// How far the SYNC is, or the walk through the conversation list, that begins a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Listing {
     Done,
     Asked(ConversationId),
     Later(Millis, ConversationId),
+    SyncAsked,
+    SyncLater(Millis),
 }
 
 /// All conversations of this client.
@@ -174,6 +179,7 @@ pub(crate) struct Streams {
     asked: usize,
     later: BTreeSet<(Millis, ConversationId)>,
     listing: Listing,
+    sync: Syncing,
     /// Conversations found behind at the beginning of the connection, and up to where; `None` when caught up.
     filling: Option<BTreeMap<ConversationId, Seq>>,
     filled: u64,
@@ -201,6 +207,7 @@ impl Streams {
             asked: 0,
             later: BTreeSet::new(),
             listing: Listing::Done,
+            sync: Syncing::default(),
             filling: None,
             filled: 0,
             dirty: BTreeSet::new(),
@@ -300,10 +307,13 @@ impl Streams {
     /// Drains, then asks for what is missing, if something is.
     fn settle(&mut self, id: ConversationId) {
         self.drain(id);
-        let full = self.full();
+        let (full, syncing) = (self.full(), self.is_syncing());
         let Some(stream) = self.by_id.get_mut(&id).filter(|_| self.receiving) else { return };
         let next_is_here = stream.handed.is_some_and(|handed| stream.early.contains_key(&next(handed)));
         if !stream.behind() || next_is_here || stream.repair != Repair::Nothing {
+            return;
+        }
+        if syncing && !stream.row_wanted {
             return;
         }
         if full && stream.handed.is_some() {
@@ -586,15 +596,13 @@ impl Streams {
         }
         self.filled = 0;
         self.filling = Some(BTreeMap::new());
-        self.listing = match self.catch_up {
-            CatchUp::All | CatchUp::Seen => Listing::Later(now, ConversationId(0)),
-            CatchUp::None => Listing::Done,
-        };
-        let behind: Vec<ConversationId> =
-            self.by_id.iter().filter(|(_, stream)| stream.behind()).map(|(&id, _)| id).collect();
-        for id in behind {
-            self.settle(id);
+        match self.catch_up {
+            CatchUp::All => self.begin_sync(now),
+            // SYNC would give what was missed in all others as well.
+            CatchUp::Seen => self.listing = Listing::Later(now, ConversationId(0)),
+            CatchUp::None => self.listing = Listing::Done,
         }
+        self.settle_behind();
         self.check_caught_up();
     }
 
@@ -609,7 +617,8 @@ impl Streams {
         self.listing = Listing::Done;
         self.filling = None;
         self.deliveries.clear();
-        for (_, id) in std::mem::take(&mut self.recent_acks) {
+        let refused = std::mem::take(&mut self.sync.unsure);
+        for id in std::mem::take(&mut self.recent_acks).into_iter().map(|(_, id)| id).chain(refused) {
             self.doubt_ack(id);
         }
     }
@@ -617,11 +626,13 @@ impl Streams {
     /// An ACK was refused.
     pub(crate) fn ack_refused(&mut self, now: Millis, request_id: u32, refusal: Refusal<'_>) {
         let Some(at) = self.recent_acks.iter().position(|(id, _)| *id == request_id) else { return };
-        if let Some((_, id)) = self.recent_acks.remove(at)
-            && refusal.code.retryable()
-        {
+        let Some((_, id)) = self.recent_acks.remove(at) else { return };
+        if refusal.code.retryable() {
             self.doubt_ack(id);
             self.ack_at = Some(now + refusal.pause_ms(0));
+        } else if self.is_syncing() {
+            // On this connection the server has not given anything of it yet.
+            self.sync.unsure.insert(id);
         }
     }
 
@@ -635,6 +646,7 @@ impl Streams {
 
     /// Writes questions and acknowledgements that are due.
     pub(crate) fn pump(&mut self, now: Millis, wire: &mut Wire) {
+        self.pump_sync(now, wire);
         if let Listing::Later(at, cursor) = self.listing
             && at <= now
         {
@@ -708,7 +720,10 @@ impl Streams {
     pub(crate) fn next_wake(&self) -> Option<Millis> {
         let listing = match self.listing {
             Listing::Later(at, _) => Some(at),
-            Listing::Done | Listing::Asked(_) => None,
+            // Taken events wake it.
+            Listing::SyncLater(_) if self.full() => None,
+            Listing::SyncLater(at) => Some(at),
+            Listing::Done | Listing::Asked(_) | Listing::SyncAsked => None,
         };
         [listing, self.later.first().map(|(at, _)| *at), self.ack_at].into_iter().flatten().min()
     }

@@ -13,10 +13,10 @@ use ringline_schema::errors::ErrorCode;
 use ringline_schema::frame::FrameDecoder;
 use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
 use ringline_schema::limits;
-use ringline_schema::message::chat::{Amend, AmendAction};
+use ringline_schema::message::chat::{Amend, AmendAction, Sync};
 use ringline_schema::message::{
     self, Ack, BodyKind, ChatReply, ChatRequest, Class, Conversation, Credential, Extra, Fetch, GoawayReason,
-    KickReason, Login, LoginOk, MessageState, OnlineUser, Outcome, Receipt, Reply, Request, SendAck,
+    KickReason, Login, LoginOk, MessageState, OnlineUser, Outcome, Place, Receipt, Reply, Request, SendAck,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -86,6 +86,8 @@ struct State {
     sends_read: Vec<u64>,
     window: u32,
     page_rows: usize,
+    without_sync: bool,
+    syncs: u64,
 }
 
 /// The server; it stops when this is dropped.
@@ -199,6 +201,16 @@ impl FakeServer {
     /// The heartbeat that the next logins are told.
     pub fn ping_interval(&self, interval: Duration) {
         locked(&self.state).ping_interval_ms = u32::try_from(interval.as_millis()).unwrap_or(u32::MAX);
+    }
+
+    /// While set, SYNC is a command that it does not know.
+    pub fn without_sync(&self, without: bool) {
+        locked(&self.state).without_sync = without;
+    }
+
+    /// Pages of SYNC that were asked for.
+    pub fn syncs(&self) -> u64 {
+        locked(&self.state).syncs
     }
 
     /// The window that the next logins are told.
@@ -346,6 +358,7 @@ impl State {
             }
             Request::Fetch(fetch) => self.fetch(asker, user, &fetch),
             Request::Online { cursor, limit: _ } => self.online(asker, cursor),
+            Request::Chat(ChatRequest::Sync(sync)) if !self.without_sync => self.sync(asker, who, &sync),
             Request::Chat(ChatRequest::Amend(amend)) => return self.amend(asker, who, &amend),
             // Two pieces, cut within a line.
             Request::Chat(ChatRequest::Export { cursor }) => {
@@ -569,6 +582,42 @@ impl State {
         }
         let (first, head) = (Seq(first), Seq(stored.len() as u64));
         asker.answer(&Reply::FetchOk { conversation: id, first, head, messages });
+    }
+
+    /// Pages of at most three messages.
+    fn sync(&mut self, asker: &Asker<'_>, (user, device): (&UserName, DeviceId), sync: &Sync<'_>) {
+        self.syncs += 1;
+        let (mut messages, mut end) = (Vec::new(), Place::default());
+        for (&id, (members, stored)) in self.conversations.range(sync.from.conversation.0..) {
+            if !members.contains(user) {
+                continue;
+            }
+            let conversation = ConversationId(id);
+            let told = sync.places.iter().find(|place| place.conversation == conversation).map(|place| place.seq.0);
+            let acked = self.cursors.get(&(user.clone(), device.0, id)).copied().unwrap_or(0);
+            let from = if sync.from.conversation == conversation { sync.from.seq.0 } else { 0 };
+            let after = told.unwrap_or(acked).max(from);
+            let first = self.first_kept.get(&id).copied().unwrap_or(1);
+            if after != 0 && after + 1 < first && after < stored.len() as u64 {
+                if messages.is_empty() {
+                    return asker.answer(&Reply::Chat(ChatReply::Truncated { conversation, first: Seq(first) }));
+                }
+                end = Place { conversation, seq: Seq(after) };
+                break;
+            }
+            let missed = (1..).zip(stored).filter(|(seq, _)| *seq > after && *seq >= first);
+            let room = self.page_rows - messages.len();
+            messages.extend(missed.clone().take(room).map(|(seq, stored)| wire(conversation, seq, stored)));
+            if missed.count() > room {
+                let seq = messages
+                    .last()
+                    .filter(|last| last.conversation == conversation)
+                    .map_or(Seq(after), |last| last.seq);
+                end = Place { conversation, seq };
+                break;
+            }
+        }
+        asker.answer(&Reply::Chat(ChatReply::SyncOk { messages, next: end }));
     }
 
     fn online(&self, asker: &Asker<'_>, cursor: &str) {

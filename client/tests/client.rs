@@ -397,3 +397,23 @@ async fn amendments_are_kept_once_and_told_in_order() {
     let history = bob.history("ann", HistoryRange { limit: 10, ..HistoryRange::default() }).await.unwrap();
     assert_eq!(history.messages[1].state(), MessageState::Hidden);
 }
+
+#[tokio::test]
+async fn a_server_without_sync_is_asked_for_its_list() {
+    let server = FakeServer::start().await.unwrap();
+    server.without_sync(true);
+    for name in ["ann", "bob"] {
+        server.add_user(name, PASSWORD);
+    }
+    for body in ["one", "two", "three", "four", "five"] {
+        server.store("bob", "ann", body);
+    }
+    let (_ann, mut events) = log_in(&server, "ann").await;
+    assert_eq!(bodies(&mut events, 5).await, ["one", "two", "three", "four", "five"]);
+    assert_eq!(server.syncs(), 0);
+    server.without_sync(false);
+    server.break_connections();
+    server.store("bob", "ann", "six");
+    assert_eq!(bodies(&mut events, 1).await, ["six"]);
+    assert!(server.syncs() > 0);
+}

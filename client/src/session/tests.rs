@@ -6,7 +6,8 @@ use bytes::Bytes;
 use proptest::prelude::*;
 use ringline_schema::codec::{Codec, Encoder};
 use ringline_schema::frame::Frame;
-use ringline_schema::message::{Ack, Class, Outcome, SendAck};
+use ringline_schema::message::chat::Sync;
+use ringline_schema::message::{Ack, ChatRequest, Class, Outcome, Place, SendAck};
 
 use super::*;
 use crate::pending::SendOptions;
@@ -55,6 +56,9 @@ struct Model {
     refusals: u32,
     echo: bool,
     window: u32,
+    without_sync: bool,
+    /// How far this connection was given conversations: more it can't acknowledge.
+    shown: BTreeMap<u128, u64>,
 }
 
 impl Model {
@@ -92,9 +96,22 @@ impl Model {
             Request::Ack(Ack::Upto { conversation, seq }) => {
                 let kept = self.kept.get_mut(&conversation.0).unwrap();
                 assert!(seq.0 <= kept.messages.len() as u64, "acknowledged before it exists");
-                kept.acked = kept.acked.max(seq.0);
+                if self.shown.get(&conversation.0).is_some_and(|shown| seq.0 <= *shown) {
+                    kept.acked = kept.acked.max(seq.0);
+                } else {
+                    let code = ErrorCode::NoSuchConversation;
+                    self.answer(id, &Reply::Failure { code, retry_after_ms: 0, detail: "" });
+                }
             }
             Request::Fetch(fetch) => self.fetch(id, &fetch),
+            Request::Chat(ChatRequest::Sync(_)) if self.without_sync => {
+                self.answer(id, &Reply::Failure { code: ErrorCode::Unsupported, retry_after_ms: 0, detail: "" });
+            }
+            Request::Chat(ChatRequest::Sync(_)) if self.refusals > 0 => {
+                self.refusals -= 1;
+                self.answer(id, &Reply::Failure { code: ErrorCode::Busy, retry_after_ms: 30, detail: "" });
+            }
+            Request::Chat(ChatRequest::Sync(sync)) => self.sync(id, &sync),
             Request::Conversations { cursor, limit } => self.list(id, cursor.0, usize::from(limit)),
             other => panic!("not expected: {other:?}"),
         }
@@ -119,6 +136,7 @@ impl Model {
         if self.echo && !reply.dup {
             self.deliver(conversation.0, reply.seq.0);
         }
+        self.show(conversation.0, reply.seq.0);
         self.answer(id, &Reply::SendAck(reply));
     }
 
@@ -141,7 +159,13 @@ impl Model {
         }
     }
 
+    fn show(&mut self, id: u128, seq: u64) {
+        let shown = self.shown.entry(id).or_default();
+        *shown = seq.max(*shown);
+    }
+
     fn deliver(&mut self, id: u128, seq: u64) {
+        self.show(id, seq);
         let mut bytes = Vec::new();
         let pushed = Reply::Deliver(Self::wire(id, &self.kept[&id], seq));
         Encoder::new().reply(Codec::FlatBuffers, 0, &pushed, &mut bytes);
@@ -161,6 +185,7 @@ impl Model {
         match push {
             Push::Deliver => self.deliver(id.0, seq),
             Push::Lag => {
+                self.show(id.0, seq);
                 let (from, to) = (Seq(seq), Seq(seq));
                 self.answer(0, &Reply::Lagged { conversation: id, with: peer, from, to });
             }
@@ -172,12 +197,42 @@ impl Model {
         let kept = &self.kept[&conversation.0];
         let before = fetch.before.map_or(u64::MAX, |before| before.0);
         let seqs = fetch.after.0 + 1..before.min(kept.messages.len() as u64 + 1);
-        let messages = seqs.take(PAGE_ROWS).map(|seq| Self::wire(conversation.0, kept, seq)).collect();
+        let messages: Vec<_> = seqs.take(PAGE_ROWS).map(|seq| Self::wire(conversation.0, kept, seq)).collect();
+        let last = messages.last().map_or(0, |last| last.seq.0);
         let (first, head) = (Seq(1), Seq(kept.messages.len() as u64));
         let mut bytes = Vec::new();
         let reply = Reply::FetchOk { conversation, first, head, messages };
         Encoder::new().reply(Codec::FlatBuffers, id, &reply, &mut bytes);
         self.outbox.push_back(bytes);
+        self.show(conversation.0, last);
+    }
+
+    /// Looks at two conversations a page, so that there are empty ones.
+    fn sync(&mut self, id: u32, sync: &Sync<'_>) {
+        let (mut messages, mut end, mut shown) = (Vec::new(), Place::default(), Vec::new());
+        for (looked, (&id, kept)) in self.kept.range(sync.from.conversation.0..).enumerate() {
+            let conversation = ConversationId(id);
+            let told = sync.places.iter().find(|place| place.conversation == conversation).map(|place| place.seq.0);
+            let from = if sync.from.conversation == conversation { sync.from.seq.0 } else { 0 };
+            let after = told.unwrap_or(kept.acked).max(from);
+            let head = kept.messages.len() as u64;
+            if messages.len() == PAGE_ROWS || looked == 2 {
+                end = Place { conversation, seq: Seq::ZERO };
+                break;
+            }
+            shown.push((id, head));
+            let room = PAGE_ROWS - messages.len();
+            messages.extend((after + 1..=head).take(room).map(|seq| Self::wire(id, kept, seq)));
+            if head.saturating_sub(after) > room as u64 {
+                end = Place { conversation, seq: Seq(after + room as u64) };
+                break;
+            }
+        }
+        let mut bytes = Vec::new();
+        let reply = Reply::Chat(ChatReply::SyncOk { messages, next: end });
+        Encoder::new().reply(Codec::FlatBuffers, id, &reply, &mut bytes);
+        self.outbox.push_back(bytes);
+        shown.into_iter().for_each(|(id, head)| self.show(id, head));
     }
 
     fn list(&mut self, id: u32, cursor: u128, limit: usize) {
@@ -186,6 +241,7 @@ impl Model {
             (ConversationId(id), kept.with.clone(), first, head, acked)
         };
         let rows: Vec<_> = self.kept.range(cursor + 1..).take(limit.min(2)).map(row).collect();
+        rows.iter().for_each(|(id, _, _, head, _)| self.show(id.0, head.0));
         let more = rows.last().is_some_and(|row| self.kept.range(row.0.0 + 1..).next().is_some());
         let next = rows.last().filter(|_| more).map_or(ConversationId(0), |row| row.0);
         let conversations = rows
@@ -306,6 +362,7 @@ impl World {
     fn connect(&mut self) {
         if !self.model.connected {
             self.model.connected = true;
+            self.model.shown.clear();
             self.session.connected(self.now, Credential::Password(message::Secret("secret")));
         }
     }
@@ -386,8 +443,10 @@ proptest! {
         ops in prop::collection::vec(op(), 0..250),
         echo in any::<bool>(),
         window in prop_oneof![Just(64u32), 1..5u32],
+        without_sync in any::<bool>(),
     ) {
         let mut world = World::new(echo, window);
+        world.model.without_sync = without_sync;
         for op in &ops {
             world.apply(op);
         }
@@ -583,4 +642,79 @@ fn frames_of_a_newer_server_are_passed_over_and_wrong_ones_end_the_connection() 
     let mut bytes = Vec::new();
     Encoder::new().reply(Codec::FlatBuffers, 99, &Reply::LogoutOk, &mut bytes);
     assert_eq!(world.session.received(0, &bytes), Err(Cut::protocol(ErrorCode::BadRequest)));
+}
+
+#[test]
+fn a_long_absence_takes_sync_and_no_fetch() {
+    let mut world = online();
+    world.apply(&Op::Cut);
+    for number in 0..40 {
+        world.model.peer_writes(PEERS[number % 2], &number.to_string(), Push::Deliver);
+    }
+    world.apply(&Op::Connect);
+    let (mut syncs, mut fetches) = (0, 0);
+    for _ in 0..200 {
+        for bytes in &world.model.inbox {
+            let mut decoder = FrameDecoder::new();
+            let frame = decoder.next(&mut &bytes[..], u32::MAX).unwrap().unwrap();
+            match codec::decode_request(&frame.header, frame.body).unwrap() {
+                Request::Chat(ChatRequest::Sync(_)) => syncs += 1,
+                Request::Fetch(_) | Request::Conversations { .. } => fetches += 1,
+                _ => {}
+            }
+        }
+        for op in [Op::Serve(9), Op::Read(9), Op::Take(1), Op::Wait(10)] {
+            world.apply(&op);
+        }
+    }
+    assert!(world.settled());
+    assert_eq!(fetches, 0);
+    assert!(syncs >= 40 / PAGE_ROWS, "{syncs}");
+}
+
+#[test]
+fn what_may_not_be_read_and_what_is_not_kept_is_passed_over() {
+    let mut world = online();
+    let id = ConversationId::group(&name("#team"));
+    let message = |seq| Message {
+        conversation: id,
+        seq: Seq(seq),
+        time_ms: 1,
+        from: name("bob"),
+        to: name("#team"),
+        device: DeviceId(1),
+        client_seq: 1,
+        class: Class::Durable,
+        kind: BodyKind::Text,
+        body: Bytes::new(),
+        extra: None,
+    };
+    world.session.streams.arrived(message(1), 0);
+    world.apply(&Op::Take(9));
+    world.apply(&Op::Cut);
+    world.apply(&Op::Connect);
+    for op in [Op::Serve(1), Op::Read(1)] {
+        world.apply(&op);
+    }
+    let skipped = |world: &mut World| match world.queued.pop_front() {
+        Some(Event::Skipped { from, to, .. }) => (from.0, to.0),
+        other => panic!("{other:?}"),
+    };
+    world.queued.clear();
+    world.session.taken(0, Taken { events: 9, upto: BTreeMap::new() });
+    // 2 to 4 were written while this user was no member.
+    world.session.streams.synced(0, vec![message(5), message(6)], Place { conversation: id, seq: Seq(6) });
+    world.flush();
+    assert_eq!(skipped(&mut world), (2, 4));
+    assert_eq!(world.queued.len(), 2);
+    world.queued.clear();
+    world.session.taken(0, Taken { events: 9, upto: BTreeMap::new() });
+    world.flush();
+    world.session.streams.sync_truncated(0, id, Seq(9));
+    world.flush();
+    assert_eq!(skipped(&mut world), (7, 8));
+    world.session.streams.synced(0, vec![message(9)], Place::default());
+    world.flush();
+    assert!(matches!(&world.queued[0], Event::Message(message) if message.seq == Seq(9)), "{:?}", world.queued);
+    assert!(matches!(world.queued[1], Event::CaughtUp { messages: 3 }), "{:?}", world.queued);
 }

@@ -241,6 +241,11 @@ impl Shard {
         let (Some(work), Some(login)) = (self.syncs.get_mut(&conn), self.sessions.login_mut(conn)) else { return };
         match answer {
             Answer::Conversations(rows) => {
+                // A device may have what this row says it has not acknowledged: its ACK died with a node or a connection.
+                // It can say so again without being given the messages again.
+                for row in rows.iter().filter(|row| row.acked < row.head) {
+                    login.show(row.conversation, row.head);
+                }
                 // What this session has said is newer than what was written of it.
                 work.list(&rows, |id| login.known().get(&id).map_or(Seq::ZERO, |known| known.acked));
             }
