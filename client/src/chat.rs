@@ -8,8 +8,9 @@ mod account;
 mod amend;
 mod groups;
 mod social;
+mod typing;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{self, BufRead, IsTerminal, Read, Write};
@@ -19,9 +20,12 @@ use std::time::Duration;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use rustyline::error::ReadlineError;
-use rustyline::{DefaultEditor, ExternalPrinter};
+use rustyline::history::FileHistory;
+use rustyline::{Editor, ExternalPrinter};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+
+use typing::{Keys, Pace};
 
 use crate::{
     BodyKind, CallError, Client, ClientBuilder, CloseReason, ConnectError, DeviceId, DeviceKind, ErrorCode, Event,
@@ -47,12 +51,12 @@ const SENDS_OPEN_MAX: usize = 512;
 const HELP: &str = "\
 /msg NAME TEXT      send to NAME, and keep writing to NAME
 /to NAME            plain lines go to NAME from now on
-/who                who is online
+/who                who is online, and what they say beside their names
 /watch NAME         how NAME is, and from now on every change; /unwatch NAME
 /status TEXT        what others see beside your name; /visible on or off: whether they see you at all
 /block NAME         takes nothing from NAME; /unblock NAME, /blocks
 /privacy WHO        who may write to you: anyone, known (whom you wrote to), nobody
-/typing             tells whom you write to that you are typing
+/typing             tells whom you write to that you are typing; at a terminal that is told as you type
 /notice TEXT        for administrators: to everyone online
 /history NAME [N]   the last N messages with NAME (20, at most 200); a NAME with spaces goes in \"quotes\"
 /edit N TEXT        another text for your message N of this conversation; /recall N takes it back
@@ -239,6 +243,8 @@ struct Lines {
     ask: std::sync::mpsc::SyncSender<()>,
     /// `None`: the end.
     lines: mpsc::Receiver<Option<String>>,
+    /// Keys of a line that is being written; a pipe has none.
+    typed: Option<mpsc::Receiver<()>>,
 }
 
 impl Lines {
@@ -255,7 +261,7 @@ impl Lines {
                 }
             }
         });
-        Self { ask, lines }
+        Self { ask, lines, typed: None }
     }
 
     /// Asks for the line that [`Self::next`] will give.
@@ -266,6 +272,14 @@ impl Lines {
 
     async fn next(&mut self) -> Option<String> {
         self.lines.recv().await.flatten()
+    }
+}
+
+/// The next key, if there is somebody who types.
+async fn key(typed: &mut Option<mpsc::Receiver<()>>) -> Option<()> {
+    match typed {
+        Some(typed) => typed.recv().await,
+        None => None,
     }
 }
 
@@ -299,7 +313,9 @@ impl<P: ExternalPrinter> Screen for TerminalScreen<P> {
 /// A line editor with a prompt, and a screen that does not disturb it.
 fn terminal(prompt: String) -> Result<(Lines, Box<dyn Screen>), ChatError> {
     let broken = |error: ReadlineError| ChatError::Terminal(error.to_string());
-    let mut editor = DefaultEditor::new().map_err(broken)?;
+    let mut editor: Editor<Keys, FileHistory> = Editor::new().map_err(broken)?;
+    let (keys, typed) = Keys::new();
+    editor.set_helper(Some(keys));
     let printer = editor.create_external_printer().map_err(broken)?;
     let lines = Lines::new(move || {
         // Ctrl-C, Ctrl-D and a lost terminal all mean to leave.
@@ -307,7 +323,7 @@ fn terminal(prompt: String) -> Result<(Lines, Box<dyn Screen>), ChatError> {
         let _ = editor.add_history_entry(&line);
         Some(line)
     });
-    Ok((lines, Box::new(TerminalScreen(printer))))
+    Ok((Lines { typed: Some(typed), ..lines }, Box::new(TerminalScreen(printer))))
 }
 
 fn read_lines(mut input: impl BufRead + Send + 'static) -> Lines {
@@ -363,6 +379,9 @@ struct Chat {
     missed: Option<Missed>,
     reconnecting: bool,
     closed: Option<CloseReason>,
+    /// Whose changes are shown.
+    watching: BTreeSet<UserName>,
+    pace: Pace,
 }
 
 impl Chat {
@@ -377,6 +396,8 @@ impl Chat {
             missed: Some(Missed::default()),
             reconnecting: false,
             closed: None,
+            watching: BTreeSet::new(),
+            pace: Pace::default(),
         }
     }
 
@@ -387,6 +408,7 @@ impl Chat {
         let patience = tokio::time::sleep(CATCH_UP_PATIENCE);
         tokio::pin!(patience);
         let mut leaving = false;
+        let mut typed = lines.typed.take();
         lines.ask();
         while !(leaving && self.missed.is_none()) {
             tokio::select! {
@@ -397,6 +419,7 @@ impl Chat {
                     leaving |= self.closed.is_some() && !self.interactive;
                 }
                 Some(sent) = self.sends.join_next(), if !self.sends.is_empty() => self.sent(sent),
+                Some(()) = key(&mut typed), if !leaving => self.key_pressed(),
                 line = lines.next(), if !leaving => match line {
                     Some(line) if self.closed.is_none() && self.line(line.trim()).await => lines.ask(),
                     Some(_) | None => leaving = true,
@@ -436,7 +459,7 @@ impl Chat {
             Event::Signal(signal) => self.signal(&signal),
             // Whoever is away or keeps this user out says so when a message is sent.
             Event::SignalRefused { .. } => {}
-            Event::Presence(rows) => self.presence(&rows),
+            Event::Presence(rows) => self.presence_changed(&rows),
             Event::Notice(notice) => self.notice(&notice),
             Event::GroupChanged(changed) => self.group_changed(&changed),
             // What is on the screen stays there.
@@ -615,6 +638,7 @@ impl Chat {
         {
             self.sent(sent);
         }
+        self.pace.reset();
         let sending = self.client.send(peer.as_str(), text.to_owned());
         self.show_result(sending, peer.as_str());
     }
@@ -639,9 +663,11 @@ impl Chat {
                 Ok(page) => page,
                 Err(error) => return self.screen.line(&error.to_string()),
             };
+            let statuses = self.statuses(&page.users).await;
             for row in page.users {
+                let status = statuses.get(&row.user).map_or("", String::as_str);
                 let devices = if row.devices == 1 { String::new() } else { format!(" ({} devices)", row.devices) };
-                self.screen.line(&format!("  {}{devices}", clean(row.user.as_str())));
+                self.screen.line(&format!("  {}{devices}{status}", clean(row.user.as_str())));
             }
             // A list that does not rise would never end.
             from = match page.next {

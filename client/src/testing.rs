@@ -13,10 +13,10 @@ use ringline_schema::errors::ErrorCode;
 use ringline_schema::frame::FrameDecoder;
 use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
 use ringline_schema::limits;
-use ringline_schema::message::chat::{Amend, AmendAction, Sync};
+use ringline_schema::message::chat::{Amend, AmendAction, PresenceRow, Sync};
 use ringline_schema::message::{
     self, Ack, BodyKind, ChatReply, ChatRequest, Class, Conversation, Credential, Extra, Fetch, GoawayReason,
-    KickReason, Login, LoginOk, MessageState, OnlineUser, Outcome, Place, Receipt, Reply, Request, SendAck,
+    KickReason, Login, LoginOk, MessageState, Names, OnlineUser, Outcome, Place, Receipt, Reply, Request, SendAck,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -88,6 +88,7 @@ struct State {
     page_rows: usize,
     without_sync: bool,
     syncs: u64,
+    statuses: HashMap<String, String>,
 }
 
 /// The server; it stops when this is dropped.
@@ -206,6 +207,11 @@ impl FakeServer {
     /// While set, SYNC is a command that it does not know.
     pub fn without_sync(&self, without: bool) {
         locked(&self.state).without_sync = without;
+    }
+
+    /// What a user says beside the name.
+    pub fn status(&self, user: &str, status: &str) {
+        locked(&self.state).statuses.insert(user.to_owned(), status.to_owned());
     }
 
     /// Pages of SYNC that were asked for.
@@ -359,6 +365,13 @@ impl State {
             Request::Fetch(fetch) => self.fetch(asker, user, &fetch),
             Request::Online { cursor, limit: _ } => self.online(asker, cursor),
             Request::Chat(ChatRequest::Sync(sync)) if !self.without_sync => self.sync(asker, who, &sync),
+            Request::Chat(ChatRequest::Watch { users }) => self.watch(asker, users),
+            Request::Chat(ChatRequest::Unwatch { .. }) => asker.answer(&Reply::Chat(ChatReply::Done)),
+            Request::Chat(ChatRequest::Signal { to, kind, body }) => {
+                let from = user.as_str();
+                let conversation = ConversationId(0);
+                self.push(to, &Reply::Chat(ChatReply::Signalled { conversation, from, to, kind, body }));
+            }
             Request::Chat(ChatRequest::Amend(amend)) => return self.amend(asker, who, &amend),
             // Two pieces, cut within a line.
             Request::Chat(ChatRequest::Export { cursor }) => {
@@ -582,6 +595,17 @@ impl State {
         }
         let (first, head) = (Seq(first), Seq(stored.len() as u64));
         asker.answer(&Reply::FetchOk { conversation: id, first, head, messages });
+    }
+
+    fn watch(&self, asker: &Asker<'_>, users: Names<'_>) {
+        let row = |user: &'_ str| {
+            let online = self.sessions.iter().any(|session| session.user.as_str() == user);
+            (user.to_owned(), online, self.statuses.get(user).cloned().unwrap_or_default())
+        };
+        let rows: Vec<_> = users.iter().map(row).collect();
+        let users =
+            rows.iter().map(|(user, online, status)| PresenceRow { user, online: *online, last_seen_ms: 0, status });
+        asker.answer(&Reply::Chat(ChatReply::PresenceOk { users: users.collect() }));
     }
 
     /// Pages of at most three messages.

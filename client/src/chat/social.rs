@@ -2,8 +2,13 @@
 //!
 //! Invariant as in the chat: what others chose passes [`clean`] on its way to the screen.
 
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use ringline_schema::limits;
+
 use super::{Chat, clean, split_name};
-use crate::{CallError, MessagesFrom, Notice, Presence, Signal};
+use crate::{CallError, MessagesFrom, Notice, OnlineUser, Presence, Signal, UserName};
 
 /// Pages of a list that are shown.
 const PAGE_ROWS: u16 = 200;
@@ -26,6 +31,7 @@ impl Chat {
             "/privacy" => self.privacy(rest).await,
             "/watch" => self.watch(name).await,
             "/unwatch" => {
+                self.watching.retain(|watched| watched.as_str() != name);
                 let result = self.client.unwatch(&[name]).await;
                 self.settled(result, "not watched any more");
             }
@@ -111,8 +117,40 @@ impl Chat {
 
     async fn watch(&mut self, name: &str) {
         match self.client.watch(&[name]).await {
-            Ok(rows) => self.presence(&rows),
+            Ok(rows) => {
+                self.watching.extend(rows.iter().map(|row| row.user.clone()));
+                self.presence(&rows);
+            }
             Err(error) => self.refused(&error),
+        }
+    }
+
+    /// What users say beside their names. Whom one does not watch is looked at only for a moment.
+    pub(super) async fn statuses(&mut self, users: &[OnlineUser]) -> BTreeMap<UserName, String> {
+        let mut statuses = BTreeMap::new();
+        let names: Vec<&str> = users.iter().map(|row| row.user.as_str()).collect();
+        for names in names.chunks(limits::USERS_PER_REQUEST_MAX) {
+            // Without an answer there are the names.
+            let Ok(rows) = self.client.watch(names).await else { continue };
+            let unwatched = rows.iter().filter(|row| !self.watching.contains(&row.user));
+            let unwatched: Vec<&str> = unwatched.map(|row| row.user.as_str()).collect();
+            let _ = self.client.unwatch(&unwatched).await;
+            let said = rows.iter().filter(|row| !row.status.is_empty());
+            statuses.extend(said.map(|row| (row.user.clone(), format!(": {}", clean(&row.status)))));
+        }
+        statuses
+    }
+
+    /// News of those who are watched.
+    pub(super) fn presence_changed(&mut self, rows: &[Presence]) {
+        let watched: Vec<_> = rows.iter().filter(|row| self.watching.contains(&row.user)).cloned().collect();
+        self.presence(&watched);
+    }
+
+    /// A key of a line was pressed.
+    pub(super) fn key_pressed(&mut self) {
+        if self.peer.is_some() && self.pace.is_due(Instant::now()) {
+            self.typing();
         }
     }
 

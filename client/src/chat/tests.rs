@@ -246,3 +246,19 @@ fn what_is_kept_about_a_user_goes_into_a_new_file() {
         ann.leave().await;
     });
 }
+
+#[test]
+fn who_is_there_is_shown_with_what_they_say_and_who_types_is_told() {
+    in_one_thread(async {
+        let server = FakeServer::start().await.unwrap();
+        let (mut ann, bob) = (sit_down(&server, "ann", 1).await, sit_down(&server, "bob", 2).await);
+        server.status("bob", "at lunch \u{1b}[2J");
+        ann.types("/who");
+        ann.output.wait_for("  ann\n  bob: at lunch \u{fffd}[2J\n").await;
+        ann.types("/to bob");
+        ann.types("/typing");
+        bob.output.wait_for("ann is typing …\n").await;
+        let said = ann.leave().await;
+        assert!(!said.contains("bob is online"), "nobody is watched: {said}");
+    });
+}
