@@ -13,6 +13,7 @@ use ringline_schema::message::Class;
 
 use crate::Failure;
 use crate::compare::cli::Contest;
+use crate::crowd::{Crowd, CrowdArgs};
 use crate::idle::IdleArgs;
 use crate::intervals;
 use crate::plan::{Pace, Plan, Scenario, Slow, names};
@@ -129,12 +130,17 @@ pub struct RunArgs {
     pub clients: u32,
     /// Who sends to whom
     #[arg(long, value_enum)]
-    pub scenario: Scenario,
+    pub scenario: AnyScenario,
     /// Stored and sequenced, or forwarded to who is online
     #[arg(long, value_enum, default_value = "durable")]
     pub class: ClassArg,
+    /// Transient messages that are answered only when they are refused; needs an open loop
+    #[arg(long)]
+    pub no_reply: bool,
     #[command(flatten)]
     pub pace: PaceArgs,
+    #[command(flatten)]
+    pub crowd: CrowdArgs,
     /// Bytes of each message body; the first 40 carry what the checks need
     #[arg(long, default_value_t = 64, value_name = "BYTES",
         value_parser = clap::value_parser!(u32).range(STAMP_BYTES as i64..=i64::from(PAYLOAD_BYTES_MAX)))]
@@ -172,6 +178,36 @@ pub struct RunArgs {
     /// Write an HdrHistogram interval log: latencies in µs a second, tags ack and deliver
     #[arg(long, value_name = "FILE")]
     pub hdr: Option<PathBuf>,
+}
+
+/// One that a [`Plan`] describes, or one of [`crate::crowd`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AnyScenario {
+    Plain(Scenario),
+    Crowd(Crowd),
+}
+
+impl ValueEnum for AnyScenario {
+    fn value_variants<'a>() -> &'a [Self] {
+        use AnyScenario::{Crowd as Many, Plain};
+        &[
+            Plain(Scenario::SelfChat),
+            Plain(Scenario::Pair),
+            Plain(Scenario::Random),
+            Plain(Scenario::Mutual),
+            Plain(Scenario::Slow),
+            Many(Crowd::Group),
+            Many(Crowd::Sync),
+            Many(Crowd::Mix),
+        ]
+    }
+
+    fn to_possible_value(&self) -> Option<clap::builder::PossibleValue> {
+        match self {
+            Self::Plain(scenario) => scenario.to_possible_value(),
+            Self::Crowd(crowd) => crowd.to_possible_value(),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -278,15 +314,27 @@ impl RunArgs {
     /// Checks what clap cannot, and gives the run its number.
     pub fn plan(&self) -> Result<Plan, Failure> {
         let clients = self.clients;
-        match self.scenario {
+        let scenario = match self.scenario {
+            AnyScenario::Plain(scenario) => scenario,
+            AnyScenario::Crowd(crowd) => {
+                return Err(Failure::Usage(format!("--scenario {} has no plan of single receivers", crowd.name())));
+            }
+        };
+        if self.no_reply
+            && (self.class != ClassArg::Transient || (self.pace.rate, self.pace.interval_ms) == (None, None))
+        {
+            let text = "--no-reply needs --class transient, and --rate or --interval-ms: nothing is answered";
+            return Err(Failure::Usage(text.to_owned()));
+        }
+        match scenario {
             Scenario::Pair | Scenario::Slow if clients % 2 == 1 => {
-                let name = self.scenario.name();
+                let name = scenario.name();
                 return Err(Failure::Usage(format!(
                     "--scenario {name} needs an even number of clients, not {clients}"
                 )));
             }
             Scenario::Random | Scenario::Mutual if clients < 2 => {
-                let name = self.scenario.name();
+                let name = scenario.name();
                 return Err(Failure::Usage(format!("--scenario {name} needs two clients or more")));
             }
             Scenario::SelfChat | Scenario::Pair | Scenario::Random | Scenario::Mutual | Scenario::Slow => {}
@@ -298,7 +346,8 @@ impl RunArgs {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let seed = [now.as_nanos().to_le_bytes().as_slice(), &std::process::id().to_le_bytes()].concat();
         let mut plan = Plan {
-            scenario: self.scenario,
+            scenario,
+            no_reply: self.no_reply,
             slow: Slow { percent: self.slow_percent, bytes_per_s: self.slow_bytes_per_s },
             interval_ns: self.hdr.as_ref().map(|_| intervals::length_ns((self.duration * NS_PER_S as f64) as u64)),
             class,

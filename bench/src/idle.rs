@@ -129,6 +129,7 @@ impl IdleArgs {
             slow: Slow { percent: 0, bytes_per_s: 0 },
             interval_ns: None,
             class: Class::Transient,
+            no_reply: false,
             pace: Pace::Closed { window: 1 },
             payload_bytes: STAMP_BYTES,
             run: 0,

@@ -5,6 +5,7 @@
 //!   [`report`], [`html`] (the page of a run), [`search`] (the highest rate; with its thin shell).
 //! - Shell: [`engine`] (the epoll loop of one thread), [`run`] (threads and phases), [`idle`] (what idle clients cost),
 //!   [`storm`] (logins and drops), [`launch`] (servers started here), [`metrics`] (what the server counts),
+//!   [`crowd`] (groups, devices that come back, mixed load),
 //!   [`sources`] (local addresses), [`facts`], [`server_process`], [`token`], [`cli`].
 //! - Against others: [`wire`] (protocols, pure), [`compare`], [`floor`], [`floor_ring`] (the bare echo).
 //!
@@ -18,6 +19,7 @@ pub mod check;
 pub mod checker;
 pub mod cli;
 pub mod compare;
+pub mod crowd;
 pub mod engine;
 pub mod facts;
 pub mod floor;

@@ -7,9 +7,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use ringline_bench::Failure;
-use ringline_bench::cli::{Cli, Command, RunArgs};
+use ringline_bench::cli::{AnyScenario, Cli, Command, RunArgs};
 use ringline_bench::compare::{self, cli::Contest};
-use ringline_bench::{floor, html, idle, run, search, storm, torture};
+use ringline_bench::{crowd, floor, html, idle, run, search, storm, torture};
 use serde::Serialize;
 
 const EXIT_BROKEN: u8 = 1;
@@ -18,7 +18,14 @@ const EXIT_USAGE: u8 = 2;
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(args) if args.search.search => search_and_report(&args),
-        Command::Run(args) => run_and_report(&args),
+        Command::Run(args) => match args.scenario {
+            AnyScenario::Plain(_) => run_and_report(&args),
+            AnyScenario::Crowd(kind) => crowd::run(&args, kind).and_then(|report| {
+                print!("{}", report.table());
+                write_json(args.json.as_deref(), &report)?;
+                Ok(report.clean())
+            }),
+        },
         Command::Idle(args) => idle::idle(&args).and_then(|report| {
             print!("{}", report.table());
             write_json(args.json.as_deref(), &report)?;

@@ -10,7 +10,7 @@ use std::collections::{BinaryHeap, VecDeque};
 
 use ringline_schema::codec::{Codec, Encoder, decode_reply};
 use ringline_schema::errors::ErrorCode;
-use ringline_schema::frame::Frame;
+use ringline_schema::frame::{Flags, Frame};
 use ringline_schema::ids::{DeviceId, Seq};
 use ringline_schema::message::{
     Ack, BodyKind, ChatReply, Class, Credential, DeviceKind, Fetch, Login, LoginOk, Mentions, Message, Reply, Request,
@@ -318,7 +318,9 @@ impl Peer {
         } else if id & OTHER == 0 && id != 0 {
             let number = id - 1;
             let Some(pending) = self.pending_mut(number) else {
-                turn.desk.tally.count(Incident::UnexpectedAnswer);
+                if !turn.plan.no_reply {
+                    turn.desk.tally.count(Incident::UnexpectedAnswer);
+                }
                 return Outcome::Fine;
             };
             if again {
@@ -471,7 +473,21 @@ impl Peer {
                 turn.note_lag(intended_ns);
             }
             self.send(number, intended_ns, turn);
+            if turn.plan.no_reply {
+                self.taken_for_accepted(number, turn);
+            }
         }
+    }
+
+    /// No answer will come, unless it is refused: then it counts as lost as well, because nobody sends it again.
+    fn taken_for_accepted(&mut self, number: u32, turn: &mut Turn<'_>) {
+        if let Some(pending) = self.pending.back_mut() {
+            pending.progress = Progress::Answered;
+        }
+        self.slot_freed(turn);
+        turn.desk.ledger.accepted(self.index, number);
+        turn.desk.tally.ever_accepted += 1;
+        turn.desk.tally.accepted += u64::from(turn.timeline.measured(turn.now_ns));
     }
 
     /// Open loop: the turn of message `number` has come. It goes now, unless it went as soon as it was due, while the
@@ -542,7 +558,9 @@ impl Peer {
             body: &desk.body,
             mentions: Mentions::default(),
         };
-        desk.encoder.request(Codec::FlatBuffers, number + 1, &Request::Send(send), &mut desk.out);
+        let flags = if plan.no_reply { Flags::NO_REPLY } else { Flags::default() };
+        let how = (Codec::FlatBuffers, flags);
+        desk.encoder.request_flagged(how, number + 1, &Request::Send(send), &mut desk.out);
     }
 
     fn request(&mut self, id: u32, request: &Request<'_>, turn: &mut Turn<'_>) {

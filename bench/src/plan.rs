@@ -70,6 +70,8 @@ pub struct Plan {
     /// Length of one histogram of the interval log; `None`: no log is kept.
     pub interval_ns: Option<u64>,
     pub class: Class,
+    /// Sends are answered only when they are refused; transient ones in an open loop.
+    pub no_reply: bool,
     pub pace: Pace,
     pub payload_bytes: usize,
     /// Told apart by this: messages of an earlier run that are still under way.
@@ -213,6 +215,7 @@ pub(crate) mod tests {
             slow: Slow { percent: 10, bytes_per_s: 1_000 },
             interval_ns: None,
             class: Class::Durable,
+            no_reply: false,
             pace,
             payload_bytes: 64,
             run: 42,

@@ -12,7 +12,8 @@ use ed25519_dalek::SigningKey;
 use ed25519_dalek::pkcs8::EncodePrivateKey;
 use ed25519_dalek::pkcs8::spki::der::pem::LineEnding;
 use ringline_bench::Failure;
-use ringline_bench::cli::{Cli, Command};
+use ringline_bench::cli::{AnyScenario, Cli, Command};
+use ringline_bench::crowd::{self, report::CrowdReport};
 use ringline_bench::report::Report;
 use ringline_bench::{idle, run, search, storm};
 use tempfile::TempDir;
@@ -318,4 +319,68 @@ fn the_program_answers_by_exit_code_and_json() {
     assert_eq!(exit(key.line("run", "127.0.0.1:1", &run)), Some(1));
     assert_eq!(exit(key.line("run", &good.address.to_string(), "--clients 3 --scenario pair")), Some(2));
     assert_eq!(exit(key.line("run", "127.0.0.1:1", "--clients 3")), Some(2));
+}
+
+fn try_crowd(target: &str, more: &str) -> Result<CrowdReport, Failure> {
+    let key = Key::new();
+    let Command::Run(args) = Cli::try_parse_from(key.line("run", target, more)).unwrap().command else {
+        unreachable!()
+    };
+    let AnyScenario::Crowd(kind) = args.scenario else { unreachable!() };
+    crowd::run(&args, kind)
+}
+
+fn crowd_with(script: Script, more: &str) -> (CrowdReport, Server) {
+    let server = Server::start(script);
+    let report = try_crowd(&server.address.to_string(), more).unwrap();
+    (report, server)
+}
+
+const GROUP: &str = "--scenario group --clients 2 --interval-ms 20 --groups 2 --members 5 --online 3 --senders 2 \
+                     --group-rate 100 --duration 0.5 --warmup 0.1 --drain 1";
+const BACK: &str = "--scenario sync --clients 5 --senders 2 --missed 450 --window 3";
+const MIX: &str = "--scenario mix --clients 6 --groups 2 --duration 0.5 --warmup 0.1 --drain 1 \
+                   --mix direct=4,group=3,transient=2,read=1,sync=1";
+
+#[test]
+fn groups_returns_and_mixed_loads_are_clean() {
+    let (report, server) = crowd_with(Script::GOOD, GROUP);
+    assert!(report.clean(), "{}", report.table());
+    let ops: Vec<_> = report.ops.iter().map(|op| (op.op, op.asked, op.answered, op.delivered)).collect();
+    assert_eq!(ops, [("direct", 50, 50, 50), ("group", 50, 50, 100)], "an open loop; each to two others");
+    assert_eq!(server.seen().logins, 10 + 2 + 6, "members come and go, then those stay who are online");
+    let (report, server) = crowd_with(Script::GOOD, BACK);
+    assert!(report.clean(), "{}", report.table());
+    let back = report.back.unwrap();
+    assert_eq!((back.messages, back.pages, server.seen().syncs), (5 * 450, 5 * 3, 15));
+    let (report, server) = crowd_with(Script::GOOD, MIX);
+    assert!(report.clean(), "{}", report.table());
+    assert!(report.ops.len() == 5 && server.seen().reads > 0 && server.seen().syncs > 0, "{}", report.table());
+}
+
+#[test]
+fn what_a_crowd_does_not_get_is_seen() {
+    let (report, _) = crowd_with(Script { lose: 7, ..Script::GOOD }, GROUP);
+    assert!(report.lost > 0 && !report.clean(), "{}", report.table());
+    let (report, _) = crowd_with(Script { duplicate: 7, ..Script::GOOD }, GROUP);
+    assert!(report.repeated > 0 && report.lost == 0, "{}", report.table());
+    let (report, _) = crowd_with(Script { corrupt: 7, ..Script::GOOD }, MIX);
+    assert!(report.corrupt > 0 && report.lost > 0, "{}", report.table());
+    let (report, _) = crowd_with(Script { mute: 9, ..Script::GOOD }, GROUP);
+    assert!(report.unanswered > 0, "{}", report.table());
+    let (report, _) = crowd_with(Script { sync_gap: true, ..Script::GOOD }, BACK);
+    assert_eq!((report.lost, report.holes), (15, 15), "{}", report.table());
+    let Err(Failure::Usage(line)) = try_crowd("127.0.0.1:9", "--scenario mix --clients 3") else { panic!() };
+    assert!(line.contains("even"), "{line}");
+}
+
+#[test]
+fn without_replies_what_is_sent_must_arrive() {
+    let line = "--clients 4 --scenario pair --class transient --no-reply --interval-ms 10 --duration 0.3 --warmup 0.1";
+    let (report, server) = run_with(Script::GOOD, line);
+    assert!(report.clean() && report.sent_per_s > 0.0 && server.seen().accepted > 0, "{}", report.table());
+    let (report, _) = run_with(Script { lose: 5, ..Script::GOOD }, line);
+    assert!(report.lost > 0, "{}", report.table());
+    let closed = "--clients 4 --scenario pair --class transient --no-reply";
+    assert!(matches!(try_run("127.0.0.1:9", closed), Err(Failure::Usage(_))));
 }

@@ -3,7 +3,7 @@
 //! One blocking thread a connection, one lock around everything else: order is kept by construction, so every fault
 //! that the generator reports was planted by the [`Script`].
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,10 +11,12 @@ use std::time::Duration;
 
 use ringline_schema::codec::{Codec, Encoder, decode_request};
 use ringline_schema::errors::ErrorCode;
-use ringline_schema::frame::{Frame, FrameDecoder};
+use ringline_schema::frame::{Flags, Frame, FrameDecoder};
 use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
+use ringline_schema::message::chat::Sync;
 use ringline_schema::message::{
-    Ack, BodyKind, Class, Credential, Extra, LoginOk, Message, Reply, Request, Send, SendAck,
+    Ack, BodyKind, ChatReply, ChatRequest, Class, Credential, Extra, GroupAct, GroupReply, LoginOk, Message, Place,
+    Reply, Request, Send, SendAck,
 };
 use socket2::SockRef;
 
@@ -39,6 +41,8 @@ pub struct Script {
     pub lag: u64,
     /// Close the connection of the sender.
     pub hang_up: u64,
+    /// Leave the second message of each page of a SYNC out.
+    pub sync_gap: bool,
     pub refuse_login: bool,
     /// Read nothing for so long after the login, through a small socket buffer.
     pub read_pause_ms: u64,
@@ -57,6 +61,7 @@ impl Script {
         mute: 0,
         lag: 0,
         hang_up: 0,
+        sync_gap: false,
         refuse_login: false,
         read_pause_ms: 0,
         ping_interval_ms: 20_000,
@@ -74,6 +79,8 @@ pub struct Seen {
     pub pings: u64,
     pub cursors: u64,
     pub fetches: u64,
+    pub syncs: u64,
+    pub reads: u64,
 }
 
 struct Stored {
@@ -88,7 +95,9 @@ struct Stored {
 struct State {
     seen: Seen,
     users: HashMap<String, TcpStream>,
-    history: HashMap<ConversationId, Vec<Stored>>,
+    history: BTreeMap<ConversationId, Vec<Stored>>,
+    /// Members of each group.
+    groups: HashMap<String, Vec<String>>,
     refused: HashSet<(String, u64)>,
     held: HashMap<String, Vec<u8>>,
 }
@@ -178,7 +187,18 @@ impl Connection {
                 };
                 self.answer(id, &Reply::LoginOk(ok));
             }
-            Request::Send(send) => self.on_send(id, &send),
+            Request::Send(send) => self.on_send((id, frame.header.flags != Flags::NO_REPLY), &send),
+            Request::Group { group, act: GroupAct::Create { .. } | GroupAct::Join { .. } } => {
+                let members = lock(&self.state).groups.get(group).cloned().unwrap_or_default();
+                lock(&self.state).groups.insert(group.to_owned(), [members, vec![self.user.clone()]].concat());
+                let (conversation, seq) = (conversation(&self.user, group), Seq(1));
+                self.answer(id, &Reply::Group(GroupReply::Ok { conversation, seq, standing: None }));
+            }
+            Request::Chat(ChatRequest::Read { .. }) => {
+                lock(&self.state).seen.reads += 1;
+                self.answer(id, &Reply::Chat(ChatReply::Done));
+            }
+            Request::Chat(ChatRequest::Sync(sync)) => self.on_sync(id, &sync),
             Request::Ping { stamp } => {
                 let state = Arc::clone(&self.state);
                 let mut state = lock(&state);
@@ -221,7 +241,25 @@ impl Connection {
         self.answer(id, &Reply::Failure { code, retry_after_ms: 5, detail: "" });
     }
 
-    fn on_send(&mut self, id: u32, send: &Send<'_>) {
+    fn on_sync(&mut self, id: u32, sync: &Sync<'_>) {
+        let (user, state) = (self.user.clone(), Arc::clone(&self.state));
+        let mut state = lock(&state);
+        state.seen.syncs += 1;
+        let own = |stored: &&Stored| stored.from == user || stored.to == user;
+        let rows = state.history.iter().flat_map(|(id, log)| log.iter().filter(own).map(|stored| (*id, stored)));
+        let place = |id, stored: &Stored| Place { conversation: id, seq: Seq(stored.seq) };
+        let known = |at: Place| sync.places.iter().any(|known| known.conversation == at.conversation && known >= at);
+        let mut rows = rows.filter(|(id, stored)| place(*id, stored) > sync.from && !known(place(*id, stored)));
+        let page: Vec<_> = rows.by_ref().take(sync.limit.into()).collect();
+        let more = rows.next().is_some();
+        let next = page.last().filter(|_| more).map(|(id, stored)| place(*id, stored)).unwrap_or_default();
+        let left_out = |at: &usize| !(self.script.sync_gap && *at == 1);
+        let given = (0..).zip(&page).filter(|(at, _)| left_out(at));
+        let messages = given.map(|(_, (id, stored))| wire(*id, stored)).collect();
+        self.answer(id, &Reply::Chat(ChatReply::SyncOk { messages, next }));
+    }
+
+    fn on_send(&mut self, (id, answered): (u32, bool), send: &Send<'_>) {
         let (script, state) = (self.script, Arc::clone(&self.state));
         let mut state = lock(&state);
         let count = state.seen.accepted + state.seen.busy + 1;
@@ -247,7 +285,7 @@ impl Connection {
             body: send.body.to_vec(),
         };
         let seq = Seq(stored.seq);
-        if !planted(script.mute) {
+        if answered && !planted(script.mute) {
             self.answer(id, &Reply::SendAck(SendAck { conversation, seq, time_ms: 1, dup: false }));
         }
         let mut pushed = wire(conversation, &stored);
@@ -268,15 +306,21 @@ impl Connection {
             }
             () => [push, state.held.remove(&receiver).unwrap_or_default()].concat(),
         };
-        state.history.entry(conversation).or_default().push(stored);
-        if let Some(mut stream) = state.users.get(&receiver) {
-            let _ = stream.write_all(&frames);
+        if send.class == Class::Durable {
+            state.history.entry(conversation).or_default().push(stored);
+        }
+        let members = state.groups.get(&receiver).cloned().unwrap_or_default();
+        let receivers = if receiver.starts_with('#') { members } else { vec![receiver] };
+        for receiver in receivers.iter().filter(|to| **to != self.user || !send.to.starts_with('#')) {
+            if let Some(mut stream) = state.users.get(receiver) {
+                let _ = stream.write_all(&frames);
+            }
         }
     }
 }
 
 fn conversation(one: &str, other: &str) -> ConversationId {
-    ConversationId::direct(&UserName::new(one).unwrap(), &UserName::new(other).unwrap())
+    ConversationId::with(&UserName::new(one).unwrap(), &UserName::new(other).unwrap())
 }
 
 fn wire(conversation: ConversationId, stored: &Stored) -> Message<'_> {
