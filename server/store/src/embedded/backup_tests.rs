@@ -97,6 +97,21 @@ fn a_backup_of_a_stopped_folder_is_the_same_and_goes_only_into_an_empty_folder()
 }
 
 #[test]
+fn a_backup_that_meets_an_error_of_the_disk_says_so_and_is_not_started_from() {
+    let (dir, pair) = (tempfile::tempdir().unwrap(), Pair::new("ann", "bob"));
+    let (mut node, _) = open(dir.path(), 1, &small());
+    pair.history(500).chunks(9).for_each(|records| node.commit(records));
+    node.close();
+    // What can be opened and not be read.
+    let path = segment(dir.path(), 0, 2);
+    fs::remove_file(&path).unwrap();
+    fs::create_dir(&path).unwrap();
+    let to = tempfile::tempdir().unwrap();
+    assert!(matches!(backup(dir.path(), to.path(), &mut quiet), Err(OpenError::Io { path: at, .. }) if at == path));
+    assert!(matches!(EmbeddedStore::open(to.path(), 1, small()), Err(OpenError::NotADataFolder { .. })));
+}
+
+#[test]
 fn a_backup_refuses_damage_and_an_unfinished_one_is_not_started_from() {
     let (dir, pair) = (tempfile::tempdir().unwrap(), Pair::new("ann", "bob"));
     let (mut node, _) = open(dir.path(), 1, &lazy());

@@ -148,6 +148,7 @@ impl Retainer {
     /// Lets go of what may go. Blocks. After an error the next pass goes on where this one ended.
     pub fn pass(&mut self, now_ms: u64, step: EachStep<'_>) -> Result<Passed, RetainError> {
         let mut passed = Passed::default();
+        self.remove_older(step)?;
         self.unlink(&mut passed, step)?;
         if self.policy.is_off() {
             return Ok(passed);
@@ -469,6 +470,17 @@ impl Retainer {
         self.number = header.number;
         self.kept = header.kept;
         Ok(bytes)
+    }
+
+    /// Removes what a crash has left beside the newest checkpoint, once that was read to its end.
+    fn remove_older(&self, step: EachStep<'_>) -> Result<(), RetainError> {
+        if self.checkpoints.numbers().map_err(|source| self.io_error(source))?.len() < 2 {
+            return Ok(());
+        }
+        step(Step::Older)?;
+        let whole = self.checkpoints.newest_whole(self.node.identity).map_err(|source| self.io_error(source))?;
+        let Some(Ok((_, header, _))) = whole else { return Ok(()) };
+        self.checkpoints.remove_older(header.number).map_err(|source| self.io_error(source))
     }
 
     /// Removes the segments that a durable checkpoint has let go.

@@ -262,53 +262,75 @@ fn stopped_pass(kept: &mut Kept, stop_at: usize) -> (bool, Vec<Step>) {
     }
 }
 
-#[test]
-fn a_crash_before_any_step_loses_nothing_that_was_not_let_go() {
-    let whole = folder();
+/// Where to stop: before the first, the second and the last of each kind of step, and not at all.
+fn stops(trace: &[Step]) -> Vec<usize> {
+    let is_wanted = |at: &usize| {
+        let same = |steps: &[Step]| steps.iter().filter(|step| **step == trace[*at]).count();
+        same(&trace[..*at]) < 2 || same(&trace[*at + 1..]) == 0
+    };
+    (0..trace.len()).filter(is_wanted).chain([trace.len()]).collect()
+}
+
+/// Stops a pass over `whole` everywhere, with and without the index lost in the same moment. Before it the conversations
+/// begin at `before`, afterwards at `after`.
+fn crash_everywhere(whole: &Path, head: u64, (before, after): (u64, u64)) -> Vec<Step> {
     let policy = Retention { messages: 100, ..Retention::default() };
-    let mut seen = Vec::new();
-    for stop_at in 0.. {
-        let mut done = false;
+    let begin = || {
+        let dir = tempfile::tempdir().unwrap();
+        copy(whole, dir.path());
+        let kept = Kept::open(dir.path(), policy);
+        (dir, kept)
+    };
+    let trace = stopped_pass(&mut begin().1, usize::MAX).1;
+    for stop_at in stops(&trace) {
         for index_lost in [false, true] {
-            let dir = tempfile::tempdir().unwrap();
-            copy(whole.path(), dir.path());
-            let mut kept = Kept::open(dir.path(), policy);
-            let (stopped, steps) = stopped_pass(&mut kept, stop_at);
+            let (dir, mut kept) = begin();
+            let (_, seen) = stopped_pass(&mut kept, stop_at);
             drop(kept);
-            (done, seen) = (!stopped, steps);
             if index_lost {
                 lose_index(dir.path());
             }
             let mut node = Kept::open(dir.path(), policy).shards();
-            let found = firsts(&mut node, MESSAGES);
-            assert!(found.iter().all(|first| [1, 301].contains(first)), "stopped before {seen:?}: {found:?}");
+            let found = firsts(&mut node, head);
+            assert!(found.iter().all(|first| [before, after].contains(first)), "stopped before {seen:?}: {found:?}");
             node.close();
             let report = check(dir.path(), &mut quiet).unwrap();
             assert!(report.is_whole(), "stopped before {seen:?}: {report:?}");
 
             let mut kept = Kept::open(dir.path(), policy);
             kept.pass(0);
-            let mut node = kept.shards();
-            assert_eq!(firsts(&mut node, MESSAGES), [301; 3], "stopped before {seen:?}");
-            node.close();
+            kept.shards().close();
             lose_index(dir.path());
             let mut node = Kept::open(dir.path(), policy).shards();
-            assert_eq!(firsts(&mut node, MESSAGES), [301; 3], "stopped before {seen:?}, then the index lost");
+            assert_eq!(firsts(&mut node, head), [after; 3], "stopped before {seen:?}, then the index lost");
             node.close();
             assert_eq!(Checkpoints::new(dir.path()).numbers().unwrap().len(), 1);
             assert!(segments_of(dir.path()).iter().any(|(_, numbers)| numbers[0] > 1));
         }
-        if done {
-            break;
-        }
     }
+    trace
+}
+
+#[test]
+fn a_crash_before_any_step_loses_nothing_that_was_not_let_go() {
+    let dir = folder();
+    let first = crash_everywhere(dir.path(), MESSAGES, (1, 301));
     for step in [Step::Floors, Step::Begin, Step::Rows, Step::Sync, Step::Name, Step::Note, Step::Older, Step::Unlink] {
-        assert!(seen.contains(&step), "{step:?} is not among {seen:?}");
+        assert!(first.contains(&step), "{step:?} is not among {first:?}");
     }
-    let places: Vec<_> = [Step::Floors, Step::Sync, Step::Name, Step::Unlink]
-        .map(|step| seen.iter().position(|seen| *seen == step).unwrap())
-        .to_vec();
-    assert!(places.is_sorted(), "floors, then the checkpoint, then the segments: {seen:?}");
+    let places = [Step::Floors, Step::Sync, Step::Name, Step::Unlink]
+        .map(|step| first.iter().position(|seen| *seen == step).unwrap());
+    assert!(places.is_sorted(), "floors, then the checkpoint, then the segments: {first:?}");
+
+    // Again over what the first pass has left, with its checkpoint there.
+    let mut kept = Kept::open(dir.path(), Retention { messages: 100, ..Retention::default() });
+    kept.pass(0);
+    let mut node = kept.shards();
+    for seq in MESSAGES + 1..=MESSAGES + 200 {
+        node.commit(&pairs().map(|pair| Record::Message(pair.message(seq))));
+    }
+    node.close();
+    crash_everywhere(dir.path(), MESSAGES + 200, (301, 501));
 }
 
 #[test]
