@@ -2,35 +2,9 @@
 
 mod common;
 
-use std::time::Duration;
-
 use common::Server;
-use ringline_client::{CallError, Client, CloseReason, DeviceId, ErrorCode, Event, Events, KickReason, ReadUpto, Seq};
-
-/// No test takes so long: it stops one that would hang.
-const PATIENCE: Duration = Duration::from_secs(30);
-
-async fn log_in(server: &Server, address: &str, (user, device): (&str, u64)) -> (Client, Events) {
-    let token = server.token(user);
-    let builder = Client::builder(address).user(user).device(DeviceId(device)).token(move || {
-        let token = token.clone();
-        Box::pin(async move { Ok(token) })
-    });
-    builder.connect().await.unwrap()
-}
-
-/// The next event that is looked for; others are passed over.
-async fn find<T>(events: &mut Events, wanted: impl Fn(Event) -> Option<T>) -> T {
-    let found = async {
-        loop {
-            let event = events.next().await.expect("an event");
-            if let Some(found) = wanted(event) {
-                return found;
-            }
-        }
-    };
-    tokio::time::timeout(PATIENCE, found).await.expect("in time")
-}
+use common::sdk::{find, log_in, run};
+use ringline_client::{CallError, CloseReason, DeviceId, ErrorCode, Event, Events, KickReason, ReadUpto, Seq};
 
 async fn read_upto(events: &mut Events, seq: u64) -> ReadUpto {
     find(events, |event| match event {
@@ -40,12 +14,12 @@ async fn read_upto(events: &mut Events, seq: u64) -> ReadUpto {
     .await
 }
 
-async fn account(server: &Server, address: &str) {
+async fn account(server: &Server) {
     // Names on both cores, whichever owns the conversations.
     for (a, b) in [("ann", "bob"), ("carl", "dora"), ("eve", "fred")] {
-        let (one, mut ones) = log_in(server, address, (a, 1)).await;
-        let (other, _others) = log_in(server, address, (b, 1)).await;
-        let (desk, mut desks) = log_in(server, address, (b, 2)).await;
+        let (one, mut ones) = log_in(server, (a, 1)).await;
+        let (other, _others) = log_in(server, (b, 1)).await;
+        let (desk, mut desks) = log_in(server, (b, 2)).await;
         let mut last = one.send(b, "first").await.unwrap();
         for text in ["second", "third"] {
             last = one.send(b, text).await.unwrap();
@@ -78,7 +52,5 @@ async fn account(server: &Server, address: &str) {
 #[test]
 fn devices_and_receipts_over_a_real_server() {
     let server = Server::start(&["--cores", "2"]);
-    let address = server.address.clone();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(account(&server, &address));
+    run(account(&server));
 }

@@ -1,36 +1,14 @@
-//! What people are to each other, from SDK to SDK over a real server of two cores: signals, blocks, presence, notices.
+//! What people are to each other, from SDK to SDK over a real server of two cores: signals, blocks, presence, notices;
+//! and what becomes of their messages.
 
 mod common;
 
-use std::time::Duration;
-
 use common::Server;
-use ringline_client::{CallError, Client, ErrorCode, Event, Events, MessagesFrom, SendError, SendOptions};
-
-/// No test takes so long: it stops one that would hang.
-const PATIENCE: Duration = Duration::from_secs(30);
-
-async fn log_in(server: &Server, address: &str, user: &str) -> (Client, Events) {
-    let token = server.token(user);
-    let builder = Client::builder(address).user(user).token(move || {
-        let token = token.clone();
-        Box::pin(async move { Ok(token) })
-    });
-    builder.connect().await.unwrap()
-}
-
-/// The next event that is looked for; others are passed over.
-async fn find<T>(events: &mut Events, wanted: impl Fn(Event) -> Option<T>) -> T {
-    let found = async {
-        loop {
-            let event = events.next().await.expect("an event");
-            if let Some(found) = wanted(event) {
-                return found;
-            }
-        }
-    };
-    tokio::time::timeout(PATIENCE, found).await.expect("in time")
-}
+use common::sdk::{find, log_in, run};
+use ringline_client::{
+    Amendment, CallError, Client, ErrorCode, Event, HistoryRange, JoinPolicy, MessageState, MessagesFrom, Outcome,
+    SendError, SendOptions,
+};
 
 fn refusal(result: Result<ringline_client::Accepted, SendError>) -> ErrorCode {
     match result {
@@ -39,11 +17,11 @@ fn refusal(result: Result<ringline_client::Accepted, SendError>) -> ErrorCode {
     }
 }
 
-async fn chat(server: &Server, address: &str) {
+async fn chat(server: &Server) {
     // Names on both cores, whichever owns the conversations.
     for (a, b) in [("ann", "bob"), ("carl", "dora"), ("eve", "fred")] {
-        let (one, mut ones) = log_in(server, address, a).await;
-        let (other, mut others) = log_in(server, address, b).await;
+        let (one, mut ones) = log_in(server, (a, 1)).await;
+        let (other, mut others) = log_in(server, (b, 1)).await;
         one.typing(b).unwrap();
         let signal = find(&mut others, |event| match event {
             Event::Signal(signal) => Some(signal),
@@ -95,7 +73,93 @@ async fn chat(server: &Server, address: &str) {
 #[test]
 fn people_over_a_real_server() {
     let server = Server::start(&["--cores", "2", "--set", "auth.admins=ann"]);
-    let address = server.address.clone();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(chat(&server, &address));
+    run(chat(&server));
+}
+
+/// What each message of a conversation shows.
+async fn history(client: &Client, with: &str) -> Vec<(MessageState, String)> {
+    let history = client.history(with, HistoryRange { limit: 50, ..HistoryRange::default() }).await.unwrap();
+    history.messages.iter().map(|message| (message.state(), message.text().into_owned())).collect()
+}
+
+async fn amend(server: &Server) {
+    use MessageState::{AsSent, Deleted, Edited, Hidden, Recalled};
+    for (a, b) in [("ann", "bob"), ("carl", "dora"), ("eve", "fred")] {
+        let (one, _ones) = log_in(server, (a, 1)).await;
+        let (other, mut others) = log_in(server, (b, 1)).await;
+        let (tablet, mut tablets) = log_in(server, (b, 2)).await;
+        let first = one.send(b, "helo").await.unwrap().seq;
+        let second = one.send(b, "secret").await.unwrap().seq;
+        let third = one.send(b, "silly").await.unwrap().seq;
+        one.edit(b, first, "hello").await.unwrap();
+        one.recall(b, second).await.unwrap();
+        for events in [&mut others, &mut tablets] {
+            for (of, state) in [(first, Edited), (second, Recalled)] {
+                let amendment = find(events, |event| match event {
+                    Event::Message(message) => message.amendment(),
+                    _ => None,
+                });
+                assert_eq!(amendment.await, Amendment { of, state });
+            }
+        }
+        other.delete_for_me(a, third).await.unwrap();
+        let hidden = find(&mut tablets, |event| match event {
+            Event::Hidden { seq, .. } => Some(seq),
+            _ => None,
+        });
+        assert_eq!(hidden.await, third);
+        assert_eq!(refusal(other.edit(a, first, "x").await), ErrorCode::NotAllowed);
+        assert_eq!(refusal(one.recall(b, second).await), ErrorCode::NoSuchMessage);
+        let row = |state, text: &str| (state, text.to_owned());
+        let shown = history(&one, b).await;
+        assert_eq!(shown[..3], [row(Edited, "hello"), row(Recalled, ""), row(AsSent, "silly")]);
+        assert_eq!(history(&tablet, a).await[2], row(Hidden, ""));
+        one.delete_for_all(b, third).await.unwrap();
+        assert_eq!(history(&one, b).await[2], row(Deleted, ""));
+    }
+}
+
+async fn group(server: &Server) {
+    let (ann, mut anns) = log_in(server, ("ann", 1)).await;
+    let (bob, mut bobs) = log_in(server, ("bob", 1)).await;
+    ann.create_group("#team", ("The team", JoinPolicy::Open), &[]).await.unwrap();
+    let refused = ann.send_with("#team", "anybody?", SendOptions::transient()).await;
+    assert!(matches!(refused, Err(SendError::Refused { code: ErrorCode::NotOnline, .. })), "{refused:?}");
+    bob.join_group("#team", "").await.unwrap();
+    ann.send_with("#team", "move", SendOptions::transient()).await.unwrap();
+    find(&mut bobs, |event| match event {
+        Event::Message(message) => (message.seq.0 == 0 && message.to.as_str() == "#team").then_some(()),
+        _ => None,
+    })
+    .await;
+    bob.typing("#team").unwrap();
+    let from = find(&mut anns, |event| match event {
+        Event::Signal(signal) => Some(signal.from),
+        _ => None,
+    });
+    assert_eq!(from.await.as_str(), "bob");
+    let options = SendOptions { delivery_timeout: Some(std::time::Duration::from_secs(30)), ..SendOptions::default() };
+    let mut sending = ann.send_with("#team", "hello", options);
+    let sent = (&mut sending).await.unwrap();
+    // Asking for what follows it is what acknowledges a message.
+    tokio::spawn(async move { while bobs.next().await.is_some() {} });
+    assert_eq!(sending.delivered().await.unwrap().outcome, Outcome::Delivered);
+    bob.read(sent.conversation, sent.seq).await.unwrap();
+    find(&mut anns, |event| match event {
+        Event::ReadUpto(upto) => (upto.user.is_none() && upto.read >= sent.seq).then_some(()),
+        _ => None,
+    })
+    .await;
+}
+
+#[test]
+fn messages_are_amended_over_a_real_server() {
+    let server = Server::start(&["--cores", "2"]);
+    run(amend(&server));
+}
+
+#[test]
+fn a_group_over_a_real_server() {
+    let server = Server::start(&["--cores", "2"]);
+    run(group(&server));
 }

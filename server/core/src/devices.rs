@@ -1,6 +1,8 @@
 //! The devices of a user: noted at login, DEVICES lists them, DROP_DEVICE logs one out. Runs on the shard of the user, which
 //! alone writes their rows.
 //!
+//! Stores forget the cursors of a device with its row.
+//!
 //! A device that could not be noted (the queue to the disk was full) is listed for as long as it is online. The time of a
 //! last login is that of the last one noted, at most [`NOTED_MS`] earlier. Invariants: at most `DEVICES_PER_USER_MAX` are
 //! remembered after each login that is noted; stamps follow the clock, so a device that comes back after it was dropped
@@ -206,8 +208,14 @@ impl Shard {
         if let Err(code) = self.may_append() {
             return self.tell_done(origin, Err(code), fx);
         }
-        for (conn, _, _) in conns.into_iter().filter(|(conn, _, _)| *conn != origin.conn) {
-            self.kick(conn, KickReason::LoggedOut, fx);
+        for (conn, _, _) in conns {
+            // What it has and has not written yet is forgotten with the rest.
+            if let Some(login) = self.sessions.login_mut(conn) {
+                login.forget_known();
+            }
+            if conn != origin.conn {
+                self.kick(conn, KickReason::LoggedOut, fx);
+            }
         }
         // A login of this moment may have been noted with the same stamp.
         let stamp = self.device_stamp(stamp).saturating_add(1);
@@ -218,7 +226,8 @@ impl Shard {
 
     pub(crate) fn dropped(&mut self, origin: Origin, device: DeviceId, fx: &mut Effects) {
         self.tell_done(origin, Ok(()), fx);
-        if self.sessions.login_mut(origin.conn).is_some_and(|login| login.device == device) {
+        if let Some(login) = self.sessions.login_mut(origin.conn).filter(|login| login.device == device) {
+            login.forget_known();
             self.kick(origin.conn, KickReason::LoggedOut, fx);
         }
     }

@@ -135,7 +135,7 @@ impl Online {
         self.table.find_mut(hash, |person| person.user == *user).map(|person| &mut person.settings)
     }
 
-    /// A device has logged in. True: it is the first of its user, who is listed from now on.
+    /// A device has logged in. True: it is the first of its user, who is listed once it is known that others may see it.
     pub(crate) fn add(&mut self, user: &UserName, conn: ConnId) -> bool {
         self.devices += 1;
         let hash = self.hasher.hash_one(user);
@@ -145,7 +145,6 @@ impl Online {
         }
         let person = Person { user: user.clone(), devices: Devices::from_slice(&[conn]), settings: Held::NotLoaded };
         self.table.insert_unique(hash, Box::new(person), |person| self.hasher.hash_one(&person.user));
-        self.listed.insert(user.clone());
         true
     }
 
@@ -203,6 +202,9 @@ mod tests {
         assert!(online.add(&bob, conn(1)) && online.add(&ann, conn(2)) && !online.add(&ann, conn(3)));
         assert_eq!((online.len(), online.devices()), (2, 3));
         assert_eq!(online.get(&ann).map(|devices| devices.to_vec()), Some(vec![conn(2), conn(3)]));
+        assert_eq!(online.listed_after(None).count(), 0, "not before it is known that they may be seen");
+        online.list(&bob, true);
+        online.list(&ann, true);
         assert_eq!(online.listed_after(None).collect::<Vec<_>>(), [&ann, &bob]);
         online.list(&ann, false);
         assert_eq!(online.listed_after(None).collect::<Vec<_>>(), [&bob], "who is not seen is here all the same");

@@ -119,6 +119,13 @@ impl Login {
     }
 
     /// What few devices have.
+    /// Forgets what this device was given and has, also what was not written of it.
+    pub fn forget_known(&mut self) {
+        if let Some(active) = &mut self.active {
+            active.known.clear();
+        }
+    }
+
     pub fn social(&self) -> Option<&Sociable> {
         self.active.as_ref()?.social.as_deref()
     }

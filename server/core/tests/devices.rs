@@ -6,7 +6,7 @@ use rig::*;
 use ringline_core::config::DevicePolicy;
 use ringline_core::event::CloseReason;
 use ringline_schema::errors::ErrorCode;
-use ringline_schema::ids::DeviceId;
+use ringline_schema::ids::{ConversationId, DeviceId};
 use ringline_schema::limits;
 use ringline_schema::message::*;
 
@@ -137,4 +137,40 @@ fn one_device_more_than_may_be_there_at_once_ends_the_oldest() {
     let mut rig = Rig::new(1, |config| config.devices_max = 2);
     let devices = [1, 2, 3].map(|device| rig.login("ann", device));
     assert_eq!(devices.map(|at| kicked(&mut rig, at)), [Some(KickReason::DevicePolicy), None, None]);
+}
+
+fn acked(rig: &mut Rig, at: At) -> u64 {
+    let told = rig.ask(at, Request::Conversations { cursor: ConversationId(0), limit: 0 });
+    let Reply::ConversationsOk { conversations, .. } = decode(&told[0]) else { panic!("{:?}", decode(&told[0])) };
+    conversations[0].acked.0
+}
+
+#[test]
+fn a_device_that_is_dropped_has_read_nothing_when_it_comes_back() {
+    for shards in [1, 2, 5] {
+        let mut rig = Rig::new(shards, |config| config.idle_timeout_ms = 600_000);
+        let (ann, phone, desk) = (
+            rig.login("ann", 1),
+            rig.login_as("bob", 1, DeviceKind::Phone),
+            rig.login_as("bob", 2, DeviceKind::Desktop),
+        );
+        let (seq, conversation) = (rig.send(ann, "bob", 1, b"hello"), direct("ann", "bob"));
+        for device in [phone, desk] {
+            rig.ask(device, Request::Ack(Ack::Upto { conversation, seq }));
+        }
+        rig.pass(2_000);
+        rig.ask(desk, drop_device(1));
+        let phone = rig.login_as("bob", 1, DeviceKind::Phone);
+        assert_eq!((acked(&mut rig, phone), acked(&mut rig, desk)), (0, 1), "what was written");
+        rig.ask(phone, Request::Ack(Ack::Upto { conversation, seq }));
+        rig.ask(desk, drop_device(1));
+        rig.pass(2_000);
+        let phone = rig.login_as("bob", 1, DeviceKind::Phone);
+        assert_eq!(acked(&mut rig, phone), 0, "and what was not yet");
+        rig.ask(phone, Request::Ack(Ack::Upto { conversation, seq }));
+        rig.ask(phone, drop_device(1));
+        rig.pass(2_000);
+        let phone = rig.login_as("bob", 1, DeviceKind::Phone);
+        assert_eq!((acked(&mut rig, phone), acked(&mut rig, desk)), (0, 1), "dropped by itself");
+    }
 }

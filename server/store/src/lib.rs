@@ -16,10 +16,10 @@ mod write;
 use std::os::fd::BorrowedFd;
 
 use hdrhistogram::Histogram;
-use ringline_schema::ids::Seq;
+use ringline_schema::ids::{DeviceKey, Seq};
 use ringline_schema::limits;
 use ringline_schema::record::{Accepted, Answer, Query, Range, Record};
-use ringline_schema::rows::MemberRow;
+use ringline_schema::rows::{MemberRow, Row, RowKey};
 
 pub use write::FileWrite;
 
@@ -243,6 +243,14 @@ fn readable(member: &MemberRow, (first, head): (Seq, Seq), range: &Range) -> Rea
     let before = Some(range.before.map_or(end, |before| before.min(end)));
     let first = if range.newest { lowest } else { start };
     Readable { first, head, range: Range { after, before, ..*range } }
+}
+
+/// The device that this row says is gone, and its cursors with it.
+fn dropped_device(row: &Row) -> Option<DeviceKey> {
+    match &row.key {
+        RowKey::Device(user, device) if row.value.is_none() => Some(DeviceKey::new(user, *device)),
+        _ => None,
+    }
 }
 
 /// Adds an accepted send to a duplicate filter: rising by client_seq, no number twice.

@@ -14,8 +14,8 @@ use ringline_schema::rows::{GroupRow, MarkRow, MemberRow, ReceiptRow, Row, RowKe
 
 use crate::shown::{self, Reader};
 use crate::{
-    LoadToken, Lsn, RECORD_BYTES_MAX, Store, StoreError, StoreEvent, StoreStats, large_bytes, newest, readable,
-    remember, span,
+    LoadToken, Lsn, RECORD_BYTES_MAX, Store, StoreError, StoreEvent, StoreStats, dropped_device, large_bytes, newest,
+    readable, remember, span,
 };
 
 /// Bytes (by `Record::weight`) that wait for a submit; more is `Full`. Always room for one largest record.
@@ -240,6 +240,9 @@ impl Tables {
         }
         let key = row.key.encode();
         if self.rows.get(&key).is_none_or(|kept| kept.stamp <= row.stamp) {
+            if let Some(gone) = dropped_device(&row) {
+                self.cursors.retain(|(device, _), _| *device != gone);
+            }
             self.rows.insert(key, row);
         }
     }

@@ -307,15 +307,7 @@ impl Shard {
     /// Asks again for the next of those who are watched here.
     fn refresh(&mut self, fx: &mut Effects) {
         let presence = &mut self.social.presence;
-        let count = per_tick(presence.watched.len());
-        let start = presence.refreshed.as_ref().map_or(Unbounded, Excluded);
-        let users: Vec<_> = presence
-            .watched
-            .range::<UserName, _>((start, Unbounded))
-            .take(count)
-            .map(|(user, _)| user.clone())
-            .collect();
-        presence.refreshed = if users.len() < count { None } else { users.last().cloned() };
+        let users = next_of(&presence.watched, &mut presence.refreshed);
         let mut by_shard: BTreeMap<ShardIndex, Vec<UserName>> = BTreeMap::new();
         for user in users {
             by_shard.entry(self.owner(user.partition())).or_default().push(user);
@@ -333,16 +325,7 @@ impl Shard {
     fn sweep_watchers(&mut self) {
         let now_us = self.now.mono_us;
         let presence = &mut self.social.presence;
-        let count = per_tick(presence.watchers.len());
-        let start = presence.swept.as_ref().map_or(Unbounded, Excluded);
-        let users: Vec<_> = presence
-            .watchers
-            .range::<UserName, _>((start, Unbounded))
-            .take(count)
-            .map(|(user, _)| user.clone())
-            .collect();
-        presence.swept = if users.len() < count { None } else { users.last().cloned() };
-        for user in users {
+        for user in next_of(&presence.watchers, &mut presence.swept) {
             let Some(shards) = presence.watchers.get_mut(&user) else { continue };
             shards.retain(|(_, until_us)| now_us < *until_us);
             if shards.is_empty() {
@@ -367,9 +350,9 @@ impl Shard {
         }
     }
 
-    /// Who is not visible is not on the list of who is online.
+    /// Who is not visible, or of whom that is not known yet, is not on the list of who is online.
     pub(crate) fn list_if_visible(&mut self, user: &UserName) {
-        let visible = self.settings(user).is_none_or(|settings| settings.row.visible);
+        let visible = self.settings(user).is_some_and(|settings| settings.row.visible);
         self.online.list(user, visible);
     }
 
@@ -386,9 +369,14 @@ impl Shard {
     }
 }
 
-/// How many of so many users are looked at in one interval, so that all are within [`REFRESH_MS`].
-fn per_tick(users: usize) -> usize {
-    users.div_ceil((REFRESH_MS / limits::PRESENCE_INTERVAL_MS) as usize).max(1)
+/// The next users of a walk that comes to all within [`REFRESH_MS`], a part of them each interval; `place` is where it is.
+fn next_of<V>(all: &BTreeMap<UserName, V>, place: &mut Option<UserName>) -> Vec<UserName> {
+    let count = all.len().div_ceil((REFRESH_MS / limits::PRESENCE_INTERVAL_MS) as usize).max(1);
+    let start = place.as_ref().map_or(Unbounded, Excluded);
+    let users: Vec<_> =
+        all.range::<UserName, _>((start, Unbounded)).take(count).map(|(user, _)| user.clone()).collect();
+    *place = if users.len() < count { None } else { users.last().cloned() };
+    users
 }
 
 /// Each name once.

@@ -2,9 +2,11 @@
 
 use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
 use ringline_schema::message::group::{JoinPolicy, Role, What};
-use ringline_schema::message::{BodyKind, MessageState, Standing};
+use ringline_schema::message::{BodyKind, DeviceKind, MessageState, Standing};
 use ringline_schema::record::{Answer, Change, Query, Range, Record, StoredChange, StoredExtra, StoredMessage};
-use ringline_schema::rows::{AmendedRow, GroupRow, MarkRow, MemberRow, ReceiptRow, Row, RowKey, RowList, RowValue};
+use ringline_schema::rows::{
+    AmendedRow, DeviceRow, GroupRow, MarkRow, MemberRow, ReceiptRow, Row, RowKey, RowList, RowValue,
+};
 
 use super::{ALL, Node, Opener, name, wait};
 
@@ -337,4 +339,37 @@ pub fn hidden(open: Opener<'_>) {
     check(&mut node);
     node.close();
     check(&mut Node::new(open(2)));
+}
+
+pub fn dropped_devices(open: Opener<'_>) {
+    let (ann, bob) = (name("ann"), name("bob"));
+    let conversation = ConversationId::direct(&ann, &bob);
+    let cursor = |device: u64, seq| {
+        let (user, device, seq) = (ann.clone(), DeviceId(device), Seq(seq));
+        Record::Cursor { user, device, conversation, seq }
+    };
+    let device = |device: u64, stamp, alive: bool| {
+        let (kind, agent) = (DeviceKind::Phone, String::new());
+        let value = alive.then_some(RowValue::Device(DeviceRow { kind, agent, first_ms: 1, last_ms: 1 }));
+        change(vec![Row { key: RowKey::Device(ann.clone(), DeviceId(device)), stamp, value }])
+    };
+    let acked = |node: &mut Node| {
+        [1, 2].map(|device| node.conversations(&ann, DeviceId(device), 10).first().map_or(0, |row| row.acked.0))
+    };
+    let mut node = Node::new(open(1));
+    let members = [ann.clone(), bob.clone()];
+    node.commit(&[Record::Conversation { conversation, members, created_ms: 1 }, device(1, 1, true)]);
+    node.commit(&[cursor(1, 9), cursor(2, 8), device(1, 2, false)]);
+    assert_eq!(acked(&mut node), [0, 8], "in one batch");
+    node.commit(&[cursor(1, 7)]);
+    assert_eq!(acked(&mut node), [7, 8], "it came back");
+    node.close();
+    let mut node = Node::new(open(1));
+    assert_eq!(acked(&mut node), [7, 8]);
+    node.commit(&[device(1, 3, false)]);
+    assert_eq!(acked(&mut node), [0, 8], "after a restart");
+    node.commit(&[cursor(1, 3)]);
+    assert_eq!(acked(&mut node), [3, 8]);
+    node.close();
+    assert_eq!(acked(&mut Node::new(open(1))), [3, 8]);
 }

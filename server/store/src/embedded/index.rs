@@ -285,7 +285,7 @@ impl Index {
             flush.put(rows::list_key(user, *conversation), Vec::new());
         }
         for (&(device, conversation), &seq) in &overlay.cursors {
-            if seq > self.cursor(device, conversation)? {
+            if overlay.dropped.contains(&device) || seq > self.cursor(device, conversation)? {
                 flush.put(rows::cursor_key(device, conversation), rows::encode_seq(seq));
             }
         }
@@ -296,6 +296,16 @@ impl Index {
         }
         flush.put(rows::watermark_key(log), watermark.encode());
         let mut batch = self.database.batch().durability(Some(PersistMode::SyncData));
+        for device in &overlay.dropped {
+            for row in self.rows.prefix(rows::cursor_prefix(*device)) {
+                let key = row.key()?;
+                let conversation = rows::conversation_of_cursor_key(&key)?;
+                // The order of two changes of one key in a batch is nobody's promise.
+                if !overlay.cursors.contains_key(&(*device, conversation)) {
+                    batch.remove(&self.rows, key);
+                }
+            }
+        }
         for (key, value) in flush.rows {
             batch.insert(&self.rows, key, value);
         }

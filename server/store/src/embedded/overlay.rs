@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use foldhash::HashMap;
+use foldhash::{HashMap, HashSet};
 use ringline_schema::disk::{Indexed, IndexedMessage};
 use ringline_schema::ids::{ConversationId, DeviceId, DeviceKey, Seq, UserName};
 use ringline_schema::record::{Accepted, Record, User};
@@ -16,7 +16,7 @@ use ringline_schema::rows::{Row, RowKey};
 
 use super::format::Place;
 use super::rows::{Created, HeadRow};
-use crate::remember;
+use crate::{dropped_device, remember};
 
 #[derive(Debug, Default)]
 pub(super) struct Overlay {
@@ -25,6 +25,8 @@ pub(super) struct Overlay {
     pub users: HashMap<UserName, (u64, User)>,
     pub lists: BTreeSet<(UserName, ConversationId)>,
     pub cursors: HashMap<(DeviceKey, ConversationId), Seq>,
+    /// Devices that are gone: of their cursors only those here count.
+    pub dropped: HashSet<DeviceKey>,
     /// By the bytes of their keys.
     pub rows: BTreeMap<Vec<u8>, Row>,
     /// Records taken in since the last flush.
@@ -95,6 +97,10 @@ impl Overlay {
         }
         let key = row.key.encode();
         if self.rows.get(&key).is_none_or(|kept| kept.stamp <= row.stamp) {
+            if let Some(gone) = dropped_device(&row) {
+                self.cursors.retain(|(device, _), _| *device != gone);
+                self.dropped.insert(gone);
+            }
             self.rows.insert(key, row);
         }
     }

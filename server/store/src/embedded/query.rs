@@ -340,8 +340,12 @@ impl Node {
     }
 
     fn cursor(&self, device: DeviceKey, conversation: ConversationId) -> Result<Seq, IndexError> {
-        let recent = self.overlays().filter_map(|overlay| overlay.cursors.get(&(device, conversation)).copied()).max();
-        Ok(self.index.cursor(device, conversation)?.max(recent.unwrap_or_default()))
+        let (mut recent, mut dropped) = (Seq::ZERO, false);
+        for overlay in self.overlays() {
+            recent = recent.max(overlay.cursors.get(&(device, conversation)).copied().unwrap_or_default());
+            dropped |= overlay.dropped.contains(&device);
+        }
+        Ok(if dropped { recent } else { self.index.cursor(device, conversation)?.max(recent) })
     }
 }
 

@@ -130,6 +130,19 @@ pub(super) fn cursor_key(device: DeviceKey, conversation: ConversationId) -> [u8
     key
 }
 
+/// What the cursors of a device begin with.
+pub(super) fn cursor_prefix(device: DeviceKey) -> [u8; 17] {
+    let mut prefix = [0; 17];
+    prefix[0] = b'k';
+    prefix[1..].copy_from_slice(&device.0.to_be_bytes());
+    prefix
+}
+
+pub(super) fn conversation_of_cursor_key(key: &[u8]) -> Result<ConversationId, BadRow> {
+    let id = key.get(17..).and_then(|id| id.try_into().ok()).ok_or(BadRow("cursor key"))?;
+    Ok(ConversationId(u128::from_be_bytes(id)))
+}
+
 pub(super) fn user_key(name: &UserName) -> Vec<u8> {
     [b"u", name.as_str().as_bytes()].concat()
 }
