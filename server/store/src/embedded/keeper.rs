@@ -4,6 +4,7 @@
 //! any other error of reading or writing stops the shards of the node: a disk that fails here fails there next.
 
 use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -17,6 +18,7 @@ use super::index::IndexError;
 use super::indexer::Reply;
 use super::retain::{Passed, RetainError, Retainer, Step};
 use super::segments::{ReadError, is_full};
+use super::space::has_free;
 use crate::RetentionStats;
 
 /// Added to the nice value: nothing here is urgent.
@@ -39,6 +41,10 @@ pub(super) struct Keeper {
 
 #[derive(Default)]
 struct Shared {
+    folder: PathBuf,
+    /// With less room than this on the disk nothing is written: the index must not meet a full disk, and of what the shards
+    /// leave free, retention takes at most half.
+    free_bytes_min: u64,
     stopping: AtomicBool,
     segments: AtomicU64,
     log_bytes: AtomicU64,
@@ -55,14 +61,22 @@ struct Shared {
 
 impl Shared {
     /// Before every step: whether to go on.
-    fn go_on(&self, _step: Step) -> Result<(), RetainError> {
+    fn go_on(&self, step: Step) -> Result<(), RetainError> {
         if self.stopping.load(Ordering::Relaxed) {
             return Err(RetainError::Stopped);
         }
+        let writes = match step {
+            Step::Floors | Step::Begin | Step::Rows | Step::Note => true,
+            // They write nothing, or make room.
+            Step::Scan | Step::Sync | Step::Name | Step::Older | Step::Unlink => false,
+        };
+        if writes && !has_free(&self.folder, self.free_bytes_min) {
+            return Err(RetainError::Io { path: self.folder.clone(), source: io::ErrorKind::StorageFull.into() });
+        }
         #[cfg(test)]
-        if let Some((_, error)) = self.fault.lock().unwrap().take_if(|(at, _)| *at == _step) {
+        if let Some((_, error)) = self.fault.lock().unwrap().take_if(|(at, _)| *at == step) {
             let source = io::Error::from_raw_os_error(error);
-            return Err(RetainError::Io { path: std::path::PathBuf::from("fault"), source });
+            return Err(RetainError::Io { path: PathBuf::from("fault"), source });
         }
         Ok(())
     }
@@ -75,9 +89,11 @@ impl Keeper {
     }
 
     /// Not started yet.
-    pub fn new(options: &EmbeddedOptions) -> Self {
+    pub fn new(folder: &Path, options: &EmbeddedOptions) -> Self {
         let interval = Duration::from_millis(options.retention_interval_ms.max(1));
-        Self { interval, shared: Arc::new(Shared::default()), running: Mutex::new(None) }
+        let (folder, free_bytes_min) = (folder.to_owned(), options.free_bytes_min / 2);
+        let shared = Arc::new(Shared { folder, free_bytes_min, ..Shared::default() });
+        Self { interval, shared, running: Mutex::new(None) }
     }
 
     /// Starts the thread. Errors: there is no room for one.
@@ -215,5 +231,29 @@ impl Alarm {
         }
         // A full counter is readable anyway.
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_written_into_the_last_of_the_room() {
+        let folder = tempfile::tempdir().unwrap();
+        let keeper = |free_bytes_min| {
+            Keeper::new(folder.path(), &EmbeddedOptions { free_bytes_min, ..EmbeddedOptions::default() })
+        };
+        let full = keeper(u64::MAX);
+        for step in [Step::Floors, Step::Begin, Step::Rows, Step::Note] {
+            match full.shared.go_on(step) {
+                Err(RetainError::Io { source, .. }) => assert!(is_full(&source), "{step:?}"),
+                other => panic!("{step:?}: {other:?}"),
+            }
+            keeper(0).shared.go_on(step).unwrap();
+        }
+        for step in [Step::Scan, Step::Sync, Step::Name, Step::Older, Step::Unlink] {
+            full.shared.go_on(step).unwrap();
+        }
     }
 }

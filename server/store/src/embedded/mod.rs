@@ -305,7 +305,7 @@ impl EmbeddedStore {
                 .mend()
                 .map_err(|error| OpenError::Checkpoint { dir: dir.to_owned(), reason: error.to_string() })?;
         }
-        let keeper = Arc::new(Keeper::new(&options));
+        let keeper = Arc::new(Keeper::new(dir, &options));
         let (mut handles, mut alarms) = (Vec::new(), Vec::new());
         ends.sort_by_key(|(log, _)| *log);
         for (log, end) in ends.into_iter().take_while(|(log, _)| *log < shards) {

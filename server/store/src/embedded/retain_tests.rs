@@ -3,7 +3,7 @@
 use std::fs;
 use std::sync::atomic::Ordering;
 
-use ringline_schema::ids::{DeviceId, DeviceKey, Seq};
+use ringline_schema::ids::{DeviceId, DeviceKey, Partition, Seq};
 use ringline_schema::record::{Answer, Change, Query, Range, Record, User};
 use ringline_schema::rows::{MarkRow, Row, RowKey, RowValue};
 
@@ -44,10 +44,20 @@ fn folder() -> tempfile::TempDir {
         for seq in run * half + 1..=(run + 1) * half {
             records.extend(pairs().iter().map(|pair| Record::Message(pair.message(seq))));
         }
-        records.chunks(10).for_each(|records| node.commit(records));
+        for records in records.chunks(10) {
+            node.commit(records);
+            settle(&mut node);
+        }
         node.close();
     }
     dir
+}
+
+/// Waits until both index threads have done what they were told, so that segments end where they should on any machine.
+fn settle(node: &mut Shards) {
+    for number in 0..2 {
+        node.ask(Partition::new(number).unwrap(), Query::User { name: name("nobody") });
+    }
 }
 
 /// A store and what carries out retention for it.
@@ -146,7 +156,8 @@ fn a_message_goes_when_it_is_older_than_the_age_and_not_a_moment_before() {
     assert!(oldest > FIRST_MS);
     assert_eq!(kept.pass(oldest + 1_000), Passed::default(), "exactly as old stays");
     let passed = kept.pass(oldest + 1_001);
-    assert!(passed.segments == 1 && passed.floors > 0 && passed.checkpoint_bytes > 0, "{passed:?}");
+    // Both logs may begin their second at the same moment.
+    assert!([1, 2].contains(&passed.segments) && passed.floors > 0 && passed.checkpoint_bytes > 0, "{passed:?}");
     let mut node = kept.shards();
     let after = firsts(&mut node, MESSAGES);
     assert!(after.iter().any(|first| *first > 1), "{after:?}");
@@ -183,11 +194,10 @@ fn the_oldest_segments_go_while_as_many_bytes_are_left() {
     let smallest = sealed.iter().map(|(.., bytes)| *bytes).min().unwrap();
     assert_eq!(open(total - smallest + 1).pass(0), Passed::default(), "what is left would be less than was asked");
     let largest = sealed.iter().map(|(.., bytes)| *bytes).max().unwrap();
-    let passed = open(total - largest).pass(0);
-    assert_eq!(passed.segments, 1, "{passed:?}");
-    assert!(passed.bytes <= largest);
+    let first = open(total - largest).pass(0);
+    assert!(first.segments >= 1 && first.bytes <= largest, "{first:?}: as much is left as was asked");
     let passed = open(1).pass(0);
-    assert_eq!(passed.segments as usize, sealed.len() - 1, "{passed:?}");
+    assert_eq!((first.segments + passed.segments) as usize, sealed.len(), "{passed:?}");
     firsts(&mut open(0).shards(), MESSAGES);
 }
 
@@ -217,10 +227,19 @@ fn a_conversation_of_which_nothing_is_left_keeps_its_place_and_its_filter() {
     // Other traffic seals the segments with the last messages.
     let other = Pair::new("zoe", "yan");
     let (mut node, _) = open(dir.path(), 1, &small());
-    node.commit(&other.history(2_000));
+    let segments = |dir: &Path| segments_of(dir)[0].1.len();
+    let before = segments(dir.path());
+    node.commit(&[other.record()]);
+    for seq in 1.. {
+        node.commit(&[Record::Message(other.message(seq))]);
+        // The next one is made ready before this one is full.
+        if segments(dir.path()) >= before + 3 {
+            break;
+        }
+    }
     node.close();
     let mut kept = Kept::open(dir.path(), Retention { age_ms: 1, ..Retention::default() });
-    assert!(kept.pass(FIRST_MS + MESSAGES + 100).segments > 0);
+    assert!(kept.pass(u64::MAX).segments > 0);
     let policy_time = FIRST_MS + MESSAGES + 1;
     for lost in [false, true] {
         let mut node = kept.shards();
@@ -328,6 +347,7 @@ fn a_crash_before_any_step_loses_nothing_that_was_not_let_go() {
     let mut node = kept.shards();
     for seq in MESSAGES + 1..=MESSAGES + 200 {
         node.commit(&pairs().map(|pair| Record::Message(pair.message(seq))));
+        settle(&mut node);
     }
     node.close();
     crash_everywhere(dir.path(), MESSAGES + 200, (301, 501));

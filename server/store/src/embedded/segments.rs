@@ -188,10 +188,11 @@ impl Segments {
 
     /// Removes a segment that nothing is read from any more, and makes that durable; gives its bytes.
     pub fn remove(&self, log: u16, number: u32) -> io::Result<u64> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner).pop(&(log, number));
         let path = self.path(log, number);
         let bytes = fs::metadata(&path)?.len();
         fs::remove_file(path)?;
+        // After it has no name: nobody can open it again, and its room is given back.
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).pop(&(log, number));
         sync_folder(&self.log_folder(log))?;
         Ok(bytes)
     }

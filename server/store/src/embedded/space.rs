@@ -42,12 +42,10 @@ impl Space {
         self.checked.is_none_or(|at| now.saturating_duration_since(at) >= Duration::from_millis(CHECK_MS))
     }
 
-    /// Looks whether there is room. A file system that does not tell is taken for one with room: a segment that can't
-    /// be prepared says the same, later.
+    /// Looks whether there is room.
     pub fn has_room(&mut self) -> bool {
         self.checked = Some(Instant::now());
-        let Ok(found) = rustix::fs::statvfs(&self.folder) else { return true };
-        found.f_bavail.saturating_mul(found.f_frsize) >= self.free_bytes_min
+        has_free(&self.folder, self.free_bytes_min)
     }
 
     /// Raises or lowers the flag; whether that changed it. Told loudly.
@@ -63,4 +61,11 @@ impl Space {
         }
         true
     }
+}
+
+/// Whether so many bytes are free there. A file system that does not tell is taken for one with room: a segment that can't
+/// be prepared says the same, later.
+pub(super) fn has_free(folder: &Path, bytes: u64) -> bool {
+    let Ok(found) = rustix::fs::statvfs(folder) else { return true };
+    found.f_bavail.saturating_mul(found.f_frsize) >= bytes
 }
