@@ -507,6 +507,14 @@ impl Config {
         Ok((config, strangers))
     }
 
+    /// The text of a configuration file, alone.
+    pub fn parse(text: &str) -> Result<Self, ConfigError> {
+        let mut config = Self::default();
+        config.read_toml(text, Path::new("configuration"))?;
+        config.check()?;
+        Ok(config)
+    }
+
     fn read_file(&mut self, path: &Path) -> Result<(), ConfigError> {
         let text = std::fs::read_to_string(path)
             .map_err(|error| ConfigError::Unreadable { path: path.to_owned(), error: error.to_string() })?;
