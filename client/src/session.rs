@@ -513,16 +513,16 @@ impl Session {
                 self.streams.row(now, id, row);
             }
             Waiting::Page => self.streams.page(now, conversation_page(reply)?),
-            Waiting::Sync => match reply {
-                Reply::Chat(ChatReply::SyncOk { messages, next }) => {
+            Waiting::Sync => {
+                if let Reply::Chat(ChatReply::SyncOk { messages, next }) = reply {
                     let messages = messages.iter().map(Message::from_wire).collect::<Result<_, _>>();
                     self.streams.synced(now, messages.map_err(Cut::protocol)?, next);
-                }
-                Reply::Chat(ChatReply::Truncated { conversation, first }) => {
+                } else if let Reply::Chat(ChatReply::Truncated { conversation, first }) = reply {
                     self.streams.sync_truncated(now, conversation, first);
+                } else {
+                    return Err(wrong_answer());
                 }
-                _ => return Err(wrong_answer()),
-            },
+            }
         }
         Ok(())
     }

@@ -247,10 +247,8 @@ fn readable(member: &MemberRow, (first, head): (Seq, Seq), range: &Range) -> Rea
 
 /// The device that this row says is gone, and its cursors with it.
 fn dropped_device(row: &Row) -> Option<DeviceKey> {
-    match &row.key {
-        RowKey::Device(user, device) if row.value.is_none() => Some(DeviceKey::new(user, *device)),
-        _ => None,
-    }
+    let RowKey::Device(user, device) = &row.key else { return None };
+    row.value.is_none().then(|| DeviceKey::new(user, *device))
 }
 
 /// Adds an accepted send to a duplicate filter: rising by client_seq, no number twice.

@@ -36,10 +36,7 @@ impl Node {
         let amended = rows.into_iter().filter_map(amended).collect();
         let Some(user) = reader.user else { return Ok(Changed { amended, hidden: BTreeSet::new() }) };
         let (list, before) = (RowList::Hidden(user.clone(), id), RowKey::Hidden(user.clone(), id, before));
-        let hidden = |row: Row| match row.key {
-            RowKey::Hidden(_, _, seq) => Some(seq),
-            _ => None,
-        };
+        let hidden = |row: Row| if let RowKey::Hidden(_, _, seq) = row.key { Some(seq) } else { None };
         let rows = self.rows(&list, Some(&before), wanted.len())?;
         Ok(Changed { amended, hidden: rows.into_iter().filter_map(hidden).collect() })
     }
