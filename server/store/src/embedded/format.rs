@@ -184,6 +184,15 @@ pub(super) struct Stamp {
 
 /// Reads what lies at `offset` of a segment; `bytes` begin there and may end anywhere.
 pub(super) fn parse(bytes: &[u8], salt: u32, offset: u32) -> Parsed<'_> {
+    parse_if(bytes, |crc, counted| crc32c::crc32c_append(seed(salt, offset), counted) == crc)
+}
+
+/// The same for what this process has written and synced, without the checksum.
+pub(super) fn parse_own(bytes: &[u8]) -> Parsed<'_> {
+    parse_if(bytes, |_, _| true)
+}
+
+fn parse_if(bytes: &[u8], matches: impl FnOnce(u32, &[u8]) -> bool) -> Parsed<'_> {
     let (Some(length), Some(crc)) = (u32_at(bytes, 0), u32_at(bytes, 4)) else {
         return Parsed::NeedMore(RECORD_ALIGN_BYTES);
     };
@@ -197,7 +206,7 @@ pub(super) fn parse(bytes: &[u8], salt: u32, offset: u32) -> Parsed<'_> {
     let Some(counted) = bytes.get(8..8 + length) else {
         return Parsed::NeedMore(8 + length);
     };
-    if crc32c::crc32c_append(seed(salt, offset), counted) != crc {
+    if !matches(crc, counted) {
         return Parsed::Bad("checksum does not match");
     }
     let [number, version, p0, p1, payload @ ..] = counted else {

@@ -68,6 +68,8 @@ pub(super) struct Indexer {
     pub at: Position,
     /// Records read and not yet in the overlay.
     pub batch: Vec<(Indexed, Place)>,
+    /// What the log is read into: each commit is, so taking it anew every time would be the dearest part.
+    pub scan: Vec<u8>,
     pub flush_due: Option<Instant>,
     pub failed: bool,
 }
@@ -162,10 +164,11 @@ impl Indexer {
             let segment = self.node.segments.get(self.log, self.at.segment)?;
             let io_error = |source| ReadError::Io { path: segment.path.clone(), source };
             let mut scanner = if self.at.segment == to.segment {
-                Scanner::new(Arc::clone(&segment), self.at.offset, u64::from(to.offset))
+                Scanner::of_own(Arc::clone(&segment), self.at.offset, u64::from(to.offset))
             } else {
                 Scanner::to_end(Arc::clone(&segment), self.at.offset).map_err(io_error)?
             };
+            scanner.lend(&mut self.scan);
             while self.at < to && self.at.segment == segment.header.number {
                 let (kind, indexed, place) = next_record(&mut scanner, &segment)?;
                 self.at.offset = scanner.offset();
@@ -185,6 +188,7 @@ impl Indexer {
                     }
                 }
             }
+            scanner.take_back(&mut self.scan);
         }
         self.apply();
         Ok(())
@@ -196,12 +200,12 @@ impl Indexer {
         for (indexed, place) in self.batch.drain(..) {
             overlay.apply(indexed, place);
         }
-        let records = overlay.records;
+        let (any, full) = (overlay.records > 0, overlay.is_full(&self.options));
         drop(overlay);
-        if records > 0 && self.flush_due.is_none() {
+        if any && self.flush_due.is_none() {
             self.flush_due = Some(Instant::now() + Duration::from_millis(self.options.flush_interval_ms));
         }
-        if records >= self.options.flush_records_max {
+        if full {
             self.flush(false);
         }
     }

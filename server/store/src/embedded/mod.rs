@@ -103,6 +103,9 @@ pub struct EmbeddedOptions {
     /// Records and time after which recent rows are moved into the index. Rarely is cheaper: the rows of a conversation
     /// that is busy all the time are written once a flush. What a crash replays is at most this much.
     pub flush_records_max: usize,
+    /// Memory of recent rows, about, at which they are moved too: what bounds it where each message is of another
+    /// conversation, 131,072 of them by default.
+    pub flush_bytes_max: usize,
     pub flush_interval_ms: u64,
     /// With less room on the disk than this, [`crate::Store::is_disk_full`] says so and rows stay in memory: what is left
     /// is for the index and for whoever makes room.
@@ -126,7 +129,8 @@ impl Default for EmbeddedOptions {
             batch_bytes_max: 4 * MIB as usize,
             index_lag_bytes_max: 64 * MIB,
             loads_max: 4096,
-            flush_records_max: 131_072,
+            flush_records_max: 1_048_576,
+            flush_bytes_max: 80 * MIB as usize,
             flush_interval_ms: 5_000,
             free_bytes_min: 64 * MIB,
             retention: Retention::default(),
@@ -147,8 +151,6 @@ impl EmbeddedOptions {
 /// What memory a store may take, by part, in bytes. Upper bounds of what is held, not of what an allocator makes of it;
 /// answers under way come on top, bounded by what the questions asked for.
 pub fn memory_budget(options: &EmbeddedOptions, shards: u16) -> Vec<(&'static str, u64)> {
-    /// A record's rows before they are flushed: a message in a conversation of its own.
-    const OVERLAY_RECORD_BYTES: u64 = 640;
     /// The library seals a full memtable and goes on in the next while it writes the first.
     const MEMTABLES: u64 = 4;
     const QUESTION_BYTES: u64 = 256;
@@ -157,7 +159,7 @@ pub fn memory_budget(options: &EmbeddedOptions, shards: u16) -> Vec<(&'static st
     vec![
         ("store log buffers", shards * 2 * options.batch_bytes_max.max(BATCH_BYTES_MIN) as u64),
         ("store index readers", shards * scan_bytes),
-        ("store recent rows", shards * options.flush_records_max as u64 * OVERLAY_RECORD_BYTES),
+        ("store recent rows", shards * options.flush_bytes_max as u64),
         ("store questions", shards * options.loads_max as u64 * QUESTION_BYTES),
         ("store retention", retain::MEMORY_BYTES),
         ("store index cache", options.index_cache_bytes),
@@ -399,6 +401,7 @@ fn start_shard(
         space: Space::new(&node.folder, options.free_bytes_min, Arc::clone(&full)),
         at: end.watermark(false).at,
         batch: Vec::new(),
+        scan: Vec::new(),
         flush_due: None,
         failed: false,
     };

@@ -1,7 +1,7 @@
 //! What a shard's log holds beyond the index: recent rows in memory, until the next flush.
 //!
 //! Written by the shard's index thread alone, read by all index threads under its lock: a user's conversation list names
-//! conversations of other shards. Bounded: the index thread flushes at `flush_records_max` records.
+//! conversations of other shards. Bounded: whoever fills it flushes when it [is full](Overlay::is_full).
 //!
 //! Who reads both must read the overlay *before* the index: a flush makes rows visible in the index first and only then
 //! removes them here, so the other order could miss them in both.
@@ -14,6 +14,7 @@ use ringline_schema::ids::{ConversationId, DeviceId, DeviceKey, Seq, UserName};
 use ringline_schema::record::{Accepted, Record, User};
 use ringline_schema::rows::{Row, RowKey};
 
+use super::EmbeddedOptions;
 use super::format::Place;
 use super::rows::{Created, HeadRow};
 use crate::{dropped_device, remember};
@@ -31,6 +32,9 @@ pub(super) struct Overlay {
     pub rows: BTreeMap<Vec<u8>, Row>,
     /// Records taken in since the last flush.
     pub records: usize,
+    /// About the memory of all this. One more message of a busy conversation takes little, so many of them share a flush,
+    /// which writes each conversation's rows once.
+    pub bytes: usize,
     /// The run whose records are being taken in; stays when the rest is cleared.
     pub run: u64,
 }
@@ -53,22 +57,41 @@ pub(super) struct Sender {
     pub filter: Vec<Accepted>,
 }
 
+/// A conversation with its first message; a further sender in it; a record or row of another kind. Tables that double are
+/// half empty at times.
+const CONVERSATION_BYTES: usize = 640;
+const SENDER_BYTES: usize = 2 * size_of::<((UserName, DeviceId), Sender)>();
+const OTHER_BYTES: usize = 640;
+
 impl Overlay {
     pub fn apply(&mut self, indexed: Indexed, place: Place) {
         self.records += 1;
         match indexed {
-            Indexed::Message(message) => {
-                self.conversations.entry(message.conversation).or_default().add(message, place);
-            }
+            Indexed::Message(message) => self.add(message, place),
             Indexed::Change { message, rows } => {
                 if let Some(message) = message {
-                    self.conversations.entry(message.conversation).or_default().add(message, place);
+                    self.add(message, place);
                 }
                 self.records += rows.len();
+                self.bytes += rows.len() * OTHER_BYTES;
                 rows.into_iter().for_each(|row| self.put(row));
             }
-            Indexed::Other(record) => self.apply_other(record),
+            Indexed::Other(record) => {
+                self.bytes += OTHER_BYTES;
+                self.apply_other(record);
+            }
         }
+    }
+
+    /// Whether it is time for a flush.
+    pub fn is_full(&self, options: &EmbeddedOptions) -> bool {
+        self.records >= options.flush_records_max || self.bytes >= options.flush_bytes_max
+    }
+
+    fn add(&mut self, message: IndexedMessage, place: Place) {
+        let before = self.conversations.len();
+        self.bytes += self.conversations.entry(message.conversation).or_default().add(message, place);
+        self.bytes += CONVERSATION_BYTES * (self.conversations.len() - before);
     }
 
     fn apply_other(&mut self, record: Record) {
@@ -132,8 +155,9 @@ impl Overlay {
 }
 
 impl Recent {
-    fn add(&mut self, IndexedMessage { from, device, accepted, .. }: IndexedMessage, place: Place) {
-        let seq = accepted.seq;
+    /// Gives the memory that it takes more.
+    fn add(&mut self, IndexedMessage { from, device, accepted, .. }: IndexedMessage, place: Place) -> usize {
+        let (seq, places, senders) = (accepted.seq, self.places.capacity(), self.senders.len());
         self.head.add(seq, accepted.time_ms);
         match self.places.last() {
             Some(&(last, _)) if seq <= last => match self.places.binary_search_by_key(&seq, |&(seq, _)| seq) {
@@ -146,7 +170,11 @@ impl Recent {
             let key = DeviceKey::new(from, *device);
             Sender { key, filter: Vec::new() }
         });
+        let filter = sender.filter.capacity();
         remember(&mut sender.filter, accepted);
+        let filter_bytes = (sender.filter.capacity() - filter) * size_of::<Accepted>();
+        let places_bytes = (self.places.capacity() - places) * size_of::<(Seq, Place)>();
+        filter_bytes + places_bytes + (self.senders.len() - senders) * SENDER_BYTES
     }
 
     /// The places of `after` < seq < `before`.

@@ -318,7 +318,7 @@ impl Recovery<'_> {
                 replay.at.offset = scanner.offset();
                 self.replayed_records += 1;
                 self.progress.add(u64::from(place.bytes), self.replayed_records);
-                if replay.overlay.records >= self.options.flush_records_max {
+                if replay.overlay.is_full(self.options) {
                     self.flush(replay)?;
                 }
             }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
-use super::format::{Framed, Parsed, RECORD_ALIGN_BYTES, RECORD_HEADER_BYTES, parse};
+use super::format::{Framed, Parsed, RECORD_ALIGN_BYTES, RECORD_HEADER_BYTES, parse, parse_own};
 use super::segments::Segment;
 
 /// Bytes read at a time; the buffer grows beyond it only for one larger record.
@@ -44,21 +44,43 @@ pub(super) struct Scanner {
     offset: u32,
     /// Nothing at or above this is read.
     limit: u64,
+    /// Its first `filled` bytes were read; what lies behind them is left over.
     buffer: Vec<u8>,
+    filled: usize,
     /// Where `buffer` begins in the segment.
     buffer_offset: u64,
+    /// See [`Scanner::of_own`].
+    own: bool,
 }
 
 impl Scanner {
     /// `limit` is a place between records, or the end of the file.
     pub fn new(segment: Arc<Segment>, offset: u32, limit: u64) -> Self {
-        Self { segment, offset, limit, buffer: Vec::new(), buffer_offset: u64::from(offset) }
+        Self { segment, offset, limit, buffer: Vec::new(), filled: 0, buffer_offset: u64::from(offset), own: false }
+    }
+
+    /// For what this process has just written and synced up to `limit`: checksums are not compared. Whoever reads a
+    /// message later compares its own.
+    pub fn of_own(segment: Arc<Segment>, offset: u32, limit: u64) -> Self {
+        Self { own: true, ..Self::new(segment, offset, limit) }
     }
 
     /// Reads the whole file.
     pub fn to_end(segment: Arc<Segment>, offset: u32) -> io::Result<Self> {
         let limit = segment.file.metadata()?.len().min(u64::from(u32::MAX));
         Ok(Self::new(segment, offset, limit))
+    }
+
+    /// Gives it a buffer that was used before, until [`Scanner::take_back`]. Before the first record.
+    pub fn lend(&mut self, buffer: &mut Vec<u8>) {
+        self.buffer = std::mem::take(buffer);
+    }
+
+    pub fn take_back(self, buffer: &mut Vec<u8>) {
+        *buffer = self.buffer;
+        // What one huge record needed is not kept.
+        buffer.truncate(SCAN_BYTES);
+        buffer.shrink_to(SCAN_BYTES);
     }
 
     /// Where the next record begins.
@@ -83,7 +105,8 @@ impl Scanner {
         }
         let start = (u64::from(offset) - self.buffer_offset) as usize;
         self.offset = offset.saturating_add(bytes.next_multiple_of(RECORD_ALIGN_BYTES) as u32);
-        Ok(match parse(self.buffer.get(start..start + bytes).unwrap_or(&[]), salt, offset) {
+        let record = self.buffer.get(start..start + bytes).unwrap_or(&[]);
+        Ok(match if self.own { parse_own(record) } else { parse(record, salt, offset) } {
             Parsed::Record(framed) => Found::Record { offset, framed },
             Parsed::Bad(what) => Found::Bad { offset, what },
             Parsed::Foreign => Found::Foreign { offset },
@@ -94,16 +117,19 @@ impl Scanner {
     /// The bytes from `self.offset`, as many as wanted or as there are below the limit.
     fn read(&mut self, wanted: usize) -> io::Result<&[u8]> {
         let mut start = (u64::from(self.offset).saturating_sub(self.buffer_offset)) as usize;
-        if self.buffer.len().saturating_sub(start) < wanted {
+        if self.filled.saturating_sub(start) < wanted {
             let left = self.limit.saturating_sub(u64::from(self.offset));
             let bytes = left.min(wanted.max(SCAN_BYTES) as u64) as usize;
-            self.buffer.resize(bytes, 0);
-            let filled = read_full(&self.segment, &mut self.buffer, u64::from(self.offset))?;
-            self.buffer.truncate(filled);
+            if self.buffer.len() < bytes {
+                self.buffer.resize(bytes, 0);
+            }
+            let place = self.buffer.get_mut(..bytes).unwrap_or(&mut []);
+            self.filled = 0;
+            self.filled = read_full(&self.segment, place, u64::from(self.offset))?;
             self.buffer_offset = u64::from(self.offset);
             start = 0;
         }
-        let rest = self.buffer.get(start..).unwrap_or(&[]);
+        let rest = self.buffer.get(start..self.filled).unwrap_or(&[]);
         Ok(rest.get(..wanted).unwrap_or(rest))
     }
 }
