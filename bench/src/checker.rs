@@ -166,6 +166,8 @@ pub enum Happening {
     Listed(Vec<Listed>),
     /// The devices of this device's user, while all are online.
     Devices(Vec<u64>),
+    /// This device's user has asked to forget the device of that number, and with it how far it was.
+    DropAsked(u64),
     /// Everything this device saw is acknowledged, and the server had the time to write that down.
     Settled,
 }

@@ -68,7 +68,7 @@ pub enum Command {
     ///
     /// Exit code: 0 every client is logged in at the end; 1 some are not, or the run could not be done; 2 wrong usage.
     Storm(StormArgs),
-    /// Kill, stop, cut off and restart a server under mixed traffic, and check what its clients saw
+    /// Kill, stop, cut off, leave without disk and restart a server under mixed traffic, and check what its clients saw
     ///
     /// Starts a server of its own. Every accepted message must be there afterwards, once, at its place; every stream
     /// without gap and repetition; and so on: the same checker judges the simulator's runs.

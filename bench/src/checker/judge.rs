@@ -57,6 +57,8 @@ pub(super) struct Checker<'a> {
     pub devices: BTreeSet<Device>,
     /// Those that had the time to reach everything without beginning anew.
     settled: BTreeSet<Device>,
+    /// Those that were to be forgotten: nothing is promised of how far they were.
+    dropped: BTreeSet<Device>,
     /// The two of each direct conversation.
     pub pairs: BTreeMap<u128, BTreeSet<u32>>,
     /// Where streams and SYNCs left something out.
@@ -94,9 +96,7 @@ impl<'a> Checker<'a> {
                 self.mark(device, *number, |send| send.delivered = true);
             }
             Happening::Saw(shown) => self.saw(device, shown),
-            Happening::Arrived { body } => {
-                self.arrived.insert((device, body));
-            }
+            Happening::Arrived { body } => _ = self.arrived.insert((device, body)),
             Happening::Skipped { conversation, from, to } => self.skipped(device, *conversation, (*from, *to)),
             Happening::Pushed { connection, place } => {
                 self.given.insert((*place, device.user));
@@ -130,6 +130,8 @@ impl<'a> Checker<'a> {
             Happening::Synced { behind, messages, whole } => self.synced(device, (behind, *whole), messages),
             Happening::Listed(rows) => self.account.lists.push((device, rows)),
             Happening::Devices(numbers) => self.account.devices.push((device, numbers)),
+            Happening::DropAsked(number) => _ = self.dropped.insert(Device { number: *number, ..device }),
+            Happening::Settled if self.dropped.contains(&device) => {}
             Happening::Settled => {
                 self.settled.insert(device);
                 for (_, stream) in self.streams.range_mut((device, 0)..=(device, u128::MAX)) {

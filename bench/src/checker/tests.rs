@@ -109,8 +109,23 @@ fn streams_have_no_gap_and_no_repetition() {
     assert_eq!(and(restarted.clone()), [], "what was not acknowledged comes again");
     let settled = [vec![(BOB, Happening::Settled)], restarted].concat();
     assert_eq!(and(settled), [Rule::CursorIsKept]);
+    let forgotten = vec![
+        (BOB, Happening::DropAsked(1)),
+        (BOB, Happening::Settled),
+        (BOB, Happening::Started),
+        (BOB, Happening::Saw(shown(1))),
+        (BOB, Happening::Saw(shown(2))),
+    ];
+    assert_eq!(and(forgotten), [], "a device that is forgotten begins anew");
     let skipped = vec![(BOB, Happening::Started), (BOB, Happening::Skipped { conversation: TALK, from: 1, to: 2 })];
-    assert_eq!(and(skipped), []);
+    assert_eq!(and(skipped.clone()), [Rule::NoGap], "what is kept can be had");
+    let mut dropped = clean();
+    let (with, messages) = (Peer::User(1), vec![shown(2)]);
+    dropped[4] = (ANN, Happening::Unknown { number: 1 });
+    dropped[11] = (BOB, Happening::ReadBack { conversation: TALK, with, first: 2, head: 2, messages });
+    dropped.extend([skipped[0].clone(), (BOB, Happening::Skipped { conversation: TALK, from: 1, to: 1 })]);
+    dropped.push((BOB, Happening::Saw(shown(2))));
+    assert_eq!(judge(dropped), [], "what is not kept can't");
 }
 
 #[test]

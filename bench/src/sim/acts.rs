@@ -82,10 +82,10 @@ impl World {
                 let behind = place.map(|place| Place { seq: self.rng.random_range(0..=place.seq), ..place });
                 self.clients[client].sync(now_ms, behind.into_iter().collect());
             }
-            82..96 => self.clients[client].list(now_ms),
+            82..99 => self.clients[client].list(now_ms),
             _ => {
                 let number = self.rng.random_range(1..=2);
-                self.clients[client].drop_device(now_ms, number);
+                self.clients[client].drop_device(now_ms, number, &mut self.history);
             }
         }
     }

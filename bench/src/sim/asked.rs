@@ -103,7 +103,8 @@ impl Device {
         self.ask(now_ms, Purpose::Read(place), Ask::Read { conversation, seq });
     }
 
-    pub fn drop_device(&mut self, now_ms: u64, number: u64) {
+    pub fn drop_device(&mut self, now_ms: u64, number: u64, history: &mut History) {
+        history.push(self.name, Happening::DropAsked(number));
         self.ask(now_ms, Purpose::Drop, Ask::DropDevice(ringline_client::DeviceId(number)));
     }
 

@@ -66,6 +66,7 @@ impl Wish {
     pub fn before(&self) -> Option<Happening> {
         match self {
             Self::Read(place) => Some(Happening::ReadAsked(*place)),
+            Self::DropDevice(number) => Some(Happening::DropAsked(*number)),
             _ => None,
         }
     }

@@ -1,5 +1,5 @@
-//! `ringline-bench torture`: a real server under mixed traffic is killed, stopped, cut off and started again with another
-//! number of cores, and what its clients saw is held to the promises by the [`checker`](crate::checker).
+//! `ringline-bench torture`: a real server under mixed traffic is killed, stopped, cut off, left without disk and started
+//! again with another number of cores, and what its clients saw is held to the promises by the [`checker`](crate::checker).
 //!
 //! One thread, one tokio runtime. A round has a fresh data folder and so many kills; a long run is many rounds, so that
 //! what is remembered stays bounded. The clients are the SDK's, through a [`proxy`] that can break connections at any
@@ -43,6 +43,10 @@ const HAPPENINGS_BETWEEN: usize = 300;
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// How long a stopped server stays stopped, in milliseconds.
 const FREEZE_MS: std::ops::Range<u64> = 100..1_000;
+/// How long the disk stays full, in milliseconds: a server looks once a second.
+const FULL_MS: std::ops::Range<u64> = 1_500..3_000;
+/// After there is room again, sends may still be refused for so long.
+const ROOM_SEEN: Duration = Duration::from_millis(1_500);
 const KILLS_MAX: i64 = 10_000;
 
 #[derive(Clone, Debug, Args)]
@@ -168,6 +172,7 @@ async fn round(args: &TortureArgs, mut rng: SmallRng, mut server: Server) -> Res
                 sleep(Duration::from_millis(rng.random_range(FREEZE_MS))).await;
                 server.thaw()?;
             }
+            8 => fill(&server, &traffic, rng.random_range(FULL_MS)).await,
             _ => proxy.cut(),
         }
         bar.set_message(format!("{} happenings", with_history(&record, |history| history.len())));
@@ -183,6 +188,17 @@ async fn round(args: &TortureArgs, mut rng: SmallRng, mut server: Server) -> Res
     traffic.join().await;
     server.stop().await?;
     Ok(with_history(&record, |history| history.check()))
+}
+
+/// The disk is full for a while.
+async fn fill(server: &Server, traffic: &Traffic, ms: u64) {
+    traffic.set_full(true);
+    if server.fill_disk() {
+        sleep(Duration::from_millis(ms)).await;
+        server.free_disk();
+        sleep(ROOM_SEEN).await;
+    }
+    traffic.set_full(false);
 }
 
 /// Lets clients do something before the next fault.

@@ -3,13 +3,14 @@
 //! Used by the main thread, whose end takes the process with it (`PR_SET_PDEATHSIG`, set by `setpriv`). Invariant: at
 //! most one process lives, and none is left when this is dropped.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{FallocateFlags, fallocate, statvfs};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::net::TcpStream;
 use tokio::time::sleep;
@@ -24,6 +25,10 @@ const STOP_TIME: Duration = Duration::from_secs(60);
 /// connected to itself, and then the server can't have it.
 const PORTS: std::ops::Range<u16> = 20_000..30_000;
 const TRIES: usize = 100;
+/// A server calls its disk full when so much less is free than when it was started …
+const ROOM_BYTES: u64 = 1 << 30;
+/// … and the file that brings that about is larger, whatever else is written meanwhile.
+const BALLAST_BYTES: u64 = 2 * ROOM_BYTES;
 const BETWEEN_TRIES: Duration = Duration::from_millis(10);
 
 /// See the module.
@@ -53,6 +58,31 @@ impl Server {
         self.folder.join("data/issuer.pem")
     }
 
+    /// Takes so much of the disk that the server has to call it full. False: there is not that much to take.
+    pub fn fill_disk(&self) -> bool {
+        let file = File::create(self.ballast());
+        let filled = file.is_ok_and(|file| fallocate(&file, FallocateFlags::empty(), 0, BALLAST_BYTES).is_ok());
+        if !filled {
+            self.free_disk();
+        }
+        filled
+    }
+
+    pub fn free_disk(&self) {
+        // Fails only when it is not there.
+        let _ = std::fs::remove_file(self.ballast());
+    }
+
+    fn ballast(&self) -> PathBuf {
+        self.folder.join("ballast")
+    }
+
+    /// Below so many free bytes the server takes nothing more: needs no right and no file system of its own.
+    fn free_bytes_min(&self) -> u64 {
+        let free = statvfs(&self.folder).map_or(0, |there| there.f_bavail.saturating_mul(there.f_frsize));
+        free.saturating_sub(ROOM_BYTES)
+    }
+
     /// Starts it and waits until it listens. Errors: it ended, or took too long; its log says why.
     pub async fn start(&mut self, cores: u16) -> Result<(), Failure> {
         let deadline = Instant::now() + START_TIME;
@@ -69,6 +99,7 @@ impl Server {
             .args(["serve", "--listen", &self.target.to_string(), "--cores", &cores.to_string(), "--log", "error"])
             .arg("--data-dir")
             .arg(self.folder.join("data"))
+            .args(["--set", &format!("store.free_bytes_min={}", self.free_bytes_min())])
             .stdin(Stdio::null())
             .stdout(log)
             .stderr(other)

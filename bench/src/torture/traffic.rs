@@ -4,10 +4,10 @@
 //! One task a device. Invariants: a body is used once; a process of a device ends with an end of each of its sends;
 //! what was handed to the application is in the record before the next event is asked for.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::Duration;
 
 use rand::RngExt;
@@ -60,6 +60,8 @@ pub enum Phase {
 struct Gauges {
     open_sends: AtomicI64,
     online: AtomicI64,
+    /// Sends may be refused for a while now, and passed by others.
+    full: AtomicBool,
 }
 
 /// See the module.
@@ -96,7 +98,9 @@ impl Traffic {
                 let (builder, name) = (builder(address, user, token).device(DeviceId(number)), Device { user, number });
                 let rng = SmallRng::seed_from_u64(u64::from(user) * 100 + number);
                 let parts = (record.clone(), Arc::clone(&gauges), phases.clone());
-                devices.push(tokio::spawn(Life { name, builder, rng, sent: 0, seen: BTreeMap::new(), parts }.live()));
+                devices.push(tokio::spawn(
+                    Life { name, builder, rng, sent: 0, seen: BTreeMap::new(), open: BTreeSet::new(), parts }.live(),
+                ));
             }
         }
         Ok(Self { devices, gauges, record })
@@ -104,6 +108,10 @@ impl Traffic {
 
     pub fn open_sends(&self) -> i64 {
         self.gauges.open_sends.load(Ordering::Relaxed)
+    }
+
+    pub fn set_full(&self, full: bool) {
+        self.gauges.full.store(full, Ordering::Relaxed);
     }
 
     pub fn all_online(&self) -> bool {
@@ -150,6 +158,8 @@ struct Life {
     sent: u64,
     /// Handed to the application last, by conversation.
     seen: BTreeMap<u128, u64>,
+    /// Sends without an end that nobody has been said to pass.
+    open: BTreeSet<u64>,
     parts: (Record, Arc<Gauges>, watch::Receiver<Phase>),
 }
 
@@ -210,6 +220,11 @@ impl Life {
                     happenings.into_iter().for_each(|happening| self.note(happening));
                 }
                 _ = ticks.tick() => {
+                    if self.parts.1.full.load(Ordering::Relaxed) {
+                        for number in std::mem::take(&mut self.open) {
+                            self.note(Happening::Passed { number });
+                        }
+                    }
                     if self.phase() == Phase::Load && sends.len() < OPEN_SENDS_MAX {
                         self.send(client, sends);
                     }
@@ -262,11 +277,13 @@ impl Life {
             client.send_with(observed::name(to).as_str(), body, SendOptions { class, ..SendOptions::default() });
         self.parts.1.open_sends.fetch_add(1, Ordering::Relaxed);
         sends.spawn(async move { (number, sending.await) });
+        self.open.insert(number);
     }
 
-    fn ended(&self, ended: Result<Ended, tokio::task::JoinError>) {
+    fn ended(&mut self, ended: Result<Ended, tokio::task::JoinError>) {
         let Ok((number, result)) = ended else { return };
         self.parts.1.open_sends.fetch_sub(1, Ordering::Relaxed);
+        self.open.remove(&number);
         self.note(observed::end_of_send(number, result));
     }
 }
