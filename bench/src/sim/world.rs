@@ -357,6 +357,8 @@ impl World {
         let device = &mut self.clients[client];
         let cut = device.machine.advance(now_ms).err();
         device.finish(now_ms, &mut self.history);
+        // What an answer made the application ask goes out now, not when something else happens.
+        let cut = cut.or_else(|| device.machine.advance(now_ms).err());
         let mut bytes = Vec::new();
         device.machine.take_output(&mut bytes);
         device.inbox.extend(device.machine.take_events());
