@@ -64,6 +64,14 @@ stop_server() {
   server=
 }
 
+stop_load() {
+  # Gone before it was told to: then what was measured was no load.
+  kill "$bench" || { cat "$folder/bench" >&2; echo "the load ended before it was measured" >&2; exit 1; }
+  # It ends by the signal, so its exit code says nothing.
+  wait "$bench" 2>/dev/null || true
+  bench=
+}
+
 start_load() { # start_load CLIENTS WINDOW DURATION_S ARGUMENT...
   local clients=$1 window=$2 duration=$3
   shift 3
@@ -101,9 +109,7 @@ counts() { # counts NAME CLIENTS WINDOW ARGUMENT...
   scrape "$folder/after"
   after=$(switches "$thread")
   calls=$(awk -F, '/sys_enter/ { print $1 }' "$folder/perf")
-  kill "$bench" 2>/dev/null || true
-  wait "$bench" 2>/dev/null || true
-  bench=
+  stop_load
   stop_server
   local fields="" metric
   for metric in delivered requests turns allocations reallocations store_commits; do
@@ -128,8 +134,7 @@ instructions() { # instructions NAME CLIENTS WINDOW ARGUMENT...
   callgrind_control --instr=on "$server" >/dev/null
   sleep "$measure_s"
   callgrind_control --dump "$server" >/dev/null
-  kill "$bench" && wait "$bench" 2>/dev/null || true
-  bench=
+  stop_load
   stop_server
   # One file a thread and dump: the core's is the one of the first dump in which most was done.
   file=$(awk '$1 == "totals:" { print $2, FILENAME }' "$folder"/callgrind.1-* | sort -n | tail -1 | cut -d' ' -f2)
