@@ -425,7 +425,9 @@ impl Reactor {
 
     fn sleep_us(&self) -> u64 {
         let now_us = self.now.mono_us;
-        let until = |at_us: Option<u64>| at_us.map_or(SLEEP_US_MAX, |at_us| at_us.saturating_sub(now_us));
+        // What is due a microsecond after this turn is work for the next one, as slices of what goes to many are: the
+        // kernel rounds so short a sleep up to fifty.
+        let until = |at_us: Option<u64>| at_us.map_or(SLEEP_US_MAX, |at_us| at_us.saturating_sub(now_us + 1));
         let own = until(self.parts.shard.next_deadline_us()).min(until(self.edge.next_deadline_us()));
         let blocked = self.parts.lanes.is_blocked() || !self.backlog.is_empty();
         let blocked = if blocked { BLOCKED_SLEEP_US } else { SLEEP_US_MAX };

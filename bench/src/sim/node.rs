@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use rand::RngExt;
 use ringline_cluster::placement::{CorePlacement, ShardIndex};
 use ringline_core::Shard;
-use ringline_core::config::CoreConfig;
+use ringline_core::config::{CoreConfig, FAN_OUT_VISIT_UNITS};
 use ringline_core::event::{ConnId, Effect, Effects, Event, Now, ShardMessage, Token, Verdict, Work, WorkOutcome};
 use ringline_schema::codec::decode_request;
 use ringline_schema::frame::FrameDecoder;
@@ -22,6 +22,8 @@ use super::world::{Action, World};
 
 /// Bytes that may wait for a slow device: little, so that devices do lag.
 const OUTBOX_BYTES_MAX: usize = 6 * 1024;
+/// What a turn of a busy core takes at most.
+const TURN_US_MAX: u64 = 3_000;
 /// A bucket of the cache of users and conversations: small, so that loading and evicting is the common case.
 const CACHED_MAX: usize = 2;
 
@@ -42,11 +44,16 @@ impl World {
         self.up = true;
         let hash_seed = self.trace;
         let bug = self.bug;
+        let in_slices = self.chance(50);
         let side = |at| {
             let mut config = CoreConfig::new(ShardIndex(at), placement);
             config.conversations_cached_max = CACHED_MAX;
             config.users_cached_max = CACHED_MAX;
             config.outbox_bytes_max = OUTBOX_BYTES_MAX;
+            if in_slices {
+                // The groups here are small: one device a slice.
+                (config.fan_out_at_once_max, config.fan_out_slice_units) = (1, FAN_OUT_VISIT_UNITS);
+            }
             #[cfg_attr(not(feature = "planted-bugs"), expect(unused_mut, reason = "only bugs are put in later"))]
             let mut shard = Shard::new(config, hash_seed);
             #[cfg(feature = "planted-bugs")]
@@ -120,12 +127,14 @@ impl World {
             let delay = if slow { self.random_us(5_000, 400_000) } else { self.random_us(50, 3_000) };
             self.after(delay, Action::Commit { epoch, shard });
         }
-        let side = &mut self.sides[shard];
+        let side = &self.sides[shard];
         if let Some(due_us) = side.shard.next_deadline_us()
             && (side.timer_us == 0 || due_us < side.timer_us)
         {
-            side.timer_us = due_us;
-            self.at(due_us.max(self.now_us), Action::Timer { epoch, shard });
+            // What is due at once is due in the next turn, and one of a busy core may take its time.
+            let turn_us = if due_us <= self.now_us + 1 { self.random_us(1, TURN_US_MAX) } else { 0 };
+            self.sides[shard].timer_us = due_us;
+            self.at(due_us.max(self.now_us) + turn_us, Action::Timer { epoch, shard });
         }
     }
 

@@ -51,6 +51,10 @@ pub struct CoreConfig {
     pub groups_cached_max: usize,
     pub group_members_cached_max: usize,
     pub connections_max: usize,
+    /// Members online here that a message of a group is given to at once; to more it goes in slices.
+    pub fan_out_at_once_max: usize,
+    /// What a slice takes, in units: see [`FAN_OUT_VISIT_UNITS`].
+    pub fan_out_slice_units: usize,
 }
 
 impl CoreConfig {
@@ -79,6 +83,8 @@ impl CoreConfig {
             groups_cached_max: 4_096,
             group_members_cached_max: 200_000,
             connections_max: 100_000,
+            fan_out_at_once_max: FAN_OUT_AT_ONCE_MAX,
+            fan_out_slice_units: FAN_OUT_SLICE_UNITS,
         }
     }
 }
@@ -121,5 +127,22 @@ pub const RECEIPTS_TOLD_MAX: usize = 65_536;
 pub const RECEIPT_GROUPS_MAX: usize = 4_096;
 /// RECEIPTS under way, per shard; over it BUSY.
 pub const RECEIPT_LISTS_MAX: usize = 16;
+/// Members online at a shard that a message of a group is given to at once: about 0.5 ms.
+pub const FAN_OUT_AT_ONCE_MAX: usize = 128;
+/// Such fan-outs in one turn, in members together and as a multiple of [`FAN_OUT_AT_ONCE_MAX`]; more of them go in slices.
+pub const FAN_OUTS_AT_ONCE_MAX: usize = 4;
+/// What the fan-outs of a shard may take in one turn, in units: about 128 devices, 0.5 ms with their writes.
+pub const FAN_OUT_SLICE_UNITS: usize = 128 * FAN_OUT_VISIT_UNITS;
+/// A device that is given something; a member who is looked for is one unit.
+pub const FAN_OUT_VISIT_UNITS: usize = 16;
+/// Bytes copied to devices that count as one more unit.
+pub const FAN_OUT_UNIT_BYTES: usize = 256;
+/// Messages of one group under way; durable ones over it become LAGGED, transient ones are dropped and counted. Their
+/// bytes are bounded by half of what may wait for one client, because each device is given them together.
+pub const FAN_OUT_MESSAGES_MAX: usize = 256;
+/// Bytes of all groups' messages under way, per shard; over it the same.
+pub const FAN_OUT_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// Groups with messages under way, per shard; for one more the one that waited longest is given out at once.
+pub const FAN_OUT_GROUPS_MAX: usize = 4_096;
 /// What a client is told to wait after BUSY.
 pub const BUSY_RETRY_MS: u32 = 50;

@@ -50,6 +50,9 @@ counters! {
     signals_coalesced    "signals dropped because they repeat one of the same second";
     group_changes        "changes of groups appended";
     fan_outs             "shards that messages of groups were given to";
+    fan_out_visits       "members visited by fan-outs in slices";
+    fan_outs_missed      "messages of large groups replaced by LAGGED because too much was under way";
+    fan_outs_dropped     "transient messages to large groups dropped because too much was under way";
     groups_evicted       "groups dropped from the cache";
     orphaned_answers     "answers whose connection was gone";
 }
@@ -68,6 +71,10 @@ pub struct Levels {
     pub appends_in_flight: u64,
     /// Delivery acknowledgements that are waited for.
     pub delivery_waits: usize,
+    /// Groups with messages under way to their members.
+    pub fan_outs: usize,
+    /// Bytes of these messages.
+    pub fan_out_bytes: usize,
 }
 
 impl Counters {

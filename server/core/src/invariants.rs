@@ -12,6 +12,7 @@ impl Shard {
         self.check_pending();
         self.receipts.check_invariants();
         self.check_groups();
+        self.fan_outs.check_invariants();
         assert!(self.users.len() <= self.config.users_cached_max.max(1));
         for (key, number) in &self.delivery_index {
             let wait = self.delivery_waits.get(number).expect("an indexed wait exists");

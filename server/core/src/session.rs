@@ -212,6 +212,20 @@ impl Session {
     }
 }
 
+/// A push that many devices get, encoded once for those of one codec after the other.
+#[derive(Debug, Default)]
+pub struct Shared {
+    codec: Option<Codec>,
+    frame: Vec<u8>,
+}
+
+impl Shared {
+    /// Bytes that each copy takes.
+    pub fn len(&self) -> usize {
+        self.frame.len()
+    }
+}
+
 /// What writes output: borrowed from [`Sessions`] beside one of its connections, which so is looked up once.
 struct Pen<'a> {
     encoder: &'a mut Encoder,
@@ -447,51 +461,77 @@ impl Sessions {
         }
     }
 
-    /// Queues one durable delivery to many devices: encoded once, then copied to each.
-    pub fn deliver_to_all(&mut self, conns: &[ConnId], message: &StoredMessage, fx: &mut Effects) {
-        let mut frame = self.spare.pop().unwrap_or_default();
-        let mut encoded = None;
-        for &conn in conns {
-            if !self.may_deliver(conn, (message.conversation, message.seq), &message.to, fx) {
-                continue;
-            }
-            let Some(codec) = self.get(conn).map(|session| session.codec) else { continue };
-            if encoded != Some(codec) {
-                frame.clear();
-                self.encoder.reply(codec, 0, &Reply::Deliver(message.as_wire()), &mut frame);
-                encoded = Some(codec);
-            }
-            if let Some((session, mut pen)) = self.open_session(conn) {
-                pen.begin(session, fx);
-                session.out.extend_from_slice(&frame);
-            }
+    /// Queues a durable delivery that many devices get, or notes that the device lags.
+    pub fn deliver_shared(&mut self, conn: ConnId, message: &StoredMessage, shared: &mut Shared, fx: &mut Effects) {
+        if self.may_deliver(conn, (message.conversation, message.seq), &message.to, fx) {
+            self.copy(conn, || Reply::Deliver(message.as_wire()), shared, fx);
         }
-        self.give_back(frame);
     }
 
-    /// Offers one push to many devices: encoded once, then copied to each that has room. To how many.
-    pub fn offer_to_all(&mut self, conns: &[ConnId], reply: &Reply<'_>, fx: &mut Effects) -> u32 {
-        let mut frame = self.spare.pop().unwrap_or_default();
-        let (mut encoded, mut given) = (None, 0);
-        for &conn in conns {
-            let Some(codec) = self.get(conn).map(|session| session.codec) else { continue };
-            if !self.room(conn) {
-                self.counters.dropped_transient += 1;
-                continue;
-            }
-            if encoded != Some(codec) {
-                frame.clear();
-                self.encoder.reply(codec, 0, reply, &mut frame);
-                encoded = Some(codec);
-            }
-            if let Some((session, mut pen)) = self.open_session(conn) {
-                pen.begin(session, fx);
-                session.out.extend_from_slice(&frame);
-                given += 1;
-            }
+    /// Queues a push that many devices get and nobody misses for ever, or drops and counts it. True when queued.
+    pub fn offer_shared<'a>(
+        &mut self,
+        conn: ConnId,
+        reply: impl FnOnce() -> Reply<'a>,
+        shared: &mut Shared,
+        fx: &mut Effects,
+    ) -> bool {
+        if !self.room(conn) {
+            self.counters.dropped_transient += u64::from(self.get(conn).is_some());
+            return false;
         }
-        self.give_back(frame);
-        given
+        self.copy(conn, reply, shared, fx)
+    }
+
+    /// Copies a frame that is encoded for the first who gets it.
+    fn copy<'a>(
+        &mut self,
+        conn: ConnId,
+        reply: impl FnOnce() -> Reply<'a>,
+        shared: &mut Shared,
+        fx: &mut Effects,
+    ) -> bool {
+        let Some((session, mut pen)) = self.open_session(conn) else { return false };
+        if shared.codec != Some(session.codec) {
+            if shared.frame.capacity() == 0 {
+                shared.frame = pen.spare.pop().unwrap_or_default();
+            }
+            shared.frame.clear();
+            pen.encoder.reply(session.codec, 0, &reply(), &mut shared.frame);
+            shared.codec = Some(session.codec);
+        }
+        pen.begin(session, fx);
+        session.out.extend_from_slice(&shared.frame);
+        true
+    }
+
+    /// Takes back what a push was encoded into.
+    pub fn done_with(&mut self, shared: Shared) {
+        self.give_back(shared.frame);
+    }
+
+    /// Tells a device which messages it has to fetch, or notes it while other output waits.
+    pub fn miss(
+        &mut self,
+        conn: ConnId,
+        (conversation, with): (ConversationId, &UserName),
+        range: (Seq, Seq),
+        fx: &mut Effects,
+    ) {
+        let low = self.outbox_bytes_max / 2;
+        let Some(session) = self.get_mut(conn) else { return };
+        let waiting = session.waiting_bytes();
+        let Some(login) = session.login_mut() else { return };
+        login.show(conversation, range.1);
+        let lagging = login.lags(conversation);
+        self.counters.dropped_durable += 1;
+        if lagging || waiting > low {
+            self.note_lag(conn, conversation, Lag { with: with.clone(), from: range.0, to: range.1 }, fx);
+        } else {
+            self.counters.lagged += 1;
+            let reply = Reply::Lagged { conversation, with: with.as_str(), from: range.0, to: range.1 };
+            self.push(conn, &reply, fx);
+        }
     }
 
     /// Whether a durable delivery can be queued; otherwise it is noted that the device lags.
@@ -511,15 +551,19 @@ impl Sessions {
             self.counters.delivered += 1;
             return true;
         }
-        let lag = Lag { with: with.clone(), from: seq, to: seq };
-        let lagged = &mut login.active().lagged;
-        lagged.entry(conversation).or_insert(lag).to = seq;
-        let too_many = lagged.len() > LAGGED_CONVERSATIONS_MAX;
         self.counters.dropped_durable += 1;
-        if too_many {
+        self.note_lag(conn, conversation, Lag { with: with.clone(), from: seq, to: seq }, fx);
+        false
+    }
+
+    /// What LAGGED has yet to tell: as soon as output has moved.
+    fn note_lag(&mut self, conn: ConnId, conversation: ConversationId, lag: Lag, fx: &mut Effects) {
+        let Some(login) = self.login_mut(conn) else { return };
+        let (to, lagged) = (lag.to, &mut login.active().lagged);
+        lagged.entry(conversation).or_insert(lag).to = to;
+        if lagged.len() > LAGGED_CONVERSATIONS_MAX {
             self.fail(conn, 0, ErrorCode::SlowReader, fx);
         }
-        false
     }
 
     fn room(&self, conn: ConnId) -> bool {

@@ -24,6 +24,7 @@ use crate::devices::DeviceWork;
 use crate::event::{CloseReason, ConnId, Effect, Effects, Event, Now, ShardMessage, Token, Verdict, Work};
 use crate::export::ExportWork;
 use crate::group::cache::{GroupQuestion, Slot};
+use crate::group::slices::FanOuts;
 use crate::hide::Hiding;
 use crate::list::{ListWork, MarkWork};
 use crate::online::Online;
@@ -100,6 +101,8 @@ pub struct Shard {
     /// Groups this shard owns, bounded by their number and their members together.
     pub(crate) groups: LruCache<ConversationId, Slot, FixedState>,
     pub(crate) groups_members: usize,
+    /// Messages of groups on their way to members here.
+    pub(crate) fan_outs: FanOuts,
     /// Appends that somebody waits for, in order of their record numbers.
     pub(crate) pending: VecDeque<Pending>,
     pub(crate) pending_bytes: usize,
@@ -153,6 +156,7 @@ impl Shard {
             conversations: LruCache::unbounded_with_hasher(hasher.clone()),
             groups: LruCache::unbounded_with_hasher(hasher),
             groups_members: 0,
+            fan_outs: FanOuts::default(),
             pending: VecDeque::new(),
             pending_bytes: 0,
             bodies: BytesMut::new(),
@@ -457,6 +461,7 @@ impl Shard {
                 Timer::Delivery(number) => self.delivery_due(number, fx),
                 Timer::Gather(number) => self.gather_due(number, fx),
                 Timer::Notice => self.notice_due(fx),
+                Timer::FanOut => self.fan_outs_due(fx),
                 Timer::Presence => self.presence_due(fx),
                 Timer::Cursors => {
                     self.cursors_armed = false;
@@ -553,7 +558,7 @@ impl Shard {
 
     /// Nothing is in flight that a client waits for: an orderly stop may close the store.
     pub fn is_quiet(&self) -> bool {
-        self.questions.is_empty() && (self.poisoned || self.appended == self.stored)
+        self.questions.is_empty() && self.fan_outs.is_empty() && (self.poisoned || self.appended == self.stored)
     }
 
     pub fn counters(&self) -> &Counters {
@@ -570,6 +575,8 @@ impl Shard {
             users_cached: self.users.len(),
             appends_in_flight: self.appended.saturating_sub(self.stored),
             delivery_waits: self.delivery_waits.len(),
+            fan_outs: self.fan_outs.len(),
+            fan_out_bytes: self.fan_outs.bytes(),
         }
     }
 }

@@ -17,6 +17,8 @@ pub enum Timer {
     Gather(u64),
     /// The next slice of a broadcast.
     Notice,
+    /// The next slice of the fan-outs.
+    FanOut,
     /// Changes of presence are told, and who is watched is asked for again.
     Presence,
     /// Write the cursors that moved.

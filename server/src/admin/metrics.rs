@@ -54,6 +54,9 @@ metrics! {
         |core| core.levels.appends_in_flight;
     Gauge "delivery_waits" None, "delivery acknowledgements that are waited for",
         |core| core.levels.delivery_waits as u64;
+    Gauge "fan_outs_open" None, "groups with messages under way to their members",
+        |core| core.levels.fan_outs as u64;
+    Gauge "fan_outs_waiting" Some(Unit::Bytes), "bytes of these messages", |core| core.levels.fan_out_bytes as u64;
     Gauge "draining" None, "1 while the node stops", |core| u64::from(core.draining);
     Counter "sockets_accepted" None, "sockets accepted", |core| core.net.accepted;
     Counter "sockets_refused" None, "sockets refused because the node holds as many as it may",

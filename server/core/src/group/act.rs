@@ -270,6 +270,7 @@ impl Shard {
         if let Some(login) = self.sessions.login_mut(origin.conn) {
             login.sends_in_flight = login.sends_in_flight.saturating_sub(1);
         }
+        self.hurry_who_left(origin.conn, answer, fx);
         self.sessions.answer(origin.conn, origin.request_id, &Reply::Group(answer.as_wire()), fx);
     }
 }

@@ -11,9 +11,11 @@ use ringline_schema::rows::{GroupRow, MemberRow};
 
 use crate::event::{ConnId, Effects, ShardMessage};
 use crate::group::passing::Relay;
+use crate::group::scan::Cargo;
 use crate::group::state::Targets;
 use crate::peer::Origin;
 use crate::planted::Bug;
+use crate::session::Shared;
 use crate::shard::Shard;
 
 /// How an act ended well; travels to the shard of the session.
@@ -121,29 +123,41 @@ impl Shard {
     /// Gives a message of a group to every device of the members that are online here, but `skip`.
     pub(crate) fn deliver_to_members(
         &mut self,
-        message: &StoredMessage,
-        members: &[UserName],
+        message: &Arc<StoredMessage>,
+        members: &Arc<[UserName]>,
         (skip, relay): (Option<ConnId>, Option<Relay>),
         fx: &mut Effects,
     ) {
+        if self.goes_in_slices(message.conversation, members) {
+            self.await_relay(message, relay);
+            let cargo = Cargo::Stored { message: Arc::clone(message), skip };
+            return self.send_round(message.conversation, members, cargo, fx);
+        }
         let mut conns = self.online_members(members, None);
         if self.planted.is(Bug::EveryoneIsMember) {
             conns = self.online.iter().flat_map(|(_, devices)| devices.iter().copied()).collect();
             conns.sort_unstable();
         }
         conns.retain(|conn| Some(*conn) != skip);
-        if let Some(relay) = relay.filter(|_| !conns.is_empty()) {
-            let (conversation, seq, none) =
-                (message.conversation, message.seq, ConnId { slot: u32::MAX, generation: 0 });
-            // The owner knows the origin; here only who does not count does.
-            let origin = Origin { shard: relay.owner, conn: none, request_id: 0 };
-            let place = (conversation, seq, message.client_seq);
-            let number = self.await_member(relay, (origin, &message.from), place);
-            if number != 0 {
-                self.delivery_index.insert((conversation, None, seq), number);
-            }
+        self.await_relay(message, relay.filter(|_| !conns.is_empty()));
+        let mut shared = Shared::default();
+        for conn in conns {
+            self.sessions.deliver_shared(conn, message, &mut shared, fx);
         }
-        self.sessions.deliver_to_all(&conns, message, fx);
+        self.sessions.done_with(shared);
+    }
+
+    /// The sender wants to hear of the first device that has it.
+    fn await_relay(&mut self, message: &StoredMessage, relay: Option<Relay>) {
+        let Some(relay) = relay else { return };
+        let (conversation, seq, none) = (message.conversation, message.seq, ConnId { slot: u32::MAX, generation: 0 });
+        // The owner knows the origin; here only who does not count does.
+        let origin = Origin { shard: relay.owner, conn: none, request_id: 0 };
+        let place = (conversation, seq, message.client_seq);
+        let number = self.await_member(relay, (origin, &message.from), place);
+        if number != 0 {
+            self.delivery_index.insert((conversation, None, seq), number);
+        }
     }
 
     /// The devices of these members that are online here, in an order that replays agree on; without those of `but`.
@@ -195,6 +209,8 @@ impl Shard {
             change,
         });
         for user in users {
+            // Who is out now may see what was numbered before, and first.
+            self.hurry(push.conversation, user, fx);
             let Some(devices) = self.online.get(user) else { continue };
             for &conn in devices {
                 self.sessions.push(conn, &reply, fx);

@@ -6,7 +6,7 @@
 //!
 //! - [`state`]: one group in memory. [`cache`]: loading and letting go. [`act`]: commands at the session's shard, and the
 //!   visits to the shards of the users they name. [`decide`]: the rules. [`change`]: from a decision to the log.
-//!   [`fan_out`]: from the log to the members. [`passing`]: what is not stored.
+//!   [`fan_out`]: from the log to the members; to many of them in [`slices`], by a [`scan`]. [`passing`]: what is not stored.
 //!   [`reached`]: what writers are told of who has received and read.
 
 pub(crate) mod act;
@@ -16,4 +16,6 @@ mod decide;
 pub(crate) mod fan_out;
 pub(crate) mod passing;
 pub(crate) mod reached;
+pub(crate) mod scan;
+pub(crate) mod slices;
 pub(crate) mod state;

@@ -14,9 +14,11 @@ use ringline_schema::message::{ChatReply, Class, Extra, Message, Reply, SendAck}
 use ringline_schema::record::StoredMessage;
 
 use crate::deliver::{DeliveryWait, Whose, await_delivery};
-use crate::event::{ConnId, Effects, ShardMessage};
+use crate::event::{Effects, ShardMessage};
+use crate::group::scan::Cargo;
 use crate::group::state::Targets;
 use crate::peer::{Origin, Submit, Wanted};
+use crate::session::Shared;
 use crate::shard::Shard;
 use crate::social::{Gathered, SocialMessage};
 
@@ -49,6 +51,34 @@ pub struct Pass {
     /// Whom to tell how many devices got it; 0: nobody.
     pub gather: u64,
     pub relay: Option<Relay>,
+}
+
+impl Pass {
+    /// The wire form. `delivery`: the number that its acknowledgement names; 0: none is wanted.
+    pub(crate) fn as_wire(&self, delivery: u64) -> Reply<'_> {
+        let submit = &self.submit;
+        match self.passing {
+            Passing::Message { .. } => Reply::Deliver(Message {
+                conversation: NO_CONVERSATION,
+                seq: Seq::ZERO,
+                time_ms: self.time_ms,
+                from: submit.from.as_str(),
+                to: submit.to.as_str(),
+                device: submit.device,
+                client_seq: submit.client_seq,
+                class: Class::Transient,
+                kind: submit.kind,
+                delivery,
+                body: &submit.body,
+                extra: Extra::default(),
+            }),
+            Passing::Signal { kind } => {
+                let (from, to) = (submit.from.as_str(), submit.to.as_str());
+                let (conversation, body) = (submit.conversation, &submit.body[..]);
+                Reply::Chat(ChatReply::Signalled { conversation, from, to, kind, body })
+            }
+        }
+    }
 }
 
 impl Shard {
@@ -170,55 +200,58 @@ impl Shard {
     }
 
     /// Gives a transient message or a signal to the members that are online here.
-    pub(crate) fn pass_to_members(&mut self, owner: ShardIndex, pass: &Pass, members: &[UserName], fx: &mut Effects) {
+    pub(crate) fn pass_to_members(
+        &mut self,
+        owner: ShardIndex,
+        pass: &Arc<Pass>,
+        members: &Arc<[UserName]>,
+        fx: &mut Effects,
+    ) {
         let submit = &pass.submit;
-        let conns: Vec<ConnId> = self.online_members(members, Some(&submit.from));
-        let devices = match pass.passing {
-            Passing::Message { .. } => self.pass_message(pass, &conns, fx),
-            Passing::Signal { kind } => {
-                let (from, to) = (submit.from.as_str(), submit.to.as_str());
-                let (conversation, body) = (submit.conversation, &submit.body[..]);
-                let signal = ChatReply::Signalled { conversation, from, to, kind, body };
-                self.sessions.offer_to_all(&conns, &Reply::Chat(signal), fx)
+        let in_slices = self.goes_in_slices(submit.conversation, members);
+        let conns = if in_slices { Vec::new() } else { self.online_members(members, Some(&submit.from)) };
+        let delivery = match pass.relay.filter(|_| in_slices || !conns.is_empty()) {
+            Some(relay) => {
+                let place = (NO_CONVERSATION, Seq::ZERO, submit.client_seq);
+                self.await_member(relay, (submit.origin, &submit.from), place)
             }
-        };
-        if pass.gather != 0 {
-            if self.is_here(owner) {
-                self.passed(pass.gather, devices, fx);
-            } else {
-                self.tell_social(owner, SocialMessage::Passed { gather: pass.gather, devices }, fx);
-            }
-        }
-    }
-
-    /// To how many devices it was given.
-    fn pass_message(&mut self, pass: &Pass, conns: &[ConnId], fx: &mut Effects) -> u32 {
-        let submit = &pass.submit;
-        let place = (NO_CONVERSATION, Seq::ZERO, submit.client_seq);
-        let delivery = match pass.relay.filter(|_| !conns.is_empty()) {
-            Some(relay) => self.await_member(relay, (submit.origin, &submit.from), place),
             None => 0,
         };
-        let message = Message {
-            conversation: NO_CONVERSATION,
-            seq: Seq::ZERO,
-            time_ms: pass.time_ms,
-            from: submit.from.as_str(),
-            to: submit.to.as_str(),
-            device: submit.device,
-            client_seq: submit.client_seq,
-            class: Class::Transient,
-            kind: submit.kind,
-            delivery,
-            body: &submit.body,
-            extra: Extra::default(),
-        };
-        let devices = self.sessions.offer_to_all(conns, &Reply::Deliver(message), fx);
+        if in_slices {
+            let cargo = Cargo::Passing { pass: Arc::clone(pass), owner, delivery, devices: 0 };
+            return self.send_round(submit.conversation, members, cargo, fx);
+        }
+        let (mut shared, mut devices) = (Shared::default(), 0);
+        for conn in conns {
+            devices += u32::from(self.sessions.offer_shared(conn, || pass.as_wire(delivery), &mut shared, fx));
+        }
+        self.sessions.done_with(shared);
+        self.passed_here((owner, pass), delivery, devices, fx);
+    }
+
+    /// So many devices of this shard were given it.
+    pub(crate) fn passed_here(
+        &mut self,
+        (owner, pass): (ShardIndex, &Pass),
+        delivery: u64,
+        devices: u32,
+        fx: &mut Effects,
+    ) {
         if devices == 0 {
             self.delivery_waits.remove(&delivery);
         }
-        self.sessions.counters.delivered += u64::from(devices);
-        devices
+        match pass.passing {
+            Passing::Message { .. } => self.sessions.counters.delivered += u64::from(devices),
+            Passing::Signal { .. } => {}
+        }
+        if pass.gather == 0 {
+            return;
+        }
+        if self.is_here(owner) {
+            self.passed(pass.gather, devices, fx);
+        } else {
+            self.tell_social(owner, SocialMessage::Passed { gather: pass.gather, devices }, fx);
+        }
     }
 
     /// Every shard has said to how many devices it gave a transient message.

@@ -2,6 +2,7 @@
 
 mod passing;
 mod receipts;
+mod slices;
 mod town;
 
 use ringline_schema::errors::ErrorCode;

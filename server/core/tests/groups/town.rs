@@ -5,6 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use ringline_cluster::placement::{CorePlacement, ShardIndex};
 use ringline_core::Shard;
 use ringline_core::config::CoreConfig;
+use ringline_core::counters::{Counters, Levels};
 use ringline_core::event::{ConnId, Effect, Effects, Event, Now, ShardMessage, Token, Work, WorkOutcome};
 use ringline_schema::codec::{Codec, decode_reply};
 use ringline_schema::errors::ErrorCode;
@@ -40,6 +41,8 @@ pub struct Town {
     next: u32,
     /// Whether stores commit.
     pub committing: bool,
+    /// Devices that do not read.
+    pub stuck: Vec<Seat>,
     /// What was done since it was last looked at.
     pub records: usize,
     pub fan_outs: usize,
@@ -75,6 +78,7 @@ impl Town {
             inbox: HashMap::new(),
             next: 0,
             committing: true,
+            stuck: Vec::new(),
             records: 0,
             fan_outs: 0,
             loads: 0,
@@ -147,10 +151,20 @@ impl Town {
             }
         }
         for conn in fx.dirty {
-            let Some(bytes) = self.sides[at].shard.take_output(conn) else { continue };
+            let seat = Seat { shard: at, conn };
+            if !self.stuck.contains(&seat) {
+                self.take(seat);
+            }
+        }
+    }
+
+    /// The socket of a device takes what waits for it.
+    pub fn take(&mut self, seat: Seat) {
+        let Seat { shard: at, conn } = seat;
+        if let Some(bytes) = self.sides[at].shard.take_output(conn) {
             let (mut decoder, mut input) = (FrameDecoder::new(), &bytes[..]);
             while let Some(frame) = decoder.next(&mut input, 1 << 20).unwrap() {
-                self.inbox.entry(Seat { shard: at, conn }).or_default().push(frame.raw.to_vec());
+                self.inbox.entry(seat).or_default().push(frame.raw.to_vec());
             }
             self.event(at, Event::Sent { conn, bytes: bytes.len() });
         }
@@ -294,6 +308,46 @@ impl Town {
     pub fn leave(&mut self, seat: Seat) {
         self.event(seat.shard, Event::Closed { conn: seat.conn });
         self.settle();
+    }
+
+    /// One turn of every shard: a slice of what goes to many.
+    pub fn turn(&mut self) {
+        self.now.mono_us += 1;
+        for at in 0..self.sides.len() {
+            self.event(at, Event::Timer);
+        }
+        self.settle();
+    }
+
+    /// Turns until nothing is under way to members; how many.
+    pub fn finish(&mut self) -> usize {
+        (0..100_000)
+            .find(|_| {
+                self.levels().fan_outs == 0 || {
+                    self.turn();
+                    false
+                }
+            })
+            .unwrap()
+    }
+
+    /// Of all shards together: what is under way to members.
+    pub fn levels(&self) -> Levels {
+        let mut sum = Levels::default();
+        for levels in self.sides.iter().map(|side| side.shard.levels()) {
+            sum.fan_outs += levels.fan_outs;
+            sum.fan_out_bytes += levels.fan_out_bytes;
+        }
+        sum
+    }
+
+    /// A counter of all shards together.
+    pub fn count(&self, counter: fn(&Counters) -> u64) -> u64 {
+        self.sides.iter().map(|side| counter(side.shard.counters())).sum()
+    }
+
+    pub fn is_quiet(&self) -> bool {
+        self.sides.iter().all(|side| side.shard.is_quiet())
     }
 
     /// Lets time go by, with what is due in it.
