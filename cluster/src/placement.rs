@@ -9,6 +9,10 @@ use ringline_schema::ids::{PARTITIONS, Partition};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ShardIndex(pub u16);
 
+/// Place of a node in the sorted list of the cluster's names: the same on all nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NodeIndex(pub u16);
+
 /// How the 1,024 partitions spread over the shards of this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CorePlacement {

@@ -96,6 +96,10 @@ pub struct Channel {
     last_end: u64,
     /// The last one sent on this connection, or known to the other side.
     sent: u64,
+    /// The last one ever sent: the other side may say that it has a batch which came by an older connection.
+    ever_sent: u64,
+    /// Batches sent once more than once.
+    sent_again: u64,
     /// How far the other side lets us send.
     window_end: u64,
     heads: Heads,
@@ -117,6 +121,8 @@ impl Channel {
             last: 0,
             last_end: 0,
             sent: 0,
+            ever_sent: 0,
+            sent_again: 0,
             window_end: WINDOW_BYTES,
             heads: Heads::These(BTreeMap::new()),
             received: 0,
@@ -170,6 +176,11 @@ impl Channel {
         self.kept_bytes
     }
 
+    /// Batches that went out again on a later connection, since the other process was first heard of.
+    pub fn sent_again(&self) -> u64 {
+        self.sent_again
+    }
+
     /// A new connection to the same process: the other side has batches up to `peer_has`, the rest goes out again.
     ///
     /// Errors: [`Violation::NeverSent`].
@@ -221,6 +232,8 @@ impl Channel {
         let at = usize::try_from((self.sent + 1).saturating_sub(first)).ok()?;
         let next = self.kept.get(at).filter(|next| next.end <= self.window_end)?;
         self.sent = next.number;
+        self.sent_again += u64::from(next.number <= self.ever_sent);
+        self.ever_sent = self.ever_sent.max(next.number);
         Some(Frame::Batch { number: next.number, bytes: next.bytes.clone() })
     }
 
@@ -263,9 +276,10 @@ impl Channel {
     }
 
     fn acknowledged(&mut self, number: u64) -> Result<(), Violation> {
-        if number > self.sent {
-            return Err(Violation::NeverSent { said: number, sent: self.sent });
+        if number > self.ever_sent {
+            return Err(Violation::NeverSent { said: number, sent: self.ever_sent });
         }
+        self.sent = self.sent.max(number);
         while let Some(kept) = self.kept.pop_front_if(|kept| kept.number <= number) {
             self.kept_bytes -= cost(&kept.bytes);
         }

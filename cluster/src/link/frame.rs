@@ -12,6 +12,8 @@ use super::hello::Hello;
 pub const HEAD_BYTES: usize = 8;
 /// The largest batch of one frame.
 pub const BATCH_BYTES_MAX: usize = 1024 * 1024;
+/// The largest hello: two names and a few numbers.
+pub const HELLO_BYTES_MAX: usize = 256;
 /// The largest body: a batch and its number.
 const BODY_BYTES_MAX: usize = BATCH_BYTES_MAX + 16;
 
@@ -33,10 +35,12 @@ pub enum Frame {
 /// Why the bytes of a peer can't be read on. The connection ends; what was not acknowledged is sent again on the next.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
-    #[error("a frame of {bytes} bytes, where {BODY_BYTES_MAX} are the most")]
-    TooLarge { bytes: u32 },
+    #[error("a frame of {bytes} bytes, where {max} are the most")]
+    TooLarge { bytes: u32, max: usize },
     #[error("kind {0} is no frame")]
     Kind(u8),
+    #[error("a frame before the hello")]
+    NoHello,
     #[error("{0}")]
     Body(#[from] BadPack),
 }
@@ -79,10 +83,24 @@ impl Frame {
 
     /// Takes the next frame off the front of what was received. `Ok(None)`: more bytes are needed.
     pub fn decode(received: &mut BytesMut) -> Result<Option<Self>, FrameError> {
+        Self::decode_within(received, BODY_BYTES_MAX)
+    }
+
+    /// The first frame of a connection, from somebody who has not said who it is: what is larger than a hello is refused
+    /// by its head.
+    pub fn decode_hello(received: &mut BytesMut) -> Result<Option<Hello>, FrameError> {
+        Ok(match Self::decode_within(received, HELLO_BYTES_MAX)? {
+            None => None,
+            Some(Self::Hello(hello)) => Some(hello),
+            Some(Self::Batch { .. } | Self::Taken { .. } | Self::Beat | Self::Bye) => return Err(FrameError::NoHello),
+        })
+    }
+
+    fn decode_within(received: &mut BytesMut, max: usize) -> Result<Option<Self>, FrameError> {
         let Some([l0, l1, l2, l3, kind, ..]) = received.first_chunk::<HEAD_BYTES>().copied() else { return Ok(None) };
         let length = u32::from_le_bytes([l0, l1, l2, l3]);
-        if length as usize > BODY_BYTES_MAX {
-            return Err(FrameError::TooLarge { bytes: length });
+        if length as usize > max {
+            return Err(FrameError::TooLarge { bytes: length, max });
         }
         let whole = HEAD_BYTES + length as usize;
         if received.len() < whole {

@@ -223,7 +223,7 @@ fn a_peer_that_breaks_a_rule_is_told_which() {
     }
     assert_eq!(channel.hear(batch(5, BATCH_BYTES_MAX), 0), Err(Violation::BeyondWindow));
     let huge = [0xff, 0xff, 0xff, 0xff, 2, 0, 0, 0];
-    assert_eq!(Frame::decode(&mut BytesMut::from(&huge[..])), Err(FrameError::TooLarge { bytes: u32::MAX }));
+    assert_eq!(Frame::decode(&mut BytesMut::from(&huge[..])), Err(FrameError::TooLarge { bytes: u32::MAX, max: BATCH_BYTES_MAX + 16 }));
     let odd = [0, 0, 0, 0, 9, 0, 0, 0];
     assert_eq!(Frame::decode(&mut BytesMut::from(&odd[..])), Err(FrameError::Kind(9)));
 }
@@ -281,4 +281,51 @@ fn silence_is_noticed_and_beats_prevent_it() {
     assert!(!channel.is_silent(100 + SILENCE_MS - 1) && channel.is_silent(100 + SILENCE_MS));
     channel.hear(Frame::Beat, 4_000).unwrap();
     assert!(!channel.is_silent(100 + SILENCE_MS));
+}
+
+/// Behind the grant that opens every connection.
+fn next_batch(channel: &mut Channel) -> Frame {
+    let mut frames = std::iter::from_fn(|| channel.next_frame(0));
+    frames.find(|frame| matches!(frame, Frame::Batch { .. })).unwrap()
+}
+
+#[test]
+fn what_came_by_the_old_connection_may_be_acknowledged_on_the_new_one() {
+    let mut channel = Channel::new(0);
+    for at in 0..3u8 {
+        channel.offer(Bytes::from(vec![at; 10])).unwrap();
+    }
+    while channel.next_frame(0).is_some() {}
+    // The hello of the new connection was written before the other side read all of the old one.
+    channel.reconnected(1, 0).unwrap();
+    assert_eq!(channel.hear(Frame::Taken { number: 3, window_end: WINDOW_BYTES }, 0), Ok(Heard::Nothing));
+    assert_eq!((channel.kept_bytes(), channel.sent_again()), (0, 0));
+    channel.offer(Bytes::from_static(b"next")).unwrap();
+    assert!(matches!(next_batch(&mut channel), Frame::Batch { number: 4, .. }));
+    channel.reconnected(3, 0).unwrap();
+    assert!(matches!(next_batch(&mut channel), Frame::Batch { number: 4, .. }));
+    assert_eq!(channel.sent_again(), 1);
+}
+
+#[test]
+fn a_stranger_may_only_say_hello() {
+    let hello = |received: &[u8]| Frame::decode_hello(&mut BytesMut::from(received));
+    let mut beat = Vec::new();
+    Frame::Beat.encode(&mut beat);
+    assert_eq!(hello(&beat), Err(FrameError::NoHello));
+    let large = (HELLO_BYTES_MAX as u32 + 1).to_le_bytes();
+    let large = [&large[..], &[1, 0, 0, 0]].concat();
+    assert_eq!(hello(&large), Err(FrameError::TooLarge { bytes: HELLO_BYTES_MAX as u32 + 1, max: HELLO_BYTES_MAX }));
+    let widest = Hello {
+        cluster: "c".repeat(NAME_BYTES_MAX),
+        node: "n".repeat(NAME_BYTES_MAX),
+        incarnation: Incarnation(u64::MAX),
+        protocol: (u16::MAX, u16::MAX),
+        cores: u16::MAX,
+        core: u16::MAX,
+        knows: Some((Incarnation(u64::MAX), u64::MAX)),
+    };
+    let mut bytes = Vec::new();
+    Frame::Hello(widest.clone()).encode(&mut bytes);
+    assert_eq!(hello(&bytes), Ok(Some(widest)));
 }
