@@ -14,6 +14,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::auth::AuthError;
 use crate::config::{Config, ConfigError, Cores, StoreKind};
+use crate::peers::roster::RosterError;
 
 /// Memory of each executor's ring for file buffers, which nothing here uses: the least it takes.
 pub const RING_IO_BYTES: usize = 64 * 1024;
@@ -56,6 +57,12 @@ pub enum BootError {
     DataDir { path: String, error: std::io::Error },
     #[error(transparent)]
     Auth(#[from] AuthError),
+    #[error("cluster.mode = \"{0}\" is not in this build yet: a node serves alone, with cluster.mode = \"none\"")]
+    NotInThisBuild(&'static str),
+    #[error(transparent)]
+    Roster(#[from] RosterError),
+    #[error("other nodes cannot connect to {0}: {1}; choose another cluster.listen, or this node's peer_address")]
+    PeerListen(SocketAddr, std::io::Error),
     #[error("{what} could not be started: {error}")]
     System { what: &'static str, error: std::io::Error },
     #[error("core {core} could not be started: {reason}")]

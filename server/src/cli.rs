@@ -11,6 +11,7 @@ use ringline_schema::ids::UserName;
 
 use crate::auth::{AuthError, Issuer};
 use crate::boot::{self, BootError};
+use crate::certs::{self, CertsCommand};
 use crate::config::Config;
 use crate::store_cli::{self, StoreCommand};
 use crate::{doctor, logs, node};
@@ -41,6 +42,9 @@ enum Command {
     /// Check, repair, export (of a stopped server) or back up (also of a running one) the data folder.
     #[command(subcommand)]
     Store(StoreCommand),
+    /// Make the certificates that nodes of a cluster show each other.
+    #[command(subcommand)]
+    Certs(CertsCommand),
     /// Print the configuration.
     Config(ConfigCommand),
     /// Print the version.
@@ -132,6 +136,7 @@ pub fn run() -> ExitCode {
         Command::Token(args) => print_token(&args),
         Command::Doctor(args) => examine(&args),
         Command::Store(command) => store_cli::run(command),
+        Command::Certs(command) => certs::run(&command),
         Command::Config(args) => print_config(&args),
         Command::Version => {
             println!("ringline {}", env!("CARGO_PKG_VERSION"));

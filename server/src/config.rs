@@ -16,6 +16,10 @@ use ringline_schema::limits;
 use crate::net::NetKind;
 use crate::park::ParkKind;
 
+mod cluster;
+
+pub use self::cluster::{ClusterError, ClusterMode, ClusterNode, NODE_NAME_BYTES_MAX, PeerTls, is_node_name};
+
 /// The prefix of environment variables.
 pub const ENV_PREFIX: &str = "RINGLINE_";
 
@@ -57,6 +61,8 @@ pub enum ConfigError {
     NotAPair(String),
     #[error("{0}")]
     Conflict(String),
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
 }
 
 /// What a value may be: its type, and for numbers its range (inclusive).
@@ -75,6 +81,8 @@ pub enum Bounds {
     List,
     /// Names of users.
     Users,
+    /// Nodes of the cluster.
+    Nodes,
 }
 
 impl fmt::Display for Bounds {
@@ -92,6 +100,10 @@ impl fmt::Display for Bounds {
             Self::Users => f.write_str(
                 "a list of user names (1 to 64 bytes each, without control characters or # at the beginning), [\"a\", \"b\"] in \
                  TOML and a,b elsewhere",
+            ),
+            Self::Nodes => f.write_str(
+                "a list of nodes: [{ name, peer_address = \"IP:PORT\", client_address = \"HOST:PORT\", weight = 1 }, …] in TOML \
+                 and NAME@PEER_ADDRESS/CLIENT_ADDRESS*WEIGHT,… elsewhere",
             ),
         }
     }
@@ -334,6 +346,8 @@ choices!(LogLevel: LOG_LEVELS = "error" => LogLevel::Error, "warn" => LogLevel::
     "debug" => LogLevel::Debug, "trace" => LogLevel::Trace);
 choices!(NetKind: NET_KINDS = "auto" => NetKind::Auto, "ring" => NetKind::Ring, "epoll" => NetKind::Epoll);
 choices!(ParkKind: PARK_KINDS = "glommio" => ParkKind::Glommio, "direct" => ParkKind::Direct);
+choices!(ClusterMode: CLUSTER_MODES = "none" => ClusterMode::None, "static" => ClusterMode::Static, "etcd" => ClusterMode::Etcd);
+choices!(PeerTls: PEER_TLS = "on" => PeerTls::On, "off" => PeerTls::Off);
 choices!(DevicePolicy: DEVICE_POLICIES = "many" => DevicePolicy::Many,
     "one_per_kind" => DevicePolicy::OnePerKind, "one" => DevicePolicy::One);
 
@@ -471,6 +485,22 @@ settings! {
         "Checks that may wait, of passwords and of tokens each; more are answered BUSY.";
     admin_listen: Option<SocketAddr> = "admin.listen" [""] None, Bounds::AddressOrNone,
         "Where metrics, health and version are served over HTTP; empty: nowhere. Without a password: keep it on loopback.";
+    cluster_mode: ClusterMode = "cluster.mode" [""] ClusterMode::None, Bounds::Choice(CLUSTER_MODES),
+        "How nodes find each other: none (one node alone), static (those of cluster.nodes), etcd.";
+    cluster_name: String = "cluster.name" [""] "ringline".to_owned(), ANY,
+        "Name of the cluster, the same on all its nodes; a node of another cluster is refused.";
+    cluster_listen: Option<SocketAddr> = "cluster.listen" [""] None, Bounds::AddressOrNone,
+        "Where other nodes connect; empty: this node's peer_address in cluster.nodes.";
+    cluster_nodes: Vec<ClusterNode> = "cluster.nodes" [""] Vec::new(), Bounds::Nodes,
+        "All nodes of a static cluster, the same list on each; this one is the one called node.name.";
+    cluster_tls: PeerTls = "cluster.tls" [""] PeerTls::On, Bounds::Choice(PEER_TLS),
+        "Whether links between nodes are mutual TLS 1.3; off is allowed on loopback only.";
+    cluster_ca: String = "cluster.ca" [""] String::new(), Bounds::Text { may_be_empty: true },
+        "PEM file of the certificates that sign those of nodes.";
+    cluster_cert: String = "cluster.cert" [""] String::new(), Bounds::Text { may_be_empty: true },
+        "PEM file of this node's certificate and what leads to the CA; its DNS name is the node's name.";
+    cluster_key: String = "cluster.key" [""] String::new(), Bounds::Text { may_be_empty: true },
+        "PEM file of the key of this node's certificate.";
     log_level: LogLevel = "log.level" [""] LogLevel::Info, Bounds::Choice(LOG_LEVELS),
         "Least important messages that are logged, to the standard error.";
     log_format: LogFormat = "log.format" [""] LogFormat::Text, Bounds::Choice(LOG_FORMATS),
@@ -561,7 +591,7 @@ impl Config {
                 self.source("limits.frame_bytes_max"),
             )));
         }
-        Ok(())
+        Ok(cluster::check(self)?)
     }
 
     /// Where the value of a key came from.

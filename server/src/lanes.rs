@@ -12,6 +12,7 @@ use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError, bounded};
 use ringline_cluster::placement::ShardIndex;
 use ringline_core::event::ShardMessage;
 
+use crate::peers::PeerLane;
 use crate::wake::Waker;
 
 /// Batches that wait in one lane; one more stays with the sender and blocks the lane.
@@ -28,6 +29,8 @@ const SPARE_BATCH_ITEMS_MAX: usize = 1_024;
 pub enum LaneItem {
     Core(ShardMessage),
     HandOver(HandOver),
+    /// What concerns the links to other nodes.
+    Peer(PeerLane),
 }
 
 /// A connection on its way to the core that owns its user.

@@ -2,7 +2,7 @@
 //!
 //! The way of a byte: [`net`] → [`edge`] → the shard, and back as effects that [`reactor`] performs. Cores speak over
 //! [`lanes`], rung by [`wake`]. [`boot`] checks the machine, [`node`] starts and stops everything, [`config`] is the one
-//! table of keys, [`doctor`] explains the machine, [`admin`] tells what it does.
+//! table of keys, [`peers`] links it to other nodes by what [`certs`] makes, [`doctor`] explains the machine, [`admin`] tells what it does.
 
 #![deny(unsafe_code)]
 
@@ -10,6 +10,7 @@ pub mod admin;
 pub mod allocations;
 pub mod auth;
 pub mod boot;
+pub mod certs;
 pub mod cli;
 pub mod config;
 pub mod doctor;
@@ -19,6 +20,7 @@ pub mod logs;
 pub mod net;
 pub mod node;
 pub mod park;
+pub mod peers;
 pub mod reactor;
 pub mod stop;
 pub mod store_cli;

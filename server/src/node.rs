@@ -28,7 +28,7 @@ use crate::admin::snapshot::SnapshotPort;
 use crate::admin::{self, Facts};
 use crate::auth::{Issuer, Verifier};
 use crate::boot::{self, BootError};
-use crate::config::{Config, StoreKind};
+use crate::config::{ClusterMode, Config, StoreKind};
 use crate::doctor;
 use crate::lanes;
 use crate::net::epoll::EpollNet;
@@ -78,6 +78,7 @@ struct SeedRest {
 /// Runs a node until it is told to stop. The result is the process's exit code.
 pub fn serve(mut config: Config) -> Result<u8, BootError> {
     let started = Instant::now();
+    check_mode(&config)?;
     // Before any thread exists this takes almost no time.
     glommio::early_init();
     let features = boot::probe_ring()?;
@@ -132,6 +133,16 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
         admin.stop();
     }
     Ok(code)
+}
+
+/// What this build can't do is said before anything is touched.
+fn check_mode(config: &Config) -> Result<(), BootError> {
+    let mode = match config.cluster_mode {
+        ClusterMode::None => return Ok(()),
+        ClusterMode::Static => "static",
+        ClusterMode::Etcd => "etcd",
+    };
+    Err(BootError::NotInThisBuild(mode))
 }
 
 fn system(what: &'static str) -> impl FnOnce(std::io::Error) -> BootError {
@@ -383,6 +394,7 @@ fn prepare(seed: Seed) -> std::io::Result<(Reactor, Parker)> {
         control: rest.control,
         reports: rest.reports,
         port: rest.port,
+        peers: None,
         epoch: rest.epoch,
     };
     Ok((Reactor::new(parts), parker))

@@ -20,6 +20,7 @@ use crate::edge::{Departure, Edge, Turn};
 use crate::lanes::{HandOver, LaneEnd, LaneItem};
 use crate::net::{Flow, Net, NetEvent};
 use crate::park::{Parker, SLEEP_US_MAX};
+use crate::peers::{PeerEvent, PeerLinks};
 use crate::stop::{Control, Phase};
 use crate::wake::Waker;
 use crate::workers::{Done, WorkersHandle};
@@ -55,6 +56,8 @@ pub struct Parts {
     pub control: Arc<Control>,
     pub reports: Sender<CoreReport>,
     pub port: SnapshotPort,
+    /// Links to other nodes; `None`: a node alone.
+    pub peers: Option<PeerLinks>,
     /// The same on all cores: monotonic times are compared between them in logs.
     pub epoch: Instant,
 }
@@ -68,6 +71,8 @@ pub struct Reactor {
     store_events: Vec<StoreEvent>,
     /// Reused by the gathering of lanes.
     arrived: Vec<(ShardIndex, LaneItem)>,
+    /// Reused by the gathering of what other nodes say.
+    peer_events: Vec<PeerEvent>,
     /// Records that the store had no room for: in order, before any newer one.
     backlog: VecDeque<Record>,
     store_failed: bool,
@@ -97,6 +102,7 @@ impl Reactor {
             now: Now::default(),
             store_events: Vec::new(),
             arrived: Vec::new(),
+            peer_events: Vec::new(),
             backlog: VecDeque::new(),
             store_failed: false,
             disk_full: false,
@@ -128,6 +134,10 @@ impl Reactor {
             self.parts.waker.awake();
         };
         self.report(true);
+        let Parts { peers, net, lanes, .. } = &mut self.parts;
+        if let Some(peers) = peers {
+            peers.farewell(net.as_mut(), lanes, self.now.mono_us / 1_000);
+        }
         self.take_back_writes();
         (ended, self.parts.store.close())
     }
@@ -145,6 +155,7 @@ impl Reactor {
         busy |= self.gather_store();
         busy |= self.gather_workers();
         busy |= self.gather_timers();
+        busy |= self.gather_peers();
         self.flush() | busy
     }
 
@@ -166,10 +177,18 @@ impl Reactor {
 
     fn gather_net(&mut self) -> bool {
         let Self { parts, edge, fx, now, .. } = self;
-        let Parts { net, shard, lanes, store, .. } = parts;
+        let Parts { net, shard, lanes, store, peers, .. } = parts;
         let now = *now;
+        let now_ms = now.mono_us / 1_000;
         // Everything is told at once and in order: a slot that is freed here may be taken by the next event.
         let any = net.poll(now.mono_us, &mut |event| {
+            let event = match peers {
+                None => event,
+                Some(peers) => match peers.take(event, lanes, now_ms) {
+                    Ok(flow) => return flow,
+                    Err(event) => event,
+                },
+            };
             let mut turn = Turn { shard, fx, now };
             match event {
                 NetEvent::Received { conn, bytes } => return edge.received(&mut turn, conn, bytes),
@@ -190,8 +209,32 @@ impl Reactor {
             Flow::Continue
         });
         edge.depart(net.as_mut(), |departure| depart(lanes, departure));
+        if let Some(peers) = peers {
+            peers.tend(net.as_mut(), lanes, now_ms);
+        }
         self.perform();
         any
+    }
+
+    /// What other nodes say, and what is due on the links to them.
+    fn gather_peers(&mut self) -> bool {
+        let Parts { net, lanes, peers: Some(peers), .. } = &mut self.parts else { return false };
+        let now_ms = self.now.mono_us / 1_000;
+        peers.tick(net.as_mut(), now_ms);
+        peers.drain(lanes, &mut self.peer_events, now_ms);
+        let events = std::mem::take(&mut self.peer_events);
+        let any = !events.is_empty();
+        self.hear_peers(events);
+        self.perform();
+        any
+    }
+
+    /// Shards of different nodes have nothing to say to each other yet: [`crate::node::serve`] refuses to be one of many.
+    fn hear_peers(&mut self, mut events: Vec<PeerEvent>) {
+        for event in events.drain(..) {
+            tracing::debug!(?event, "from another node");
+        }
+        self.peer_events = events;
     }
 
     fn gather_lanes(&mut self) -> bool {
@@ -209,6 +252,12 @@ impl Reactor {
             match item {
                 LaneItem::Core(message) => self.tell(Event::Shard { from, message }),
                 LaneItem::HandOver(hand_over) => self.take_in(hand_over),
+                LaneItem::Peer(item) => {
+                    let Parts { net, peers: Some(peers), .. } = &mut self.parts else { continue };
+                    peers.from_lane(item, net.as_mut(), &mut self.peer_events, self.now.mono_us / 1_000);
+                    let events = std::mem::take(&mut self.peer_events);
+                    self.hear_peers(events);
+                }
             }
         }
         self.arrived = arrived;
@@ -370,6 +419,10 @@ impl Reactor {
             fx.dirty = dirty;
         }
         self.perform();
+        let Parts { net, peers, .. } = &mut self.parts;
+        if let Some(peers) = peers {
+            peers.flush(net.as_mut(), self.now.mono_us / 1_000);
+        }
         self.parts.net.flush();
         // What the writes have caused in turn, in practice only connections that ended.
         self.commit();
@@ -415,8 +468,10 @@ impl Reactor {
 
     /// The last look before sleep.
     fn nothing_came(&self) -> bool {
-        let Parts { lanes, worked, port, .. } = &self.parts;
-        lanes.is_empty() && worked.is_empty() && !port.is_wanted() && !self.control_changed()
+        let Parts { lanes, worked, port, peers, .. } = &self.parts;
+        let called =
+            peers.as_ref().is_some_and(|peers| peers.is_called() || (peers.has_events() && !lanes.is_blocked()));
+        lanes.is_empty() && worked.is_empty() && !port.is_wanted() && !called && !self.control_changed()
     }
 
     fn control_changed(&self) -> bool {
@@ -429,6 +484,8 @@ impl Reactor {
         // kernel rounds so short a sleep up to fifty.
         let until = |at_us: Option<u64>| at_us.map_or(SLEEP_US_MAX, |at_us| at_us.saturating_sub(now_us + 1));
         let own = until(self.parts.shard.next_deadline_us()).min(until(self.edge.next_deadline_us()));
+        let peers_ms = self.parts.peers.as_ref().and_then(PeerLinks::next_ms);
+        let own = own.min(until(peers_ms.map(|at_ms| at_ms.saturating_mul(1_000))));
         let blocked = self.parts.lanes.is_blocked() || !self.backlog.is_empty();
         let blocked = if blocked { BLOCKED_SLEEP_US } else { SLEEP_US_MAX };
         let stopping = if self.draining { STOPPING_SLEEP_US } else { SLEEP_US_MAX };
@@ -450,6 +507,7 @@ impl Reactor {
         let quiet = !busy
             && self.parts.shard.is_quiet()
             && self.edge.is_quiet()
+            && self.parts.peers.as_ref().is_none_or(PeerLinks::is_quiet)
             && self.parts.lanes.is_empty()
             && !self.parts.lanes.is_blocked();
         let control = &self.parts.control;
@@ -467,7 +525,7 @@ impl Reactor {
     }
 
     fn snapshot(&self) -> Snapshot {
-        let Parts { index, shard, net, store, lanes, .. } = &self.parts;
+        let Parts { index, shard, net, store, lanes, peers, .. } = &self.parts;
         let (lane_batches_sent, lane_batches_received) = lanes.traffic();
         Snapshot {
             shard: *index,
@@ -482,6 +540,7 @@ impl Reactor {
                 turns: self.turns,
                 sleeps: self.sleeps,
             },
+            peers: peers.as_ref().map(|peers| Box::new(peers.snapshot(self.now.mono_us / 1_000))),
             allocations: allocations::of_this_thread(),
             store_failed: self.store_failed,
             disk_full: self.disk_full,

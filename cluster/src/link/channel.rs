@@ -176,7 +176,7 @@ impl Channel {
         self.kept_bytes
     }
 
-    /// Batches that went out again on a later connection, since the other process was first heard of.
+    /// Batches that went out again on a later connection, for counters.
     pub fn sent_again(&self) -> u64 {
         self.sent_again
     }
@@ -197,7 +197,7 @@ impl Channel {
     /// acknowledged, oldest first: whether the old process took them, nobody knows. Those never sent are among them, because
     /// they were meant for what the old process held.
     pub fn peer_restarted(&mut self, now_ms: u64) -> Vec<Bytes> {
-        let fresh = Self::new(now_ms);
+        let fresh = Self { sent_again: self.sent_again, ..Self::new(now_ms) };
         std::mem::replace(self, fresh).kept.into_iter().map(|kept| kept.bytes).collect()
     }
 

@@ -223,7 +223,10 @@ fn a_peer_that_breaks_a_rule_is_told_which() {
     }
     assert_eq!(channel.hear(batch(5, BATCH_BYTES_MAX), 0), Err(Violation::BeyondWindow));
     let huge = [0xff, 0xff, 0xff, 0xff, 2, 0, 0, 0];
-    assert_eq!(Frame::decode(&mut BytesMut::from(&huge[..])), Err(FrameError::TooLarge { bytes: u32::MAX, max: BATCH_BYTES_MAX + 16 }));
+    assert_eq!(
+        Frame::decode(&mut BytesMut::from(&huge[..])),
+        Err(FrameError::TooLarge { bytes: u32::MAX, max: BATCH_BYTES_MAX + 16 })
+    );
     let odd = [0, 0, 0, 0, 9, 0, 0, 0];
     assert_eq!(Frame::decode(&mut BytesMut::from(&odd[..])), Err(FrameError::Kind(9)));
 }

@@ -14,6 +14,8 @@ use ringline_store::StoreStats;
 
 use super::snapshot::{Answer, Snapshot};
 use crate::allocations::Allocations;
+use crate::peers::refused::Reason;
+use crate::peers::{PeerCounters, PeerSnapshot};
 
 /// Upper ends of the buckets of commit latency, in microseconds; above the last is `+Inf`.
 const COMMIT_BUCKETS_US: [u64; 17] = [
@@ -93,6 +95,30 @@ metrics! {
     Gauge "store_checkpoint_ms" None, "milliseconds that the last checkpoint took",
         |core| core.store.retention.checkpoint_ms;
 }
+
+/// What a counter of the links is read from.
+type PeerRead = fn(&PeerCounters) -> u64;
+
+/// Only of a node of a cluster.
+const PEER_COUNTERS: &[(&str, Option<Unit>, &str, PeerRead)] = &[
+    ("peer_dials", None, "connections to other nodes that were begun", |links| links.dials),
+    ("peer_accepted", None, "connections accepted at the peer port", |links| links.accepted),
+    ("peer_connected", None, "connections that came to carry a link", |links| links.connected),
+    ("peer_received", Some(Unit::Bytes), "bytes received from other nodes", |links| links.bytes_received),
+    ("peer_sent", Some(Unit::Bytes), "bytes sent to other nodes", |links| links.bytes_sent),
+    ("peer_batches_sent", None, "batches sent to other nodes", |links| links.batches_sent),
+    ("peer_batches_sent_again", None, "of them, sent again after a break", |links| links.batches_sent_again),
+    ("peer_batches_received", None, "batches received from other nodes", |links| links.batches_received),
+    ("peer_batches_again", None, "batches that came again after a break, and were dropped", |links| {
+        links.batches_again
+    }),
+    ("peer_messages_sent", None, "messages sent to other nodes", |links| links.messages_sent),
+    ("peer_messages_received", None, "messages received from other nodes", |links| links.messages_received),
+    ("peer_messages_passed", None, "of them, passed to the core that they are for", |links| links.messages_passed),
+    ("peer_full", None, "messages not taken because as many bytes waited for the node as may", |links| links.full),
+    ("peer_dropped", None, "messages of a process that is gone, or for no core that there is", |links| links.dropped),
+    ("peer_resets", None, "links whose other end became a new process", |links| links.resets),
+];
 
 /// What the process takes of the machine, by the names that Prometheus's own libraries use.
 #[derive(Clone, Copy, Debug, Default)]
@@ -214,6 +240,40 @@ impl Scrape {
         Ok(())
     }
 
+    /// The links of a node of a cluster.
+    fn peers(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
+        let links = |core: &Snapshot| core.peers.as_deref().cloned();
+        let all: Vec<(_, PeerSnapshot)> =
+            self.answers().filter_map(|(label, core)| Some((label, links(core)?))).collect();
+        if all.is_empty() {
+            return Ok(());
+        }
+        for (name, unit, help, read) in PEER_COUNTERS {
+            let name = prefixed(name);
+            let mut family = encoder.encode_descriptor(&name, help, unit.as_ref(), MetricType::Counter)?;
+            for (label, links) in &all {
+                count(&mut family.encode_family(label)?, read(&links.counters))?;
+            }
+        }
+        let help = "1 when the core's link to the node is up";
+        let mut family = encoder.encode_descriptor("ringline_peer_up", help, None, MetricType::Gauge)?;
+        for ([label], links) in &all {
+            for link in links.links.iter().filter(|link| link.is_own) {
+                let labels = [label.clone(), ("node", link.node.clone())];
+                family.encode_family(&labels)?.encode_gauge(&u64::from(link.up))?;
+            }
+        }
+        let help = "connections with other nodes that came to nothing, by reason";
+        let mut family = encoder.encode_descriptor("ringline_peer_refused", help, None, MetricType::Counter)?;
+        for ([label], links) in &all {
+            for (reason, value) in Reason::ALL.iter().zip(links.counters.refused) {
+                let labels = [label.clone(), ("reason", reason.name().to_owned())];
+                count(&mut family.encode_family(&labels)?, value)?;
+            }
+        }
+        Ok(())
+    }
+
     fn process(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), Error> {
         let all = [
             ("process_resident_memory", Some(&Unit::Bytes), "resident memory", self.process.resident_bytes),
@@ -238,6 +298,7 @@ impl Collector for Scrape {
         self.shard_counters(&mut encoder)?;
         self.commit_latency(&mut encoder)?;
         self.allocations(&mut encoder)?;
+        self.peers(&mut encoder)?;
         self.process(&mut encoder)
     }
 }
@@ -277,6 +338,8 @@ mod tests {
     use ringline_cluster::placement::ShardIndex;
     use ringline_schema::errors::ErrorCode;
 
+    use crate::peers::LinkStatus;
+
     fn page(cores: Vec<Answer>) -> String {
         Scrape::new(cores).encode().unwrap()
     }
@@ -300,6 +363,26 @@ mod tests {
         }
         assert!(text.ends_with("# EOF\n"));
         assert!(METRICS.iter().all(|metric| Counters::TEXTS.iter().all(|(name, _)| *name != metric.name)));
+    }
+
+    #[test]
+    fn a_node_of_a_cluster_shows_its_links() {
+        let alone = page(vec![(ShardIndex(0), Some(Box::new(snapshot(0))))]);
+        assert!(!alone.contains("ringline_peer"));
+        let mut own = snapshot(0);
+        let mut links = PeerSnapshot::default();
+        links.counters.batches_sent = 12;
+        links.counters.refused[Reason::WrongCa as usize] = 3;
+        links.links.push(LinkStatus { node: "b".into(), is_own: true, up: true, ..LinkStatus::default() });
+        own.peers = Some(Box::new(links));
+        let text = page(vec![(ShardIndex(0), Some(Box::new(own)))]);
+        for line in [
+            "ringline_peer_batches_sent_total{core=\"0\"} 12",
+            "ringline_peer_up{core=\"0\",node=\"b\"} 1",
+            "ringline_peer_refused_total{core=\"0\",reason=\"wrong_ca\"} 3",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+        }
     }
 
     #[test]

@@ -17,6 +17,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::allocations::Allocations;
 use crate::net::NetCounters;
+use crate::peers::PeerSnapshot;
 use crate::wake::Waker;
 
 /// How long a core may take to answer before its figures are left out.
@@ -44,6 +45,8 @@ pub struct Snapshot {
     pub net: NetCounters,
     pub shell: ShellCounters,
     pub store: StoreStats,
+    /// Links to other nodes; `None`: a node alone.
+    pub peers: Option<Box<PeerSnapshot>>,
     /// What the core's thread has taken from the allocator, in a build that counts.
     pub allocations: Option<Allocations>,
     pub store_failed: bool,
@@ -171,6 +174,7 @@ pub(super) mod tests {
             net: NetCounters::default(),
             shell: ShellCounters::default(),
             store: StoreStats::new(),
+            peers: None,
             allocations: None,
             store_failed: false,
             disk_full: false,

@@ -193,6 +193,11 @@ impl Admission {
         entered
     }
 
+    /// Takes a place even when there is none: for what must not be refused.
+    pub fn enter_always(&self) {
+        self.count.fetch_add(1, Ordering::Relaxed);
+    }
+
     pub fn leave(&self) {
         self.count.fetch_sub(1, Ordering::Relaxed);
     }
