@@ -283,14 +283,14 @@ pub fn records() -> Vec<Sample> {
     ];
     let hash = Some("$argon2id$v=19$x".to_owned());
     let all = [
-        ("message", Record::Message(message(None))),
+        ("message", Record::Message(message(None).into())),
         ("user", Record::User(User { name: ann.clone(), password_hash: hash, created_ms: 1 })),
         (
             "conversation",
             Record::Conversation { conversation: TALK, members: [ann.clone(), user("bob")], created_ms: 1 },
         ),
         ("cursor", Record::Cursor { user: ann.clone(), device: DeviceId(7), conversation: TALK, seq: Seq(4) }),
-        ("change", Record::Change(Box::new(Change { message: Some(message(Some(Box::new(extra)))), rows }))),
+        ("change", Record::Change(Box::new(Change { message: Some(message(Some(Box::new(extra))).into()), rows }))),
     ];
     let encode = |(name, record): &(&str, Record)| {
         let mut bytes = Default::default();

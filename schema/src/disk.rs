@@ -3,6 +3,8 @@
 //! The frame around them (length, checksum, type, version) is the log's. A type number is never reused; a changed
 //! layout is a new type number, so a log tells its own format record by record.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use rkyv::rancor::Error;
 use rkyv::util::AlignedVec;
@@ -145,7 +147,7 @@ pub fn encode(record: &Record, out: &mut AlignedVec) -> Result<RecordType, DiskE
             (RecordType::Change, rkyv::api::high::to_bytes_in::<_, Error>(&disk, taken))
         }
         Record::Change(change) => {
-            let (message, rows) = (change.message.as_ref(), encode_rows(&change.rows));
+            let (message, rows) = (change.message.as_deref(), encode_rows(&change.rows));
             let extra = packed_extra(message);
             let disk = disk_change(message, &extra, &rows);
             (RecordType::Change, rkyv::api::high::to_bytes_in::<_, Error>(&disk, taken))
@@ -188,7 +190,7 @@ pub fn decode(record_type: RecordType, payload: &[u8]) -> Result<Record, DiskErr
     let record = match record_type {
         RecordType::Message => {
             let disk = rkyv::access::<ArchivedDiskMessage<'_>, Error>(payload).map_err(refused)?;
-            Record::Message(StoredMessage {
+            Record::Message(Arc::new(StoredMessage {
                 conversation: ConversationId(disk.conversation.to_native()),
                 seq: Seq(disk.seq.to_native()),
                 from: name(&disk.from)?,
@@ -199,7 +201,7 @@ pub fn decode(record_type: RecordType, payload: &[u8]) -> Result<Record, DiskErr
                 kind: BodyKind::from_number(disk.kind).ok_or_else(|| DiskError("body kind".into()))?,
                 body: Bytes::copy_from_slice(&disk.body),
                 extra: None,
-            })
+            }))
         }
         RecordType::Change => change(payload)?,
         RecordType::User => {
@@ -321,9 +323,9 @@ fn change(payload: &[u8]) -> Result<Record, DiskError> {
         extra: extra.map(Box::new),
     };
     if rows.is_empty() {
-        return Ok(Record::Message(message));
+        return Ok(Record::Message(message.into()));
     }
-    Ok(Record::Change(Box::new(Change { message: Some(message), rows })))
+    Ok(Record::Change(Box::new(Change { message: Some(message.into()), rows })))
 }
 
 fn name(text: &str) -> Result<UserName, DiskError> {
@@ -370,11 +372,11 @@ mod tests {
         let marked = StoredMessage { extra: Some(Box::new(extra)), ..plain.clone() };
         let rows = crate::rows::samples();
         vec![
-            Record::Change(Box::new(Change { message: Some(marked.clone()), rows: rows.clone() })),
-            Record::Change(Box::new(Change { message: Some(plain.clone()), rows: rows.clone() })),
+            Record::Change(Box::new(Change { message: Some(marked.clone().into()), rows: rows.clone() })),
+            Record::Change(Box::new(Change { message: Some(plain.clone().into()), rows: rows.clone() })),
             Record::Change(Box::new(Change { message: None, rows })),
-            Record::Message(marked),
-            Record::Message(plain),
+            Record::Message(marked.into()),
+            Record::Message(plain.into()),
             Record::User(User { name: ann.clone(), password_hash: Some("$argon2id$".into()), created_ms: 5 }),
             Record::User(User { name: bob.clone(), password_hash: None, created_ms: 6 }),
             Record::Conversation { conversation, members: [ann.clone(), bob], created_ms: 8 },
@@ -400,15 +402,15 @@ mod tests {
             let mut payload = AlignedVec::new();
             let record_type = encode(&record, &mut payload).unwrap();
             let indexed = decode_for_index(record_type, &payload).unwrap();
-            let without_body = |message: StoredMessage| {
+            let without_body = |message: &StoredMessage| {
                 let (accepted, conversation) = (message.accepted(), message.conversation);
-                IndexedMessage { conversation, from: message.from, device: message.device, accepted }
+                IndexedMessage { conversation, from: message.from.clone(), device: message.device, accepted }
             };
             match record {
-                Record::Message(message) => assert_eq!(indexed, Indexed::Message(without_body(message))),
+                Record::Message(message) => assert_eq!(indexed, Indexed::Message(without_body(&message))),
                 Record::Change(change) => {
                     let Change { message, rows } = *change;
-                    assert_eq!(indexed, Indexed::Change { message: message.map(without_body), rows });
+                    assert_eq!(indexed, Indexed::Change { message: message.as_deref().map(without_body), rows });
                 }
                 Record::User(_) | Record::Conversation { .. } | Record::Cursor { .. } => {
                     assert_eq!(indexed, Indexed::Other(record));

@@ -1,6 +1,8 @@
 //! What the store keeps, and what the core asks of it. The owned forms that travel inside a node; [`crate::disk`]
 //! gives their bytes.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 
 use crate::errors::ErrorCode;
@@ -200,7 +202,8 @@ pub struct Accepted {
 /// One durable change. The log is a sequence of these; the index is derived from them alone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Record {
-    Message(StoredMessage),
+    /// Shared with who waits for its commit to deliver it.
+    Message(Arc<StoredMessage>),
     User(User),
     /// The first record of a direct conversation; both names are equal in a chat with oneself.
     Conversation {
@@ -222,8 +225,14 @@ pub enum Record {
 /// See [`Record::Change`]. All of one owner, and all or nothing on disk.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Change {
-    pub message: Option<StoredMessage>,
+    pub message: Option<Arc<StoredMessage>>,
     pub rows: Vec<Row>,
+}
+
+impl From<StoredMessage> for Record {
+    fn from(message: StoredMessage) -> Self {
+        Self::Message(message.into())
+    }
 }
 
 impl Record {
@@ -231,7 +240,7 @@ impl Record {
     pub fn message(&self) -> Option<&StoredMessage> {
         match self {
             Self::Message(message) => Some(message),
-            Self::Change(change) => change.message.as_ref(),
+            Self::Change(change) => change.message.as_deref(),
             Self::User(_) | Self::Conversation { .. } | Self::Cursor { .. } => None,
         }
     }
@@ -239,8 +248,8 @@ impl Record {
     /// The same, taken out.
     pub fn into_message(self) -> Option<StoredMessage> {
         match self {
-            Self::Message(message) => Some(message),
-            Self::Change(change) => change.message,
+            Self::Message(message) => Some(Arc::unwrap_or_clone(message)),
+            Self::Change(change) => change.message.map(Arc::unwrap_or_clone),
             Self::User(_) | Self::Conversation { .. } | Self::Cursor { .. } => None,
         }
     }

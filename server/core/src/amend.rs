@@ -9,6 +9,8 @@
 //! higher than the sender deletes too. Who may not write (blocked, muted) may not edit either, but may take back; who
 //! is no member of the group may do nothing in it.
 
+use std::sync::Arc;
+
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, Seq, UserName};
 use ringline_schema::message::chat::{Amend, AmendAction};
@@ -52,12 +54,13 @@ pub(crate) struct AmendOut {
 }
 
 /// The record of a message: with the row that it makes of another, if it amends one.
-pub(crate) fn record_of(message: StoredMessage) -> Record {
-    let Some((of, state)) = message.amends() else { return Record::Message(message) };
+pub(crate) fn record_of(message: &Arc<StoredMessage>) -> Record {
+    let shared = Arc::clone(message);
+    let Some((of, state)) = message.amends() else { return Record::Message(shared) };
     let amended = AmendedRow { state, by: message.seq, at_ms: message.time_ms };
     let (key, value) = (RowKey::Amended(message.conversation, of), Some(RowValue::Amended(amended)));
     let rows = vec![Row { key, stamp: message.seq.0, value }];
-    Record::Change(Box::new(Change { message: Some(message), rows }))
+    Record::Change(Box::new(Change { message: Some(shared), rows }))
 }
 
 impl Shard {
@@ -76,13 +79,14 @@ impl Shard {
         self.check_send(&send)?;
         let amending = Amending { refers: amend.seq, state, kind: amend.kind, soon };
         let extra = StoredExtra { refers: amend.seq, state, ..StoredExtra::default() };
-        let more = SubmitMore { extra: Some(Box::new(extra)), amend: Some(amending), ..SubmitMore::default() };
-        self.send_durable((origin.conn, origin.request_id), (with, &send), Some(more), fx)
+        let more = SubmitMore { amend: Some(amending), ..SubmitMore::default() };
+        let more = (Some(Box::new(extra)), Some(Box::new(more)));
+        self.send_durable((origin.conn, origin.request_id), &send, more, fx)
     }
 
     /// The sender may write here: what does it amend?
     pub(crate) fn read_original(&mut self, submit: Submit, amending: Amending, fx: &mut Effects) {
-        let id = submit.conversation;
+        let id = submit.message.conversation;
         let may_load = self.may_load();
         let Some(conversation) = self.conversations.get_mut(&id) else { return };
         // The store shows those that are on disk by itself.
@@ -105,13 +109,14 @@ impl Shard {
         let Some(mut submit) = conversation.waiting.pop_front() else { return };
         match self.judge_amend(&submit, answer).and_then(|()| self.may_append()) {
             Ok(()) => {
-                if let Some(extra) = submit.more.as_mut().and_then(|more| more.extra.as_mut()) {
+                if let Some(extra) = Arc::make_mut(&mut submit.message).extra.as_mut() {
                     extra.amended_ms = self.now.unix_ms;
                 }
-                if submit.to.is_group() {
+                if submit.message.to.is_group() {
                     self.write_to_group(submit, fx);
                 } else {
-                    self.write(submit, fx);
+                    let hash = submit.hash();
+                    self.write(submit, hash, fx);
                 }
             }
             Err(code) => self.refuse(submit.origin, code, fx),
@@ -128,12 +133,12 @@ impl Shard {
             let truncated = amending.refers != Seq::ZERO && amending.refers < first;
             return Err(if truncated { ErrorCode::Truncated } else { ErrorCode::NoSuchMessage });
         };
-        let in_flight = self.conversations.peek(&submit.conversation).map_or(&[][..], |known| &known.amends);
+        let in_flight = self.conversations.peek(&submit.message.conversation).map_or(&[][..], |known| &known.amends);
         let gone = |amend: &AmendOut| amend.of == amending.refers && amend.state != MessageState::Edited;
         if !shows_a_body(&original) || in_flight.iter().any(gone) {
             return Err(ErrorCode::NoSuchMessage);
         }
-        if original.from != submit.from {
+        if original.from != submit.message.from {
             let deletes = amending.state == MessageState::Deleted;
             return if deletes && self.outranks(submit, &original.from) { Ok(()) } else { Err(ErrorCode::NotAllowed) };
         }
@@ -148,9 +153,10 @@ impl Shard {
 
     /// Whether who submits ranks higher in the group than that user, who may have left it: then like a plain member.
     fn outranks(&self, submit: &Submit, sender: &UserName) -> bool {
-        let group = self.groups.peek(&submit.conversation).and_then(|slot| slot.group.as_ref());
+        let group = self.groups.peek(&submit.message.conversation).and_then(|slot| slot.group.as_ref());
         let role = |user| group.and_then(|group| group.member(user)).map(|member| member.role);
-        submit.to.is_group() && role(&submit.from).is_some_and(|own| own > role(sender).unwrap_or(Role::Member))
+        submit.message.to.is_group()
+            && role(&submit.message.from).is_some_and(|own| own > role(sender).unwrap_or(Role::Member))
     }
 }
 

@@ -4,6 +4,7 @@
 //! are given at append and become visible at commit; records commit in order, so a conversation's sequence is dense.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use ringline_cluster::placement::ShardIndex;
 use ringline_schema::errors::ErrorCode;
@@ -24,7 +25,7 @@ use crate::planted::Bug;
 use crate::receipts::ReceiptWrite;
 use crate::shard::{Question, Shard};
 use crate::social::SocialPending;
-use crate::social::settings::{PERMIT_MS, Parked, REFUSAL_MS};
+use crate::social::settings::{PERMIT_MS, Parked, PrivacyChanges, REFUSAL_MS};
 
 /// Devices whose filters one conversation keeps in memory before it lets go of those of others.
 const FILTERS_PER_CONVERSATION_MAX: usize = 64;
@@ -59,7 +60,7 @@ pub(crate) struct Conversation {
     pub committed: Seq,
     /// Messages appended and not yet on disk: `head − committed`.
     pub in_flight: u64,
-    pub filters: Vec<(DeviceKey, Filter)>,
+    pub senders: Vec<Sender>,
     /// Amendments, at least those that are not on disk yet.
     pub amends: Vec<AmendOut>,
     /// What was asked about writing to either side, by the side.
@@ -93,7 +94,7 @@ impl Conversation {
             head: Seq::ZERO,
             committed: Seq::ZERO,
             in_flight: 0,
-            filters: Vec::new(),
+            senders: Vec::new(),
             amends: Vec::new(),
             permits: SmallVec::new(),
             wrote: SmallVec::new(),
@@ -111,9 +112,47 @@ impl Conversation {
         if new {
             self.wrote.push(user.clone());
         }
-        // Who was a stranger to this user is none any more.
-        self.permits.retain(|permit| permit.result.is_ok() || permit.to != *user);
         new
+    }
+
+    /// Whether the receiver takes this message, if that was asked lately.
+    fn permission(&self, submit: &Submit, privacy: &PrivacyChanges, now_us: u64) -> Option<Result<(), ErrorCode>> {
+        // Who is kept out may still take back what is there.
+        if submit.amending().is_some_and(|amending| amending.takes_back()) || submit.is_to_group() {
+            return Some(Ok(()));
+        }
+        let StoredMessage { from, to, .. } = &*submit.message;
+        let Some(permit) = self.permits.iter().find(|permit| permit.to == *to) else {
+            // Nobody asks whether a user takes messages of its own.
+            return (from == to).then_some(Ok(()));
+        };
+        let lasts = now_us < permit.since_us.saturating_add(permit.lasts_us());
+        (lasts && privacy.is_newer(to, permit.since_us)).then_some(permit.result)
+    }
+
+    /// A new message gets its number. Gives it, whether the conversation begins with it, and whether its sender does.
+    fn number(&mut self, submit: &mut Submit, (hash, time_ms): (Option<u64>, u64)) -> (Arc<StoredMessage>, bool, bool) {
+        let first = !std::mem::replace(&mut self.exists, true);
+        self.head = self.head.next();
+        self.in_flight += 1;
+        let message = submit.numbered(self.head, time_ms);
+        self.note_amend(&message);
+        let (mut known_device, mut noted) = (false, false);
+        if let Some(body_hash) = hash
+            && let Some(sender) = self.sender(submit.device_key)
+        {
+            known_device = !sender.filter.is_empty();
+            noted = std::mem::replace(&mut sender.noted, true);
+            let (client_seq, seq) = (message.client_seq, message.seq);
+            sender.filter.insert(Accepted { client_seq, seq, time_ms, body_hash });
+        }
+        // Who was a stranger to the sender is none any more.
+        if self.permits.iter().any(|permit| permit.result.is_err()) {
+            self.permits.retain(|permit| permit.result.is_ok() || permit.to != message.from);
+        }
+        let direct = !noted && message.from != message.to && !submit.is_to_group();
+        let begins = direct && self.note_writer(&message.from) && !known_device;
+        (message, first, begins)
     }
 
     /// Notes a message that is on its way to the disk, if it amends another.
@@ -123,14 +162,23 @@ impl Conversation {
 
     /// Notes an accepted send.
     pub(crate) fn remember(&mut self, device: DeviceKey, accepted: Accepted) {
-        if let Some(filter) = self.filter(device) {
-            filter.insert(accepted);
+        if let Some(sender) = self.sender(device) {
+            sender.filter.insert(accepted);
         }
     }
 
-    fn filter(&mut self, device: DeviceKey) -> Option<&mut Filter> {
-        self.filters.iter_mut().find(|(key, _)| *key == device).map(|(_, filter)| filter)
+    fn sender(&mut self, device: DeviceKey) -> Option<&mut Sender> {
+        self.senders.iter_mut().find(|sender| sender.device == device)
     }
+}
+
+/// What a conversation keeps of a device that sends to it.
+#[derive(Debug)]
+pub(crate) struct Sender {
+    pub device: DeviceKey,
+    pub filter: Filter,
+    /// Its user is known to have written.
+    noted: bool,
 }
 
 /// Something that waits for record `lsn` to be durable.
@@ -144,7 +192,7 @@ pub(crate) struct Pending {
 #[derive(Debug)]
 pub(crate) enum PendingWork {
     Message {
-        message: Box<StoredMessage>,
+        message: Arc<StoredMessage>,
         origin: Origin,
         ack_timeout_ms: Option<u32>,
     },
@@ -179,27 +227,15 @@ impl Shard {
         if let Err(code) = self.may_append() {
             return self.refuse(submit.origin, code, fx);
         }
-        let id = submit.conversation;
-        let submit = match submit.to.is_group() {
+        let id = submit.message.conversation;
+        let submit = match submit.is_to_group() {
             true => match self.group_is_there(submit, fx) {
                 Some(submit) => submit,
                 None => return,
             },
             false => submit,
         };
-        if self.conversations.get(&id).is_none() {
-            if !self.may_load() {
-                return self.refuse(submit.origin, ErrorCode::Busy, fx);
-            }
-            let mut conversation = Conversation::new();
-            let device = submit.device_key;
-            conversation.waiting.push_back(submit);
-            self.conversations.put(id, conversation);
-            self.evict_conversations();
-            let query = Query::Head { conversation: id, device };
-            return self.load(Question::Head(id, device), query, fx);
-        }
-        let Some(conversation) = self.conversations.get_mut(&id) else { return };
+        let Some(conversation) = self.conversations.get_mut(&id) else { return self.submit_first(submit, fx) };
         if conversation.stage == Stage::Ready {
             return self.accept(submit, fx);
         }
@@ -216,17 +252,17 @@ impl Shard {
         }
     }
 
-    /// Whether the receiver takes this message, if that was asked lately.
-    fn permission(&self, submit: &Submit) -> Option<Result<(), ErrorCode>> {
-        // Who is kept out may still take back what is there.
-        let takes_back = submit.amending().is_some_and(|amending| amending.takes_back());
-        if takes_back || submit.to == submit.from || submit.to.is_group() {
-            return Some(Ok(()));
+    /// The first send to a conversation that is not in memory: it waits there.
+    fn submit_first(&mut self, submit: Submit, fx: &mut Effects) {
+        if !self.may_load() {
+            return self.refuse(submit.origin, ErrorCode::Busy, fx);
         }
-        let conversation = self.conversations.peek(&submit.conversation)?;
-        let permit = conversation.permits.iter().find(|permit| permit.to == submit.to)?;
-        let lasts = self.now.mono_us < permit.since_us.saturating_add(permit.lasts_us());
-        (lasts && self.social.privacy.is_newer(&permit.to, permit.since_us)).then_some(permit.result)
+        let (id, device) = (submit.message.conversation, submit.device_key);
+        let mut conversation = Conversation::new();
+        conversation.waiting.push_back(submit);
+        self.conversations.put(id, conversation);
+        self.evict_conversations();
+        self.load(Question::Head(id, device), Query::Head { conversation: id, device }, fx);
     }
 
     /// What is known of writing to `user` does not count any more.
@@ -244,23 +280,23 @@ impl Shard {
         if submit.act().is_some() {
             return self.accept_in_group(submit, fx);
         }
-        let id = submit.conversation;
-        let Some(conversation) = self.conversations.get_mut(&id) else { return };
-        let Some(filter) = conversation.filter(submit.device_key) else {
+        let id = submit.message.conversation;
+        let Some(conversation) = self.conversations.peek_mut(&id) else { return };
+        let Some(sender) = conversation.sender(submit.device_key) else {
             conversation.stage = Stage::Loading;
             let device = submit.device_key;
             conversation.waiting.push_front(submit);
             return self.load(Question::Head(id, device), Query::Head { conversation: id, device }, fx);
         };
         let unfiltered = self.planted.is(Bug::NoDuplicateFilter);
-        let seen = if unfiltered { Seen::New } else { filter.check(submit.client_seq, submit.hash()) };
+        let hash = submit.hash();
+        let seen = if unfiltered { Seen::New } else { sender.filter.check(submit.message.client_seq, hash) };
         match seen {
-            Seen::New if submit.to.is_group() => self.accept_in_group(submit, fx),
-            Seen::New => match self.permission(&submit) {
-                Some(Ok(())) => self.permitted(submit, fx),
+            Seen::New if submit.is_to_group() => self.accept_in_group(submit, fx),
+            Seen::New => match conversation.permission(&submit, &self.social.privacy, self.now.mono_us) {
+                Some(Ok(())) => self.permitted(submit, hash, fx),
                 Some(Err(code)) => self.refuse(submit.origin, code, fx),
                 None => {
-                    let Some(conversation) = self.conversations.get_mut(&id) else { return };
                     conversation.stage = Stage::AskingUser { since_us: self.now.mono_us };
                     conversation.waiting.push_front(submit);
                     self.ask_user(id, fx);
@@ -283,43 +319,19 @@ impl Shard {
     }
 
     /// A message that is taken by who it is for.
-    fn permitted(&mut self, submit: Submit, fx: &mut Effects) {
+    fn permitted(&mut self, submit: Submit, hash: u64, fx: &mut Effects) {
         match submit.amending() {
-            None => self.write(submit, fx),
+            None => self.write(submit, hash, fx),
             Some(amending) => self.read_original(submit, amending, fx),
         }
     }
 
-    /// Gives a new message its number and sends it to the log.
-    pub(crate) fn write(&mut self, submit: Submit, fx: &mut Effects) {
-        let (id, time_ms) = (submit.conversation, self.now.unix_ms);
-        let Some(conversation) = self.conversations.get_mut(&id) else { return };
-        let first = !std::mem::replace(&mut conversation.exists, true);
-        let seq = conversation.head.next();
-        conversation.head = seq;
-        conversation.in_flight += 1;
-        let message = StoredMessage {
-            conversation: id,
-            seq,
-            from: submit.from,
-            to: submit.to,
-            device: submit.device,
-            client_seq: submit.client_seq,
-            time_ms,
-            kind: submit.kind,
-            body: submit.body,
-            extra: submit.more.and_then(|more| more.extra),
-        };
-        conversation.note_amend(&message);
-        let mut known_device = false;
-        if !self.planted.is(Bug::NoDuplicateFilter)
-            && let Some(filter) = conversation.filter(submit.device_key)
-        {
-            known_device = !filter.is_empty();
-            filter.insert(message.accepted());
-        }
-        let direct = message.from != message.to && !message.to.is_group();
-        let begins = direct && conversation.note_writer(&message.from) && !known_device;
+    /// Gives a new message, whose fingerprint is `hash`, its number and sends it to the log.
+    pub(crate) fn write(&mut self, mut submit: Submit, hash: u64, fx: &mut Effects) {
+        let (id, time_ms) = (submit.message.conversation, self.now.unix_ms);
+        let hash = (!self.planted.is(Bug::NoDuplicateFilter)).then_some(hash);
+        let Some(conversation) = self.conversations.peek_mut(&id) else { return };
+        let (message, first, begins) = conversation.number(&mut submit, (hash, time_ms));
         if first {
             let (one, other) = (message.from.clone(), message.to.clone());
             let members = if one <= other { [one, other] } else { [other, one] };
@@ -330,12 +342,12 @@ impl Shard {
             let rows = vec![Row { key, stamp: 1, value: Some(RowValue::Wrote) }];
             self.append(Record::Change(Box::new(Change { message: None, rows })), fx);
         }
-        let record = record_of(message.clone());
+        let record = record_of(&message);
         let weight = record.weight();
         self.pending_bytes += weight;
         let lsn = self.append(record, fx);
-        let (message, origin) = (Box::new(message), submit.origin);
-        let work = PendingWork::Message { message, origin, ack_timeout_ms: submit.ack_timeout_ms };
+        let (origin, ack_timeout_ms) = (submit.origin, submit.ack_timeout_ms);
+        let work = PendingWork::Message { message, origin, ack_timeout_ms };
         self.pending.push_back(Pending { lsn, weight, work });
     }
 
@@ -371,13 +383,13 @@ impl Shard {
             conversation.head = Seq(head.head.0.saturating_sub(low));
             conversation.committed = conversation.head;
         }
-        if conversation.filter(device).is_none() {
-            if conversation.filters.len() >= FILTERS_PER_CONVERSATION_MAX {
+        if conversation.sender(device).is_none() {
+            if conversation.senders.len() >= FILTERS_PER_CONVERSATION_MAX {
                 // What is not on disk yet is nowhere but here.
                 let committed = conversation.committed;
-                conversation.filters.retain(|(_, filter)| filter.newest_seq() > committed);
+                conversation.senders.retain(|sender| sender.filter.newest_seq() > committed);
             }
-            conversation.filters.push((device, Filter::restore(head.filter)));
+            conversation.senders.push(Sender { device, filter: Filter::restore(head.filter), noted: false });
         }
         self.advance(id, fx);
     }
@@ -386,7 +398,7 @@ impl Shard {
     fn ask_user(&mut self, id: ConversationId, fx: &mut Effects) {
         let Some(conversation) = self.conversations.peek(&id) else { return };
         let Some(submit) = conversation.waiting.front() else { return };
-        let (user, from) = (submit.to.clone(), submit.from.clone());
+        let (user, from) = (submit.message.to.clone(), submit.message.from.clone());
         let (exists, answered) = (conversation.exists, conversation.wrote.contains(&user));
         let owner = self.owner(user.partition());
         if self.is_blocked(owner) && !self.is_here(owner) {
@@ -458,7 +470,7 @@ impl Shard {
         let now_us = self.now.mono_us;
         let Some(conversation) = self.conversations.get_mut(&id) else { return };
         // An answer to a question that was asked twice may come when the other side is asked about.
-        let asked = conversation.waiting.front().is_some_and(|submit| submit.to == *user);
+        let asked = conversation.waiting.front().is_some_and(|submit| submit.message.to == *user);
         if !asked || !matches!(conversation.stage, Stage::AskingUser { .. }) {
             return;
         }
@@ -472,7 +484,10 @@ impl Shard {
             // The head of the queue is the send that asked: write it without asking again.
             if let Some(submit) = conversation.waiting.pop_front() {
                 match self.may_append() {
-                    Ok(()) => self.permitted(submit, fx),
+                    Ok(()) => {
+                        let hash = submit.hash();
+                        self.permitted(submit, hash, fx);
+                    }
                     Err(code) => self.refuse(submit.origin, code, fx),
                 }
             }
@@ -480,7 +495,7 @@ impl Shard {
         };
         // Both directions wait here; only those that write to this user are refused.
         let (refused, kept): (VecDeque<_>, VecDeque<_>) =
-            std::mem::take(&mut conversation.waiting).into_iter().partition(|submit| submit.to == *user);
+            std::mem::take(&mut conversation.waiting).into_iter().partition(|submit| submit.message.to == *user);
         conversation.waiting = kept;
         for submit in refused {
             self.refuse(submit.origin, code, fx);
@@ -514,7 +529,7 @@ impl Shard {
 
     fn committed(
         &mut self,
-        message: Box<StoredMessage>,
+        message: Arc<StoredMessage>,
         origin: Origin,
         ack_timeout_ms: Option<u32>,
         fx: &mut Effects,
@@ -527,9 +542,7 @@ impl Shard {
         self.sessions.counters.accepted += 1;
         let (conversation, seq, time_ms) = (message.conversation, message.seq, message.time_ms);
         let ack = SendAck { conversation, seq, time_ms, dup: false };
-        let to_self = message.from == message.to;
-        let copy = (!to_self).then_some(&*message);
-        self.answer_send(origin, (true, Ok(ack)), copy, fx);
+        self.answer_send(origin, (true, Ok(ack)), Some(&message), fx);
         let wanted = ack_timeout_ms.map(|timeout_ms| Wanted { origin, timeout_ms });
         let target = self.owner(message.to.partition());
         if self.is_here(target) {

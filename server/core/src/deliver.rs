@@ -87,9 +87,8 @@ impl Shard {
             to = self.online.listed_after(None).find(|name| **name != message.from).unwrap_or(to);
         }
         let Some(conns) = self.online.get(to) else { return };
-        let wire = message.as_wire();
         for &conn in conns {
-            self.sessions.deliver_durable(conn, &wire, &message.from, fx);
+            self.sessions.deliver_durable(conn, message, &message.from, fx);
         }
     }
 

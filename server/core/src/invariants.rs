@@ -28,6 +28,7 @@ impl Shard {
             assert!(self.is_here(self.owner(login.user.partition())), "{} lives elsewhere", login.user);
             let conns = self.online.get(&login.user).expect("a logged-in user is online");
             assert_eq!(conns.iter().filter(|&&conn| conn == session.conn).count(), 1);
+            assert!(!login.alone || conns.len() == 1, "who has other devices does not write for itself alone");
             assert!(login.sends_in_flight <= ringline_schema::limits::SENDS_IN_FLIGHT_MAX);
             for known in login.known().values() {
                 assert!(known.acked <= known.shown, "acknowledged more than was shown");
@@ -51,7 +52,7 @@ impl Shard {
             assert_eq!(conversation.committed.0 + conversation.in_flight, conversation.head.0, "numbers are dense");
             assert!(conversation.exists || conversation.head.0 == 0);
             assert!(conversation.stage != Stage::Ready || conversation.waiting.is_empty(), "nobody waits for nothing");
-            assert!(conversation.filters.iter().all(|(_, filter)| filter.is_well_formed()));
+            assert!(conversation.senders.iter().all(|sender| sender.filter.is_well_formed()));
         }
     }
 

@@ -304,6 +304,11 @@ impl Shard {
             self.look_at(conn, look_us);
         }
         let first = self.online.add(&user, conn);
+        for &other in self.online.get(&user).into_iter().flatten() {
+            if let Some(login) = self.sessions.login_mut(other) {
+                login.alone = first;
+            }
+        }
         self.sessions.counters.logins += 1;
         let ok = LoginOk {
             user: user.as_str(),

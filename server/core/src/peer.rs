@@ -5,9 +5,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 use ringline_cluster::placement::ShardIndex;
 use ringline_schema::errors::ErrorCode;
-use ringline_schema::ids::{ConversationId, DeviceId, DeviceKey, UserName};
+use ringline_schema::ids::{ConversationId, ConversationKind, DeviceId, DeviceKey, Seq, UserName};
 use ringline_schema::message::{BodyKind, Receipt, SendAck};
-use ringline_schema::record::{Answer, Range, StoredExtra, StoredMessage, sent_hash};
+use ringline_schema::record::{Answer, Range, StoredMessage, sent_hash};
 
 use crate::amend::Amending;
 use crate::event::ConnId;
@@ -30,14 +30,9 @@ pub struct Origin {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Submit {
     pub origin: Origin,
-    pub conversation: ConversationId,
-    pub from: UserName,
-    pub to: UserName,
-    pub device: DeviceId,
     pub device_key: DeviceKey,
-    pub client_seq: u64,
-    pub kind: BodyKind,
-    pub body: Bytes,
+    /// What is sent, in the one place where it stays until it is delivered. Number and time are the owner's to give.
+    pub message: Arc<StoredMessage>,
     pub ack_timeout_ms: Option<u32>,
     /// What few sends have.
     pub more: Option<Box<SubmitMore>>,
@@ -46,7 +41,6 @@ pub struct Submit {
 /// What goes the way of a durable send and is more than a plain message.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SubmitMore {
-    pub extra: Option<Box<StoredExtra>>,
     pub amend: Option<Amending>,
     /// A command to the group: nothing is sent.
     pub act: Option<Act>,
@@ -57,6 +51,17 @@ pub struct SubmitMore {
 }
 
 impl Submit {
+    pub(crate) fn is_to_group(&self) -> bool {
+        self.message.conversation.kind() == Some(ConversationKind::Group)
+    }
+
+    /// The message with the number and the time that its owner gives it. Not copied: nobody else holds it yet.
+    pub(crate) fn numbered(&mut self, seq: Seq, time_ms: u64) -> Arc<StoredMessage> {
+        let message = Arc::make_mut(&mut self.message);
+        (message.seq, message.time_ms) = (seq, time_ms);
+        Arc::clone(&self.message)
+    }
+
     /// The act, if it is one and no message.
     pub fn act(&self) -> Option<&Act> {
         self.more.as_ref().and_then(|more| more.act.as_ref())
@@ -74,7 +79,7 @@ impl Submit {
 
     /// Its fingerprint for the duplicate filter.
     pub fn hash(&self) -> u64 {
-        sent_hash(&self.body, self.more.as_ref().and_then(|more| more.extra.as_deref()))
+        sent_hash(&self.message.body, self.message.extra.as_deref())
     }
 }
 
@@ -124,11 +129,11 @@ pub enum ShardMessage {
         origin: Origin,
         durable: bool,
         result: Result<SendAck, ErrorCode>,
-        copy: Option<Box<StoredMessage>>,
+        copy: Option<Arc<StoredMessage>>,
     },
     /// To the shard of a receiving user.
     Deliver {
-        message: Box<StoredMessage>,
+        message: Arc<StoredMessage>,
         wanted: Option<Wanted>,
     },
     /// To the origin of a send that asked for a delivery acknowledgement.

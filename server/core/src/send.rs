@@ -1,5 +1,7 @@
 //! The origin's side of SEND: checks, the way to the owner or the target, and the one answer.
 
+use std::sync::Arc;
+
 use bytes::{Bytes, BytesMut};
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, Seq, UserName};
@@ -46,13 +48,15 @@ impl Shard {
         send: &Send<'_>,
         fx: &mut Effects,
     ) {
-        let checked = self.check_send(send).and_then(|()| UserName::new(send.to));
-        let sent = checked.and_then(|to| match send.class {
+        let sent = self.check_send(send).and_then(|()| match send.class {
             Class::Durable => {
-                let more = extra_of(&to, send)?;
-                self.send_durable((conn, request_id), (to, send), more, fx)
+                let extra = extra_of(send)?;
+                self.send_durable((conn, request_id), send, (extra, None), fx)
             }
-            Class::Transient => self.send_transient(conn, (request_id, no_reply), (to, send), fx),
+            Class::Transient => {
+                let to = UserName::new(send.to)?;
+                self.send_transient(conn, (request_id, no_reply), (to, send), fx)
+            }
         });
         if let Err(code) = sent {
             self.sessions.fail(conn, request_id, code, fx);
@@ -80,37 +84,31 @@ impl Shard {
     pub(crate) fn send_durable(
         &mut self,
         (conn, request_id): (ConnId, u32),
-        (to, send): (UserName, &Send<'_>),
-        more: Option<SubmitMore>,
+        send: &Send<'_>,
+        (extra, more): (Option<Box<StoredExtra>>, Option<Box<SubmitMore>>),
         fx: &mut Effects,
     ) -> Result<(), ErrorCode> {
         let origin = self.origin(conn, request_id);
         let login = self.sessions.login_mut(conn).ok_or(ErrorCode::NotLoggedIn)?;
+        let (to, conversation) = login.conversation(send.to)?;
         if login.sends_in_flight >= limits::SENDS_IN_FLIGHT_MAX {
             return Err(ErrorCode::Busy);
         }
-        let conversation = login.conversation(&to);
-        let (from, device, device_key) = (login.user.clone(), login.device, login.key());
         let owner = self.owner(conversation.partition());
         if !self.is_here(owner) && self.is_blocked(owner) {
             return Err(ErrorCode::Busy);
         }
+        let body = keep_body(&mut self.bodies, send.body);
+        let login = self.sessions.login_mut(conn).ok_or(ErrorCode::NotLoggedIn)?;
+        login.sends_in_flight += 1;
+        let plain = login.message((to, conversation), send.kind, body);
         let submit = Submit {
             origin,
-            conversation,
-            from,
-            to,
-            device,
-            device_key,
-            client_seq: send.client_seq,
-            kind: send.kind,
-            body: keep_body(&mut self.bodies, send.body),
+            device_key: login.key(),
+            message: Arc::new(StoredMessage { client_seq: send.client_seq, extra, ..plain }),
             ack_timeout_ms: send.ack_timeout_ms.map(|ms| ms.min(limits::ACK_TIMEOUT_MS_MAX)),
-            more: more.map(Box::new),
+            more,
         };
-        if let Some(login) = self.sessions.login_mut(conn) {
-            login.sends_in_flight += 1;
-        }
         self.sessions.counters.sends_durable += 1;
         if self.is_here(owner) {
             self.submit(submit, fx);
@@ -132,7 +130,7 @@ impl Shard {
             return Err(ErrorCode::BadRequest);
         }
         if to.is_group() {
-            return self.send_transient_to_group(origin, (to, send), no_reply, fx);
+            return self.send_transient_to_group(origin, send, no_reply, fx);
         }
         let target = self.owner(to.partition());
         let here = self.is_here(target);
@@ -180,21 +178,18 @@ impl Shard {
     fn send_transient_to_group(
         &mut self,
         origin: Origin,
-        (to, send): (UserName, &Send<'_>),
+        send: &Send<'_>,
         no_reply: bool,
         fx: &mut Effects,
     ) -> Result<(), ErrorCode> {
+        let body = keep_body(&mut self.bodies, send.body);
         let login = self.sessions.login_mut(origin.conn).ok_or(ErrorCode::NotLoggedIn)?;
+        let group = login.conversation(send.to)?;
+        let plain = login.message(group, send.kind, body);
         let submit = Submit {
             origin,
-            conversation: login.conversation(&to),
-            from: login.user.clone(),
-            to,
-            device: login.device,
             device_key: login.key(),
-            client_seq: send.client_seq,
-            kind: send.kind,
-            body: keep_body(&mut self.bodies, send.body),
+            message: Arc::new(StoredMessage { client_seq: send.client_seq, ..plain }),
             ack_timeout_ms: send.ack_timeout_ms.map(|ms| ms.min(limits::ACK_TIMEOUT_MS_MAX)),
             more: Some(Box::new(SubmitMore { passing: Some(Passing::Message { no_reply }), ..SubmitMore::default() })),
         };
@@ -276,13 +271,13 @@ impl Shard {
         &mut self,
         origin: Origin,
         (durable, result): SendEnd,
-        copy: Option<&StoredMessage>,
+        copy: Option<&Arc<StoredMessage>>,
         fx: &mut Effects,
     ) {
         if self.is_here(origin.shard) {
             self.send_result(origin, (durable, result), copy, fx);
         } else {
-            let copy = copy.map(|message| Box::new(message.clone()));
+            let copy = copy.filter(|message| message.from != message.to).cloned();
             self.tell_shard(origin.shard, ShardMessage::SendResult { origin, durable, result, copy }, fx);
         }
     }
@@ -292,10 +287,12 @@ impl Shard {
         &mut self,
         origin: Origin,
         (durable, result): SendEnd,
-        copy: Option<&StoredMessage>,
+        copy: Option<&Arc<StoredMessage>>,
         fx: &mut Effects,
     ) {
+        let mut alone = false;
         if durable && let Some(login) = self.sessions.login_mut(origin.conn) {
+            alone = login.alone;
             login.sends_in_flight = login.sends_in_flight.saturating_sub(1);
             if let Ok(ack) = &result {
                 login.show(ack.conversation, ack.seq);
@@ -305,21 +302,23 @@ impl Shard {
             Ok(ack) => self.sessions.answer(origin.conn, origin.request_id, &Reply::SendAck(ack), fx),
             Err(code) => self.sessions.fail(origin.conn, origin.request_id, code, fx),
         }
-        if let Some(message) = copy
+        // In a chat with oneself they are its receivers.
+        if let Some(message) = copy.filter(|message| !alone && message.from != message.to)
             && let Some(conns) = self.online.get(&message.from)
         {
             for &conn in conns.iter().filter(|&&conn| conn != origin.conn) {
-                self.sessions.deliver_durable(conn, &message.as_wire(), &message.to, fx);
+                self.sessions.deliver_durable(conn, message, &message.to, fx);
             }
         }
     }
 }
 
 /// What a durable send carries beside its body. `None` for most.
-fn extra_of(to: &UserName, send: &Send<'_>) -> Result<Option<SubmitMore>, ErrorCode> {
+fn extra_of(send: &Send<'_>) -> Result<Option<Box<StoredExtra>>, ErrorCode> {
     if send.mentions.is_empty() {
         return Ok(None);
     }
+    let to = UserName::new(send.to)?;
     if send.mentions.all && !to.is_group() {
         return Err(ErrorCode::BadRequest);
     }
@@ -328,7 +327,7 @@ fn extra_of(to: &UserName, send: &Send<'_>) -> Result<Option<SubmitMore>, ErrorC
     }
     let mentions = send.mentions.users.iter().map(UserName::of_user).collect::<Result<_, _>>()?;
     let extra = StoredExtra { mentions, mention_all: send.mentions.all, ..StoredExtra::default() };
-    Ok(Some(SubmitMore { extra: Some(Box::new(extra)), ..SubmitMore::default() }))
+    Ok(Some(Box::new(extra)))
 }
 
 /// Transient messages belong to no stored conversation.

@@ -6,11 +6,12 @@
 
 use std::collections::BTreeMap;
 
+use bytes::Bytes;
 use ringline_schema::codec::{Codec, Encoder};
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, DeviceId, DeviceKey, Seq, UserName};
 use ringline_schema::limits;
-use ringline_schema::message::{DeviceKind, Message, Reply};
+use ringline_schema::message::{BodyKind, DeviceKind, Message, Reply};
 use ringline_schema::record::StoredMessage;
 
 use crate::config::{CoreConfig, LAGGED_CONVERSATIONS_MAX, SPARE_BUFFER_BYTES_MAX, SPARE_BUFFERS_MAX};
@@ -40,6 +41,9 @@ pub struct Login {
     pub user: UserName,
     pub device: DeviceId,
     pub kind: DeviceKind,
+    /// No other device of the user was here since this one came: nobody needs a copy of what it sends. False is always
+    /// right, only slower.
+    pub alone: bool,
     /// Durable sends without an answer.
     pub sends_in_flight: u32,
     /// What only a device has that does something: most connections of a server are idle, and pay for it with a word.
@@ -81,7 +85,7 @@ pub struct Lag {
 
 impl Login {
     pub fn new(user: UserName, device: DeviceId, kind: DeviceKind) -> Self {
-        Self { user, device, kind, sends_in_flight: 0, active: None }
+        Self { user, device, kind, alone: false, sends_in_flight: 0, active: None }
     }
 
     fn active(&mut self) -> &mut Active {
@@ -97,16 +101,29 @@ impl Login {
         self.active().key
     }
 
-    /// The id of the conversation with `to`, a user or a group.
-    pub fn conversation(&mut self, to: &UserName) -> ConversationId {
+    /// The user or group with this name, and the id of the conversation with it. Errors: `BAD_NAME`.
+    pub fn conversation(&mut self, to: &str) -> Result<(UserName, ConversationId), ErrorCode> {
         if let Some((name, conversation)) = self.active.as_ref().and_then(|active| active.last_sent.as_ref())
-            && name == to
+            && name.as_str() == to
         {
-            return *conversation;
+            return Ok((name.clone(), *conversation));
         }
-        let conversation = ConversationId::with(&self.user, to);
-        self.active().last_sent = Some((to.clone(), conversation));
-        conversation
+        let name = UserName::new(to)?;
+        let conversation = ConversationId::with(&self.user, &name);
+        self.active().last_sent = Some((name.clone(), conversation));
+        Ok((name, conversation))
+    }
+
+    /// What this device says, before its owner gives it number and time.
+    pub fn message(
+        &self,
+        (to, conversation): (UserName, ConversationId),
+        kind: BodyKind,
+        body: Bytes,
+    ) -> StoredMessage {
+        let (from, device) = (self.user.clone(), self.device);
+        let (seq, client_seq, time_ms) = (Seq::ZERO, 0, 0);
+        StoredMessage { conversation, seq, from, to, device, client_seq, time_ms, kind, body, extra: None }
     }
 
     /// Conversations this device has seen something of.
@@ -136,9 +153,12 @@ impl Login {
 
     /// Notes that this device was given `seq`.
     pub fn show(&mut self, conversation: ConversationId, seq: Seq) {
+        if let Some(known) = self.known_mut(conversation) {
+            known.shown = known.shown.max(seq);
+            return;
+        }
         let all = &mut self.active().known;
-        let known = all.entry(conversation).or_default();
-        known.shown = known.shown.max(seq);
+        all.insert(conversation, Known { shown: seq, ..Known::default() });
         if all.len() > KNOWN_CONVERSATIONS_MAX {
             let clean = all.iter().find(|(id, known)| !known.dirty && **id != conversation);
             if let Some(id) = clean.map(|(id, _)| *id) {
@@ -453,11 +473,20 @@ impl Sessions {
     }
 
     /// Queues a durable delivery, or notes that the device lags. `with` names the conversation to the device.
-    pub fn deliver_durable(&mut self, conn: ConnId, message: &Message<'_>, with: &UserName, fx: &mut Effects) {
-        if self.may_deliver(conn, (message.conversation, message.seq), with, fx)
-            && let Some((session, pen)) = self.open_session(conn)
-        {
-            pen.write(session, 0, &Reply::Deliver(*message), fx);
+    #[inline]
+    pub fn deliver_durable(&mut self, conn: ConnId, message: &StoredMessage, with: &UserName, fx: &mut Effects) {
+        let (conversation, seq) = (message.conversation, message.seq);
+        let outbox_bytes_max = self.outbox_bytes_max;
+        let Some((session, pen)) = self.open_session(conn) else { return };
+        let room = session.has_room(outbox_bytes_max);
+        let Some(login) = session.login_mut() else { return };
+        login.show(conversation, seq);
+        if room && !login.lags(conversation) {
+            pen.write(session, 0, &Reply::Deliver(message.as_wire()), fx);
+            self.counters.delivered += 1;
+        } else {
+            self.counters.dropped_durable += 1;
+            self.note_lag(conn, conversation, Lag { with: with.clone(), from: seq, to: seq }, fx);
         }
     }
 
@@ -545,9 +574,7 @@ impl Sessions {
         let room = self.room(conn);
         let Some(login) = self.login_mut(conn) else { return false };
         login.show(conversation, seq);
-        // Once told to fetch from a place, what follows is part of that range until it has been told.
-        let lagging = login.lags(conversation);
-        if room && !lagging {
+        if room && !login.lags(conversation) {
             self.counters.delivered += 1;
             return true;
         }

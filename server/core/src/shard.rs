@@ -323,7 +323,7 @@ impl Shard {
             ShardMessage::Submit(submit) => self.submit(*submit, fx),
             ShardMessage::Transient(send) => self.transient_from_peer(send, fx),
             ShardMessage::SendResult { origin, durable, result, copy } => {
-                self.send_result(origin, (durable, result), copy.as_deref(), fx);
+                self.send_result(origin, (durable, result), copy.as_ref(), fx);
             }
             ShardMessage::Deliver { message, wanted } => self.deliver(&message, wanted, fx),
             ShardMessage::Receipt { origin, receipt } => self.receipt(origin, receipt, fx),

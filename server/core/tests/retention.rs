@@ -16,7 +16,7 @@ fn kept_from(shards: u16, floor: u64) -> (Rig, At) {
     let members = [name("ann"), name("bob")];
     let mut records = vec![Record::Conversation { conversation: direct("ann", "bob"), members, created_ms: 1 }];
     records.extend((1..=HEAD).map(|seq| {
-        Record::Message(StoredMessage {
+        Record::from(StoredMessage {
             conversation: direct("ann", "bob"),
             seq: Seq(seq),
             from: name("ann"),

@@ -42,7 +42,7 @@ fn all(rig: &mut Rig, at: At, places: &[Place], limit: u16) -> Seen {
 }
 
 fn stored(from: &str, to: &str, seq: u64) -> Record {
-    Record::Message(StoredMessage {
+    Record::from(StoredMessage {
         conversation: direct(from, to),
         seq: Seq(seq),
         from: name(from),

@@ -74,7 +74,7 @@ impl Traffic {
         message.seq = message.seq.next();
         message.client_seq += 1;
         message.time_ms += 10;
-        Record::Message(message.clone())
+        Record::Message(message.clone().into())
     }
 }
 

@@ -171,7 +171,7 @@ fn write(store: &mut EmbeddedShard, arguments: &Arguments, range: std::ops::Rang
             body: body.clone(),
             extra: None,
         };
-        append(store, &Record::Message(stored));
+        append(store, &Record::Message(stored.into()));
         if message % SUBMIT_MESSAGES == 0 {
             store.submit();
             events.clear();

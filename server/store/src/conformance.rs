@@ -232,7 +232,7 @@ impl Pair {
 
     /// The conversation and its messages up to `head`.
     pub fn history(&self, head: u64) -> Vec<Record> {
-        let messages = (1..=head).map(|seq| Record::Message(self.message(seq)));
+        let messages = (1..=head).map(|seq| Record::Message(self.message(seq).into()));
         std::iter::once(self.record()).chain(messages).collect()
     }
 
@@ -264,7 +264,7 @@ fn commits_in_order(open: Opener<'_>) {
     let pair = Pair::new("ann", "bob");
     let (mut last, mut announced, mut events) = (Lsn(0), Lsn(0), Vec::new());
     for seq in 1..=1000 {
-        let lsn = store.append(&Record::Message(pair.message(seq))).unwrap();
+        let lsn = store.append(&Record::Message(pair.message(seq).into())).unwrap();
         assert_eq!(lsn, Lsn(last.0 + 1));
         last = lsn;
         if seq % 3 == 0 {
@@ -358,7 +358,7 @@ fn heads_and_filters(open: Opener<'_>) {
     (answer.from, answer.to) = (pair.other.clone(), pair.one.clone());
     (answer.device, answer.client_seq) = (DeviceId(2), 77);
     let messages = [pair.message(1), answer.clone(), pair.message(3)];
-    node.commit(&messages.clone().map(Record::Message));
+    node.commit(&messages.clone().map(Record::from));
     let head = Head { exists: true, first: Seq(1), head: Seq(3), filter: Vec::new() };
     let filter = vec![messages[0].accepted(), messages[2].accepted()];
     assert_eq!(node.head(pair.id, phone), Head { filter, ..head.clone() });
@@ -379,7 +379,7 @@ fn duplicate_window(open: Opener<'_>) {
             message.client_seq = if seq % 10 == 0 { seq * 3 - 7 } else { seq * 3 };
             sent.push(message);
         }
-        let new: Vec<_> = sent.iter().skip(round as usize * 50).cloned().map(Record::Message).collect();
+        let new: Vec<_> = sent.iter().skip(round as usize * 50).cloned().map(Record::from).collect();
         node.commit(&new);
         let mut filter: Vec<_> = sent.iter().map(StoredMessage::accepted).collect();
         filter.sort_by_key(|accepted| accepted.client_seq);
@@ -448,7 +448,7 @@ fn full(open: Opener<'_>) {
     let last = loop {
         let mut message = pair.message(seq + 1);
         message.body = vec![7; 60_000].into();
-        match store.append(&Record::Message(message)) {
+        match store.append(&Record::Message(message.into())) {
             Ok(lsn) => seq = lsn.0,
             Err(StoreError::Full) => break Lsn(seq),
             Err(error) => panic!("{error}"),
@@ -456,7 +456,7 @@ fn full(open: Opener<'_>) {
         assert!(seq < 100_000, "a bound must be met");
     };
     committed(store.as_mut(), last);
-    let lsn = store.append(&Record::Message(pair.message(seq + 1))).unwrap();
+    let lsn = store.append(&Record::Message(pair.message(seq + 1).into())).unwrap();
     assert_eq!(lsn, Lsn(last.0 + 1), "a refused record has no number");
     committed(store.as_mut(), lsn);
 
@@ -478,7 +478,7 @@ fn too_large(open: Opener<'_>) {
     let with_body = |seq, bytes| {
         let mut message = pair.message(seq);
         message.body = vec![1; bytes].into();
-        Record::Message(message)
+        Record::Message(message.into())
     };
     assert!(matches!(store.append(&with_body(1, RECORD_BYTES_MAX + 1)), Err(StoreError::TooLarge)));
     let lsn = store.append(&with_body(1, RECORD_BYTES_MAX)).unwrap();

@@ -202,10 +202,10 @@ impl Conversation {
 impl Tables {
     fn apply(&mut self, record: Record) {
         match record {
-            Record::Message(message) => self.add(message),
+            Record::Message(message) => self.add(Arc::unwrap_or_clone(message)),
             Record::Change(change) => {
                 if let Some(message) = change.message {
-                    self.add(message);
+                    self.add(Arc::unwrap_or_clone(message));
                 }
                 change.rows.into_iter().for_each(|row| self.put(row));
             }

@@ -173,21 +173,17 @@ impl Shard {
         login.sends_in_flight += 1;
         let adds_sender = act.adds_sender();
         let unvisited: Vec<_> = act.named().iter().filter(|user| **user != login.user).cloned().collect();
+        let conversation = ConversationId::group(&group);
+        let message = login.message((group, conversation), BodyKind::System, Bytes::new());
         let submit = Submit {
             origin,
-            conversation: ConversationId::group(&group),
-            from: login.user.clone(),
-            to: group,
-            device: login.device,
             device_key: login.key(),
-            client_seq: 0,
-            kind: BodyKind::System,
-            body: Bytes::new(),
+            message: message.into(),
             ack_timeout_ms: None,
             more: Some(Box::new(SubmitMore { act: Some(act), unvisited, ..SubmitMore::default() })),
         };
         if adds_sender {
-            let query = Query::GroupCount { user: submit.from.clone() };
+            let query = Query::GroupCount { user: submit.message.from.clone() };
             self.load(Question::GroupCount(Box::new(submit)), query, fx);
         } else {
             self.visit(submit, fx);
@@ -233,7 +229,7 @@ impl Shard {
                 more.unvisited.pop();
             }
         }
-        let owner = self.owner(submit.conversation.partition());
+        let owner = self.owner(submit.message.conversation.partition());
         if self.is_here(owner) {
             self.submit(submit, fx);
         } else if self.is_blocked(owner) {

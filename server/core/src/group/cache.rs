@@ -52,7 +52,7 @@ impl Shard {
     /// Whether a send or an act can go on to the conversation. If not, it waits in the slot of its group and comes back
     /// as a submit.
     pub(crate) fn group_is_there(&mut self, submit: Submit, fx: &mut Effects) -> Option<Submit> {
-        let id = submit.conversation;
+        let id = submit.message.conversation;
         if self.groups.get(&id).is_none() {
             if !self.may_load() {
                 self.refuse_submit(&submit, ErrorCode::Busy, fx);
@@ -66,7 +66,7 @@ impl Shard {
         }
         let slot = self.groups.get_mut(&id)?;
         let stranger = match (&slot.group, submit.act()) {
-            (Some(group), Some(act)) if !slot.loading => act.needs(group, &submit.from),
+            (Some(group), Some(act)) if !slot.loading => act.needs(group, &submit.message.from),
             (Some(_) | None, _) => None,
         };
         if !slot.loading && stranger.is_none() {

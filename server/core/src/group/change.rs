@@ -38,12 +38,12 @@ pub(crate) struct GroupPending {
 impl Shard {
     /// Whether the sender may write now. `Ok` only while the group is in memory; the caller has made sure of that.
     pub(crate) fn may_write(&self, submit: &Submit) -> Result<(), ErrorCode> {
-        let slot = self.groups.peek(&submit.conversation).ok_or(ErrorCode::Busy)?;
+        let slot = self.groups.peek(&submit.message.conversation).ok_or(ErrorCode::Busy)?;
         let group = slot.group.as_ref().ok_or(ErrorCode::NoSuchGroup)?;
         if self.planted.is(Bug::StrangersWrite) {
             return Ok(());
         }
-        let member = group.member(&submit.from).ok_or(ErrorCode::NotMember)?;
+        let member = group.member(&submit.message.from).ok_or(ErrorCode::NotMember)?;
         if group.row.dissolved != Seq::ZERO {
             return Err(ErrorCode::GroupDissolved);
         }
@@ -51,7 +51,7 @@ impl Shard {
         if member.muted_until_ms > self.now.unix_ms && !takes_back {
             return Err(ErrorCode::Muted);
         }
-        let extra = submit.more.as_ref().and_then(|more| more.extra.as_ref());
+        let extra = submit.message.extra.as_ref();
         if extra.is_some_and(|extra| extra.mention_all) && member.role < Role::Admin {
             return Err(ErrorCode::NotAllowed);
         }
@@ -61,10 +61,10 @@ impl Shard {
     /// A message or an act whose conversation is loaded is judged. Its group was there when it began to wait for the
     /// conversation, and has stayed since; only a guest that was looked up may have been forgotten.
     pub(crate) fn accept_in_group(&mut self, submit: Submit, fx: &mut Effects) {
-        let slot = self.groups.peek(&submit.conversation).filter(|slot| slot.loaded);
+        let slot = self.groups.peek(&submit.message.conversation).filter(|slot| slot.loaded);
         debug_assert!(slot.is_some(), "a group stays while something waits for its conversation");
         let unknown = slot.and_then(|slot| slot.group.as_ref()).zip(submit.act());
-        let unknown = unknown.and_then(|(group, act)| act.needs(group, &submit.from));
+        let unknown = unknown.and_then(|(group, act)| act.needs(group, &submit.message.from));
         if slot.is_none() || unknown.is_some() {
             return self.refuse(submit.origin, ErrorCode::Busy, fx);
         }
@@ -94,11 +94,11 @@ impl Shard {
                 Err(code) => self.refuse(submit.origin, code, fx),
             };
         }
-        let id = submit.conversation;
+        let id = submit.message.conversation;
         let Some(seq) = self.conversations.get(&id).map(|conversation| conversation.head.next()) else { return };
         let group = self.groups.peek(&id).and_then(|slot| slot.group.as_ref());
         let now_ms = self.now.unix_ms;
-        let scene = Scene { group, name: &submit.to, from: &submit.from, seq, now_ms };
+        let scene = Scene { group, name: &submit.message.to, from: &submit.message.from, seq, now_ms };
         match scene.decide(act) {
             Ok(decision) => self.group_change(&submit, seq, decision, fx),
             Err(code) => self.refuse(submit.origin, code, fx),
@@ -107,7 +107,7 @@ impl Shard {
 
     /// Brings a decision into memory and on its way to the disk.
     fn group_change(&mut self, submit: &Submit, seq: Seq, decision: Decision, fx: &mut Effects) {
-        let id = submit.conversation;
+        let id = submit.message.conversation;
         let Decision { told, group: new_row, members, pushes, standing } = decision;
         let answer_seq = if told.is_some() { seq } else { Seq::ZERO };
         let answer = GroupAnswer::Ok { conversation: id, seq: answer_seq, standing };
@@ -126,23 +126,23 @@ impl Shard {
         self.groups_members = (self.groups_members + after).saturating_sub(before);
         let message = told.map(|change| {
             let extra = StoredExtra { change: Some(change), ..StoredExtra::default() };
-            StoredMessage {
+            Arc::new(StoredMessage {
                 conversation: id,
                 seq,
-                from: submit.from.clone(),
-                to: submit.to.clone(),
+                from: submit.message.from.clone(),
+                to: submit.message.to.clone(),
                 device: DeviceId(0),
                 client_seq: 0,
                 time_ms: self.now.unix_ms,
                 kind: BodyKind::System,
                 body: Bytes::new(),
                 extra: Some(Box::new(extra)),
-            }
+            })
         });
         let pushes = pushes.into_iter().map(|push| self.push_of(submit, &title, push)).collect();
         let record = Record::Change(Box::new(Change { message: message.clone(), rows }));
         let targets = message.is_some().then(|| self.group_targets(id));
-        let message = message.map(Arc::new).zip(targets);
+        let message = message.zip(targets);
         self.sessions.counters.group_changes += 1;
         let origin = submit.origin;
         let answer = Some(answer);
@@ -153,10 +153,10 @@ impl Shard {
 
     fn push_of(&self, submit: &Submit, title: &str, push: Push) -> (Vec<UserName>, Arc<GroupPush>) {
         let group = GroupPush {
-            conversation: submit.conversation,
-            group: submit.to.clone(),
+            conversation: submit.message.conversation,
+            group: submit.message.to.clone(),
             title: title.to_owned(),
-            by: submit.from.clone(),
+            by: submit.message.from.clone(),
             time_ms: self.now.unix_ms,
             change: push.change,
         };
@@ -164,26 +164,15 @@ impl Shard {
     }
 
     /// A message to a group that may be written: gives it its number and sends it to the log.
-    pub(crate) fn write_to_group(&mut self, submit: Submit, fx: &mut Effects) {
-        let (id, time_ms) = (submit.conversation, self.now.unix_ms);
+    pub(crate) fn write_to_group(&mut self, mut submit: Submit, fx: &mut Effects) {
+        let (id, time_ms) = (submit.message.conversation, self.now.unix_ms);
         let targets = self.group_targets(id);
         let Some(conversation) = self.conversations.get_mut(&id) else { return };
-        let message = StoredMessage {
-            conversation: id,
-            seq: conversation.head.next(),
-            from: submit.from,
-            to: submit.to,
-            device: submit.device,
-            client_seq: submit.client_seq,
-            time_ms,
-            kind: submit.kind,
-            body: submit.body,
-            extra: submit.more.and_then(|more| more.extra),
-        };
+        let message = submit.numbered(conversation.head.next(), time_ms);
         conversation.remember(submit.device_key, message.accepted());
         conversation.note_amend(&message);
-        let record = record_of(message.clone());
-        let message = Some((Arc::new(message), targets));
+        let record = record_of(&message);
+        let message = Some((message, targets));
         let (origin, ack_timeout_ms) = (submit.origin, submit.ack_timeout_ms);
         let (answer, pushes) = (None, Vec::new());
         let pending = GroupPending { conversation: id, message, origin, answer, pushes, ack_timeout_ms };
@@ -242,13 +231,13 @@ impl Shard {
     /// The answer to an act that only reads; `None` for the others.
     fn group_read(&self, submit: &Submit, act: &Act) -> Option<Result<GroupAnswer, ErrorCode>> {
         let group = || {
-            let slot = self.groups.peek(&submit.conversation).ok_or(ErrorCode::Busy)?;
+            let slot = self.groups.peek(&submit.message.conversation).ok_or(ErrorCode::Busy)?;
             slot.group.as_ref().ok_or(ErrorCode::NoSuchGroup)
         };
         match act {
             Act::Members { cursor, limit, standing } => {
                 let page = (&cursor[..], usize::from(self.page_rows(*limit)), *standing);
-                Some(group().and_then(|group| members_of(group, &submit.from, page)))
+                Some(group().and_then(|group| members_of(group, &submit.message.from, page)))
             }
             Act::Info => Some(group().and_then(|group| info_of(group, submit))),
             Act::Create { .. }
@@ -318,11 +307,11 @@ fn members_of(
 }
 
 fn info_of(group: &Group, submit: &Submit) -> Result<GroupAnswer, ErrorCode> {
-    let member = group.member(&submit.from).map(|member| member.row());
-    let known = member.or_else(|| group.guest(&submit.from).flatten().cloned());
+    let member = group.member(&submit.message.from).map(|member| member.row());
+    let known = member.or_else(|| group.guest(&submit.message.from).flatten().cloned());
     if known.is_none() && group.row.join == JoinPolicy::Invite {
         return Err(ErrorCode::NoSuchGroup);
     }
     let (row, members) = (group.row.clone(), group.members().len() as u32);
-    Ok(GroupAnswer::Info(Box::new(InfoAnswer { conversation: submit.conversation, row, members, known })))
+    Ok(GroupAnswer::Info(Box::new(InfoAnswer { conversation: submit.message.conversation, row, members, known })))
 }

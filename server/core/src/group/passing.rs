@@ -62,19 +62,19 @@ impl Pass {
                 conversation: NO_CONVERSATION,
                 seq: Seq::ZERO,
                 time_ms: self.time_ms,
-                from: submit.from.as_str(),
-                to: submit.to.as_str(),
-                device: submit.device,
-                client_seq: submit.client_seq,
+                from: submit.message.from.as_str(),
+                to: submit.message.to.as_str(),
+                device: submit.message.device,
+                client_seq: submit.message.client_seq,
                 class: Class::Transient,
-                kind: submit.kind,
+                kind: submit.message.kind,
                 delivery,
-                body: &submit.body,
+                body: &submit.message.body,
                 extra: Extra::default(),
             }),
             Passing::Signal { kind } => {
-                let (from, to) = (submit.from.as_str(), submit.to.as_str());
-                let (conversation, body) = (submit.conversation, &submit.body[..]);
+                let (from, to) = (submit.message.from.as_str(), submit.message.to.as_str());
+                let (conversation, body) = (submit.message.conversation, &submit.message.body[..]);
                 Reply::Chat(ChatReply::Signalled { conversation, from, to, kind, body })
             }
         }
@@ -84,7 +84,7 @@ impl Pass {
 impl Shard {
     /// From the session's shard to the owner. Errors: `BUSY`.
     pub(crate) fn pass_up(&mut self, submit: Submit, fx: &mut Effects) -> Result<(), ErrorCode> {
-        let owner = self.owner(submit.conversation.partition());
+        let owner = self.owner(submit.message.conversation.partition());
         if self.is_here(owner) {
             self.pass(submit, fx);
         } else if self.is_blocked(owner) {
@@ -106,7 +106,7 @@ impl Shard {
 
     fn may_pass(&mut self, submit: &Submit) -> Result<Targets, ErrorCode> {
         self.may_write(submit)?;
-        let targets = self.group_targets(submit.conversation);
+        let targets = self.group_targets(submit.message.conversation);
         let full = targets.iter().any(|(shard, _)| !self.is_here(*shard) && self.is_blocked(*shard));
         if full || self.gathers_are_full() { Err(ErrorCode::Busy) } else { Ok(targets) }
     }
@@ -146,7 +146,7 @@ impl Shard {
     ) -> Result<Option<Relay>, ErrorCode> {
         let Some(timeout_ms) = submit.ack_timeout_ms else { return Ok(None) };
         let wanted = Wanted { origin: submit.origin, timeout_ms };
-        self.relay_for(wanted, (conversation, seq, submit.client_seq)).map(Some)
+        self.relay_for(wanted, (conversation, seq, submit.message.client_seq)).map(Some)
     }
 
     /// The same, of a message that is on disk: what cannot be waited for is told as if nobody acknowledged it.
@@ -208,18 +208,18 @@ impl Shard {
         fx: &mut Effects,
     ) {
         let submit = &pass.submit;
-        let in_slices = self.goes_in_slices(submit.conversation, members);
-        let conns = if in_slices { Vec::new() } else { self.online_members(members, Some(&submit.from)) };
+        let in_slices = self.goes_in_slices(submit.message.conversation, members);
+        let conns = if in_slices { Vec::new() } else { self.online_members(members, Some(&submit.message.from)) };
         let delivery = match pass.relay.filter(|_| in_slices || !conns.is_empty()) {
             Some(relay) => {
-                let place = (NO_CONVERSATION, Seq::ZERO, submit.client_seq);
-                self.await_member(relay, (submit.origin, &submit.from), place)
+                let place = (NO_CONVERSATION, Seq::ZERO, submit.message.client_seq);
+                self.await_member(relay, (submit.origin, &submit.message.from), place)
             }
             None => 0,
         };
         if in_slices {
             let cargo = Cargo::Passing { pass: Arc::clone(pass), owner, delivery, devices: 0 };
-            return self.send_round(submit.conversation, members, cargo, fx);
+            return self.send_round(submit.message.conversation, members, cargo, fx);
         }
         let (mut shared, mut devices) = (Shared::default(), 0);
         for conn in conns {

@@ -39,7 +39,7 @@ impl Cargo {
         match self {
             // Once as it is and once as a frame.
             Self::Stored { message, .. } => MESSAGE_FIXED_BYTES + 2 * message.bytes(),
-            Self::Passing { pass, .. } => MESSAGE_FIXED_BYTES + 2 * pass.submit.body.len(),
+            Self::Passing { pass, .. } => MESSAGE_FIXED_BYTES + 2 * pass.submit.message.body.len(),
             Self::Missed { .. } => 0,
         }
     }

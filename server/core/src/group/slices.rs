@@ -247,7 +247,7 @@ fn hand(message: &mut UnderWay, (conn, user): (ConnId, &UserName), sessions: &mu
             sessions.miss(conn, (*conversation, group), (*from, *to), fx);
         }
         Cargo::Passing { pass, delivery, devices, .. } => {
-            if pass.submit.from != *user {
+            if pass.submit.message.from != *user {
                 *devices += u32::from(sessions.offer_shared(conn, || pass.as_wire(*delivery), shared, fx));
             }
         }

@@ -91,16 +91,12 @@ impl Shard {
         }
         let origin = Origin { shard: self.config.shard, conn, request_id };
         if to.is_group() {
+            let conversation = ConversationId::group(&to);
+            let message = login.message((to, conversation), BodyKind::Custom, Bytes::copy_from_slice(body));
             let submit = Submit {
                 origin,
-                conversation: ConversationId::group(&to),
-                from: login.user.clone(),
-                to,
-                device: login.device,
                 device_key: login.key(),
-                client_seq: 0,
-                kind: BodyKind::Custom,
-                body: Bytes::copy_from_slice(body),
+                message: message.into(),
                 ack_timeout_ms: None,
                 more: Some(Box::new(SubmitMore { passing: Some(Passing::Signal { kind }), ..SubmitMore::default() })),
             };

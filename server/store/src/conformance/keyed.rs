@@ -167,8 +167,8 @@ pub fn memberships(open: Opener<'_>) {
     let mut node = Node::new(open(2));
     let team = Team::new("#team");
     let (seqs, rows) = (1..=20, vec![team.group(1, 0), team.member("ann", 1, &[(1, 0)])]);
-    node.commit(&[Record::Change(Box::new(Change { message: Some(team.message(1)), rows }))]);
-    node.commit(&seqs.clone().skip(1).map(|seq| Record::Message(team.message(seq))).collect::<Vec<_>>());
+    node.commit(&[Record::Change(Box::new(Change { message: Some(team.message(1).into()), rows }))]);
+    node.commit(&seqs.clone().skip(1).map(|seq| Record::Message(team.message(seq).into())).collect::<Vec<_>>());
     node.commit(&[change(vec![team.member("bob", 2, &[(3, 6), (10, 13), (19, 0)]), team.member("cid", 2, &[])])]);
     assert_eq!(team.read(&mut node, "ann", ALL), Some((1, 20, seqs.collect())));
     for stranger in ["cid", "eve"] {
@@ -197,8 +197,8 @@ pub fn group_lists(open: Opener<'_>) {
     let (team, club, old) = (Team::new("#team"), Team::new("#club"), Team::new("#old"));
     for (team, dissolved, memberships) in [(&team, 0, &[(1, 0)][..]), (&club, 0, &[(2, 4)]), (&old, 6, &[(1, 0)])] {
         let rows = vec![team.group(1, dissolved), team.member("bob", 1, memberships)];
-        node.commit(&[Record::Change(Box::new(Change { message: Some(team.message(1)), rows }))]);
-        node.commit(&(2..=6).map(|seq| Record::Message(team.message(seq))).collect::<Vec<_>>());
+        node.commit(&[Record::Change(Box::new(Change { message: Some(team.message(1).into()), rows }))]);
+        node.commit(&(2..=6).map(|seq| Record::Message(team.message(seq).into())).collect::<Vec<_>>());
     }
     let read = ReceiptRow { delivered: Seq(5), read: Seq(4) };
     let receipt = RowKey::Receipt(team.id, name("bob"));
@@ -247,9 +247,9 @@ pub fn extras(open: Opener<'_>) {
     let both = StoredMessage { client_seq: 3, ..StoredMessage { seq: Seq(3), ..marked.clone() } };
     let mut node = Node::new(open(1));
     node.commit(&[
-        Record::Message(team.message(1)),
-        Record::Message(marked.clone()),
-        Record::Change(Box::new(Change { message: Some(both.clone()), rows })),
+        Record::Message(team.message(1).into()),
+        Record::Message(marked.clone().into()),
+        Record::Change(Box::new(Change { message: Some(both.clone().into()), rows })),
     ]);
     let wanted = vec![team.message(1), marked, both];
     assert_eq!(node.messages(team.id, ALL).2, wanted);
@@ -268,7 +268,7 @@ pub fn amendments(open: Opener<'_>) {
         let value = RowValue::Amended(AmendedRow { state, by: Seq(seq), at_ms: seq });
         let row = Row { key: RowKey::Amended(team.id, Seq(refers)), stamp: seq, value: Some(value) };
         let message = Some(StoredMessage { extra: Some(Box::new(extra)), ..message });
-        Record::Change(Box::new(Change { message, rows: vec![row] }))
+        Record::Change(Box::new(Change { message: message.map(Into::into), rows: vec![row] }))
     };
     let check = |node: &mut Node, bodies: &[&str]| {
         let shown: Vec<_> = node.messages(team.id, ALL).2.into_iter().map(|message| message.body).collect();
@@ -277,7 +277,11 @@ pub fn amendments(open: Opener<'_>) {
     let (first, second) = (team.message(1), team.message(2));
     let second_body = String::from_utf8(second.body.to_vec()).unwrap();
     let mut node = Node::new(open(1));
-    node.commit(&[Record::Message(first), Record::Message(second), amendment(3, 1, MessageState::Edited)]);
+    node.commit(&[
+        Record::Message(first.into()),
+        Record::Message(second.into()),
+        amendment(3, 1, MessageState::Edited),
+    ]);
     check(&mut node, &["edit 3", &second_body, "edit 3"]);
     node.close();
     let mut node = Node::new(open(1));
@@ -327,7 +331,11 @@ pub fn hidden(open: Opener<'_>) {
     let mut node = Node::new(open(1));
     let members = [ann.clone(), bob.clone()];
     node.commit(&[Record::Conversation { conversation, members, created_ms: 1 }]);
-    node.commit(&[Record::Message(message(1)), Record::Message(message(2)), Record::Message(message(3))]);
+    node.commit(&[
+        Record::Message(message(1).into()),
+        Record::Message(message(2).into()),
+        Record::Message(message(3).into()),
+    ]);
     node.commit(&[hide(&bob, 2), hide(&bob, 3)]);
     let as_sent = |seq| (seq, MessageState::AsSent, 6);
     let check = |node: &mut Node| {

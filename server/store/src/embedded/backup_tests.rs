@@ -21,7 +21,7 @@ fn write(mut store: EmbeddedShard, pair: &Pair, acked: &AtomicU64, stop: &Atomic
     committed(&mut store, Lsn(1));
     let (mut seq, mut events, mut last) = (0, Vec::new(), 0);
     while !stop.load(Ordering::Relaxed) {
-        if store.append(&Record::Message(pair.message(seq + 1))).is_ok() {
+        if store.append(&Record::Message(pair.message(seq + 1).into())).is_ok() {
             seq += 1;
         }
         store.submit();
@@ -64,7 +64,7 @@ fn a_backup_under_load_holds_everything_acknowledged_before_it_began() {
                 let (_, head, _) = node.messages(pair.id, Range { limit: 1, ..ALL });
                 assert!(head >= Seq(before), "{head} of {before}");
                 // The copy goes on from where it is.
-                node.commit(&[Record::Message(pair.message(head.0 + 1))]);
+                node.commit(&[Record::Message(pair.message(head.0 + 1).into())]);
                 if head.0 > 0 {
                     holds(&mut node, std::slice::from_ref(pair), head.0 + 1);
                 }

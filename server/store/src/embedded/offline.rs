@@ -386,7 +386,7 @@ fn fill_holes(dir: &Path, store: &mut EmbeddedShard, watch: Watch<'_>) -> Result
         let before = Seq(hole.first.0.saturating_sub(1));
         let Some(known) = message_at(&node, hole.conversation, before).map_err(broken)? else { continue };
         for seq in hole.first.0..=hole.last.0 {
-            put(dir, store, &Record::Message(deleted(&known, Seq(seq))))?;
+            put(dir, store, &Record::Message(deleted(&known, Seq(seq)).into()))?;
         }
     }
     for known in without_members(&node).map_err(broken)? {

@@ -42,7 +42,7 @@ fn folder() -> tempfile::TempDir {
         let half = MESSAGES / 2;
         let mut records: Vec<_> = pairs().iter().map(Pair::record).filter(|_| run == 0).collect();
         for seq in run * half + 1..=(run + 1) * half {
-            records.extend(pairs().iter().map(|pair| Record::Message(pair.message(seq))));
+            records.extend(pairs().iter().map(|pair| Record::Message(pair.message(seq).into())));
         }
         for records in records.chunks(10) {
             node.commit(records);
@@ -214,7 +214,7 @@ fn the_newest_messages_of_each_conversation_stay_to_the_last() {
         let mut node = kept.shards();
         assert_eq!(firsts(&mut node, MESSAGES), [first; 3], "{keep}");
         // It goes on behind the head, also when hardly anything is left.
-        node.commit(&pairs().map(|pair| Record::Message(pair.message(MESSAGES + 1))));
+        node.commit(&pairs().map(|pair| Record::Message(pair.message(MESSAGES + 1).into())));
         assert_eq!(firsts(&mut node, MESSAGES + 1), [first; 3]);
         node.close();
         assert!(check(dir.path(), &mut quiet).unwrap().is_whole());
@@ -231,7 +231,7 @@ fn a_conversation_of_which_nothing_is_left_keeps_its_place_and_its_filter() {
     let before = segments(dir.path());
     node.commit(&[other.record()]);
     for seq in 1.. {
-        node.commit(&[Record::Message(other.message(seq))]);
+        node.commit(&[Record::Message(other.message(seq).into())]);
         // The next one is made ready before this one is full.
         if segments(dir.path()) >= before + 3 {
             break;
@@ -255,7 +255,7 @@ fn a_conversation_of_which_nothing_is_left_keeps_its_place_and_its_filter() {
         let row = row.unwrap();
         assert_eq!((row.first, row.head, row.last_time_ms), (Seq(MESSAGES + 1), Seq(MESSAGES), FIRST_MS + MESSAGES));
         if lost {
-            node.commit(&[Record::Message(gone.message(MESSAGES + 1))]);
+            node.commit(&[Record::Message(gone.message(MESSAGES + 1).into())]);
             assert_eq!(node.messages(gone.id, ALL).2, [gone.message(MESSAGES + 1)]);
         }
         node.close();
@@ -346,7 +346,7 @@ fn a_crash_before_any_step_loses_nothing_that_was_not_let_go() {
     kept.pass(0);
     let mut node = kept.shards();
     for seq in MESSAGES + 1..=MESSAGES + 200 {
-        node.commit(&pairs().map(|pair| Record::Message(pair.message(seq))));
+        node.commit(&pairs().map(|pair| Record::Message(pair.message(seq).into())));
         settle(&mut node);
     }
     node.close();
@@ -364,7 +364,7 @@ fn many_runs_and_other_shard_numbers_rebuild_to_the_same() {
         if run == 1 {
             records.push(pair.record());
         }
-        records.extend((head + 1..=head + 150).map(|seq| Record::Message(pair.message(seq))));
+        records.extend((head + 1..=head + 150).map(|seq| Record::Message(pair.message(seq).into())));
         head += 150;
         records.chunks(20).for_each(|records| node.commit(records));
         node.close();
@@ -485,7 +485,7 @@ fn a_backup_begins_where_the_checkpoint_does_and_starts() {
     assert_eq!(report.logs, 2);
     // What comes later is not in it and does not disturb it.
     let mut node = kept.shards();
-    node.commit(&pairs().map(|pair| Record::Message(pair.message(MESSAGES + 1))));
+    node.commit(&pairs().map(|pair| Record::Message(pair.message(MESSAGES + 1).into())));
     drop(node);
     assert!(check(to.path(), &mut quiet).unwrap().is_whole());
     assert_eq!(firsts(&mut Kept::open(to.path(), Retention::default()).shards(), MESSAGES), [301; 3]);
@@ -507,7 +507,7 @@ fn write_until(store: &mut EmbeddedShard, pair: &Pair, from: u64, mut done: impl
     let mut seq = from;
     while !done(store) {
         assert!(seq < 1_000_000, "nothing happens");
-        if let Ok(lsn) = store.append(&Record::Message(pair.message(seq))) {
+        if let Ok(lsn) = store.append(&Record::Message(pair.message(seq).into())) {
             committed(store, lsn);
             seq += 1;
         }
@@ -554,7 +554,7 @@ fn a_disk_error_of_a_checkpoint_poisons_and_a_full_disk_only_puts_it_off() {
         let mut events = Vec::new();
         let mut seq = 0;
         loop {
-            match store.append(&Record::Message(pair.message(seq + 1))) {
+            match store.append(&Record::Message(pair.message(seq + 1).into())) {
                 Ok(_) => seq += 1,
                 Err(StoreError::Full) => {}
                 Err(_) => break,
@@ -598,7 +598,7 @@ fn a_disk_error_of_an_index_flush_poisons() {
     store.node.index.fault.store(libc::EIO, Ordering::Relaxed);
     let (mut events, mut seq) = (Vec::new(), 0);
     while !events.contains(&StoreEvent::Failed) {
-        match store.append(&Record::Message(pair.message(seq + 1))) {
+        match store.append(&Record::Message(pair.message(seq + 1).into())) {
             Ok(_) => seq += 1,
             Err(_) => assert!(seq > 0),
         }
@@ -624,7 +624,8 @@ fn what_a_crash_replays_is_bounded_by_the_flush_distance() {
     let mut head = 0;
     node.commit(&[pair.record()]);
     for messages in [1, 99, 100, 101, 3_000] {
-        let records: Vec<_> = (head + 1..=head + messages).map(|seq| Record::Message(pair.message(seq))).collect();
+        let records: Vec<_> =
+            (head + 1..=head + messages).map(|seq| Record::Message(pair.message(seq).into())).collect();
         head += messages;
         node.commit(&records);
         // The answer comes when the index thread has all of it.

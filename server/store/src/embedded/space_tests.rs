@@ -107,7 +107,7 @@ fn a_full_disk_is_said_loses_nothing_and_is_over_when_there_is_room() {
         // Somebody who does not look goes on appending; only the log's reserved room bounds it.
         while !store.is_disk_full() || seq % 5_000 != 0 {
             assert!(started.elapsed() < PATIENCE);
-            match store.append(&Record::Message(pair.message(seq + 1))) {
+            match store.append(&Record::Message(pair.message(seq + 1).into())) {
                 Ok(_) => seq += 1,
                 Err(StoreError::Full) if store.is_disk_full() => break,
                 Err(StoreError::Full) => {}
@@ -152,7 +152,7 @@ fn a_segment_that_does_not_fit_is_put_off_and_made_when_it_does() {
     let (mut seq, started) = (0, Instant::now());
     loop {
         assert!(started.elapsed() < PATIENCE);
-        match store.append(&Record::Message(pair.message(seq + 1))) {
+        match store.append(&Record::Message(pair.message(seq + 1).into())) {
             Ok(_) => seq += 1,
             Err(StoreError::Full) if store.is_disk_full() && !store.log.is_writing() => break,
             Err(StoreError::Full) => {}
@@ -163,7 +163,7 @@ fn a_segment_that_does_not_fit_is_put_off_and_made_when_it_does() {
     assert!(!dir.join("log/00/0000000002.new").exists(), "what it took of the disk is given back");
     disk.empty();
     wait_until(&mut store, false);
-    while store.append(&Record::Message(pair.message(seq + 1))).is_err() {
+    while store.append(&Record::Message(pair.message(seq + 1).into())).is_err() {
         assert!(started.elapsed() < PATIENCE);
         turn(&mut store);
     }

@@ -139,7 +139,7 @@ impl Twins {
                 _ if self.heads[at] == 0 => {
                     records.push(pair.record());
                     self.heads[at] = 1;
-                    Record::Message(pair.message(1))
+                    Record::Message(pair.message(1).into())
                 }
                 _ => {
                     self.heads[at] += 1;
@@ -148,7 +148,7 @@ impl Twins {
                         (message.from, message.to) = (pair.other.clone(), pair.one.clone());
                     }
                     message.device = DeviceId(self.rng.random_range(1..3));
-                    Record::Message(message)
+                    Record::Message(message.into())
                 }
             };
             records.push(record);
@@ -263,7 +263,7 @@ fn a_torn_tail_is_cut_at_every_byte_of_the_last_record() {
         assert_eq!(report.replayed_records, head + 1, "kept {keep}");
         assert_eq!(report.cuts.len(), usize::from(damaged && !complete), "kept {keep}: {report:?}");
         check(&mut node, std::slice::from_ref(&pair), head);
-        node.commit(&[Record::Message(pair.message(head + 1))]);
+        node.commit(&[Record::Message(pair.message(head + 1).into())]);
         drop(node);
         let (mut node, report) = open(torn.path(), 1, &lazy());
         assert_eq!(report.cuts, []);
@@ -277,7 +277,7 @@ fn the_remains_of_a_torn_batch_never_come_back() {
     let (mut node, _) = open(dir.path(), 1, &lazy());
     node.commit(&pair.history(3));
     // One batch of six; its second record is lost, the four after it reached the disk.
-    let batch: Vec<_> = (4..=9).map(|seq| Record::Message(pair.message(seq))).collect();
+    let batch: Vec<_> = (4..=9).map(|seq| Record::Message(pair.message(seq).into())).collect();
     for record in &batch {
         node.shards[0].append(record).unwrap();
     }
@@ -290,7 +290,7 @@ fn the_remains_of_a_torn_batch_never_come_back() {
     assert_eq!(report.cuts.len(), 1);
     assert_eq!(report.cuts[0].offset, offsets[6]);
     check(&mut node, std::slice::from_ref(&pair), 4);
-    node.commit(&[Record::Message(pair.message(5))]);
+    node.commit(&[Record::Message(pair.message(5).into())]);
     drop(node);
     let (mut node, _) = open(dir.path(), 1, &lazy());
     check(&mut node, std::slice::from_ref(&pair), 5);
@@ -444,7 +444,7 @@ fn an_unclean_stop_replays_only_what_the_index_lacks() {
     let (mut node, report) = open(dir.path(), 1, &lazy());
     assert!(report.clean_stop);
     assert_eq!(report.replayed_records, 0);
-    node.commit(&[Record::Message(pair.message(100)), Record::Message(pair.message(101))]);
+    node.commit(&[Record::Message(pair.message(100).into()), Record::Message(pair.message(101).into())]);
     drop(node);
     let (mut node, report) = open(dir.path(), 1, &lazy());
     assert!(!report.clean_stop);
@@ -481,9 +481,9 @@ fn a_failed_write_poisons_and_nothing_is_acknowledged_after_it() {
         }
         committed(&mut store, Lsn(4));
         store.log.ring().faults.extend([Fault::Short(5), Fault::Error(error)]);
-        store.append(&Record::Message(pair.message(4))).unwrap();
+        store.append(&Record::Message(pair.message(4).into())).unwrap();
         store.submit();
-        store.append(&Record::Message(pair.message(5))).unwrap();
+        store.append(&Record::Message(pair.message(5).into())).unwrap();
         let mut events = Vec::new();
         while events.is_empty() {
             store.log.wait().unwrap();
@@ -518,7 +518,7 @@ fn a_segment_that_cannot_be_prepared_stops_the_shard() {
     while !events.contains(&StoreEvent::Failed) {
         seq += 1;
         assert!(seq < 1_000_000);
-        let appended = store.append(&Record::Message(pair.message(seq)));
+        let appended = store.append(&Record::Message(pair.message(seq).into()));
         if matches!(appended, Err(StoreError::Poisoned | StoreError::Full)) {
             seq -= 1;
         }
@@ -538,12 +538,12 @@ fn an_index_that_lags_pushes_back_and_recovers() {
     // Hold the overlay, as a slow flush would hold the index thread.
     let node = Arc::clone(&store.node);
     let held = node.overlays[0].read().unwrap();
-    let lsn = store.append(&Record::Message(pair.message(1))).unwrap();
+    let lsn = store.append(&Record::Message(pair.message(1).into())).unwrap();
     committed(&mut store, lsn);
     assert!(store.stats().index_lag_bytes > 0);
-    assert!(matches!(store.append(&Record::Message(pair.message(2))), Err(StoreError::Full)));
+    assert!(matches!(store.append(&Record::Message(pair.message(2).into())), Err(StoreError::Full)));
     drop(held);
-    while store.append(&Record::Message(pair.message(2))).is_err() {
+    while store.append(&Record::Message(pair.message(2).into())).is_err() {
         std::thread::yield_now();
     }
     assert_eq!((store.stats().commits, store.stats().records), (1, 1));
@@ -564,7 +564,7 @@ fn a_segment_that_comes_late_is_taken_into_use() {
     let message = |seq| {
         let mut message = pair.message(seq);
         message.body = vec![b'x'; 100_000].into();
-        Record::Message(message)
+        Record::Message(message.into())
     };
     let mut seq = 0;
     while let Ok(lsn) = store.append(&message(seq + 1)) {
@@ -644,7 +644,7 @@ fn handles_move_to_their_threads_and_messages_keep_their_order_under_load() {
                 let pair = Pair::new(&format!("ann {number}"), "bob");
                 let mut last = store.append(&pair.record()).unwrap();
                 for seq in 1..=2000 {
-                    last = store.append(&Record::Message(pair.message(seq))).unwrap();
+                    last = store.append(&Record::Message(pair.message(seq).into())).unwrap();
                     store.submit();
                     if seq % 10 == 0 {
                         store.poll(&mut Vec::new());
