@@ -115,8 +115,7 @@ impl Shard {
                 if submit.message.to.is_group() {
                     self.write_to_group(submit, fx);
                 } else {
-                    let hash = submit.hash();
-                    self.write(submit, hash, fx);
+                    self.write(submit, fx);
                 }
             }
             Err(code) => self.refuse(submit.origin, code, fx),

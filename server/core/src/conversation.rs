@@ -130,21 +130,19 @@ impl Conversation {
         (lasts && privacy.is_newer(to, permit.since_us)).then_some(permit.result)
     }
 
-    /// A new message gets its number. Gives it, whether the conversation begins with it, and whether its sender does.
-    fn number(&mut self, submit: &mut Submit, (hash, time_ms): (Option<u64>, u64)) -> (Arc<StoredMessage>, bool, bool) {
+    /// A new message, whose fingerprint is `hash`, gets its number.
+    fn number(&mut self, submit: &mut Submit, (hash, time_ms): (u64, u64), unfiltered: bool) -> Numbered {
         let first = !std::mem::replace(&mut self.exists, true);
         self.head = self.head.next();
         self.in_flight += 1;
         let message = submit.numbered(self.head, time_ms);
         self.note_amend(&message);
         let (mut known_device, mut noted) = (false, false);
-        if let Some(body_hash) = hash
-            && let Some(sender) = self.sender(submit.device_key)
-        {
+        if let Some(sender) = self.sender(submit.device_key).filter(|_| !unfiltered) {
             known_device = !sender.filter.is_empty();
             noted = std::mem::replace(&mut sender.noted, true);
             let (client_seq, seq) = (message.client_seq, message.seq);
-            sender.filter.insert(Accepted { client_seq, seq, time_ms, body_hash });
+            sender.filter.insert(Accepted { client_seq, seq, time_ms, body_hash: hash });
         }
         // Who was a stranger to the sender is none any more.
         if self.permits.iter().any(|permit| permit.result.is_err()) {
@@ -152,7 +150,7 @@ impl Conversation {
         }
         let direct = !noted && message.from != message.to && !submit.is_to_group();
         let begins = direct && self.note_writer(&message.from) && !known_device;
-        (message, first, begins)
+        Numbered { message, first, begins }
     }
 
     /// Notes a message that is on its way to the disk, if it amends another.
@@ -170,6 +168,15 @@ impl Conversation {
     fn sender(&mut self, device: DeviceKey) -> Option<&mut Sender> {
         self.senders.iter_mut().find(|sender| sender.device == device)
     }
+}
+
+/// A message that has its number.
+struct Numbered {
+    message: Arc<StoredMessage>,
+    /// The conversation begins with it.
+    first: bool,
+    /// Its sender has not written there before.
+    begins: bool,
 }
 
 /// What a conversation keeps of a device that sends to it.
@@ -224,21 +231,23 @@ impl Shard {
         if submit.passing().is_some() {
             return self.pass(submit, fx);
         }
-        if let Err(code) = self.may_append() {
-            return self.refuse(submit.origin, code, fx);
-        }
-        let id = submit.message.conversation;
-        let submit = match submit.is_to_group() {
-            true => match self.group_is_there(submit, fx) {
-                Some(submit) => submit,
-                None => return,
-            },
-            false => submit,
-        };
-        let Some(conversation) = self.conversations.get_mut(&id) else { return self.submit_first(submit, fx) };
-        if conversation.stage == Stage::Ready {
+        if !submit.is_to_group() {
             return self.accept(submit, fx);
         }
+        match self.may_append() {
+            Ok(()) => {
+                if let Some(submit) = self.group_is_there(submit, fx) {
+                    self.accept(submit, fx);
+                }
+            }
+            Err(code) => self.refuse(submit.origin, code, fx),
+        }
+    }
+
+    /// A send to a conversation that waits for something waits too.
+    fn wait(&mut self, submit: Submit, fx: &mut Effects) {
+        let id = submit.message.conversation;
+        let Some(conversation) = self.conversations.peek_mut(&id) else { return };
         if conversation.waiting.len() >= WAITERS_PER_LOAD_MAX {
             return self.refuse(submit.origin, ErrorCode::Busy, fx);
         }
@@ -272,16 +281,19 @@ impl Shard {
         }
     }
 
-    /// Takes one send of a conversation that is ready, or makes the conversation wait for what it needs.
-    fn accept(&mut self, submit: Submit, fx: &mut Effects) {
+    /// Takes one send, or has it wait for what its conversation needs. The conversation is looked up once.
+    fn accept(&mut self, mut submit: Submit, fx: &mut Effects) {
         if let Err(code) = self.may_append() {
             return self.refuse(submit.origin, code, fx);
+        }
+        let id = submit.message.conversation;
+        let Some(conversation) = self.conversations.get_mut(&id) else { return self.submit_first(submit, fx) };
+        if conversation.stage != Stage::Ready {
+            return self.wait(submit, fx);
         }
         if submit.act().is_some() {
             return self.accept_in_group(submit, fx);
         }
-        let id = submit.message.conversation;
-        let Some(conversation) = self.conversations.peek_mut(&id) else { return };
         let Some(sender) = conversation.sender(submit.device_key) else {
             conversation.stage = Stage::Loading;
             let device = submit.device_key;
@@ -294,7 +306,13 @@ impl Shard {
         match seen {
             Seen::New if submit.is_to_group() => self.accept_in_group(submit, fx),
             Seen::New => match conversation.permission(&submit, &self.social.privacy, self.now.mono_us) {
-                Some(Ok(())) => self.permitted(submit, hash, fx),
+                Some(Ok(())) => match submit.amending() {
+                    None => {
+                        let numbered = conversation.number(&mut submit, (hash, self.now.unix_ms), unfiltered);
+                        self.write_numbered(submit, numbered, fx);
+                    }
+                    Some(amending) => self.read_original(submit, amending, fx),
+                },
                 Some(Err(code)) => self.refuse(submit.origin, code, fx),
                 None => {
                     conversation.stage = Stage::AskingUser { since_us: self.now.mono_us };
@@ -319,19 +337,24 @@ impl Shard {
     }
 
     /// A message that is taken by who it is for.
-    fn permitted(&mut self, submit: Submit, hash: u64, fx: &mut Effects) {
+    fn permitted(&mut self, submit: Submit, fx: &mut Effects) {
         match submit.amending() {
-            None => self.write(submit, hash, fx),
+            None => self.write(submit, fx),
             Some(amending) => self.read_original(submit, amending, fx),
         }
     }
 
-    /// Gives a new message, whose fingerprint is `hash`, its number and sends it to the log.
-    pub(crate) fn write(&mut self, mut submit: Submit, hash: u64, fx: &mut Effects) {
-        let (id, time_ms) = (submit.message.conversation, self.now.unix_ms);
-        let hash = (!self.planted.is(Bug::NoDuplicateFilter)).then_some(hash);
-        let Some(conversation) = self.conversations.peek_mut(&id) else { return };
-        let (message, first, begins) = conversation.number(&mut submit, (hash, time_ms));
+    /// Gives a new message its number and sends it to the log.
+    pub(crate) fn write(&mut self, mut submit: Submit, fx: &mut Effects) {
+        let (hash, unfiltered) = (submit.hash(), self.planted.is(Bug::NoDuplicateFilter));
+        let Some(conversation) = self.conversations.peek_mut(&submit.message.conversation) else { return };
+        let numbered = conversation.number(&mut submit, (hash, self.now.unix_ms), unfiltered);
+        self.write_numbered(submit, numbered, fx);
+    }
+
+    fn write_numbered(&mut self, submit: Submit, numbered: Numbered, fx: &mut Effects) {
+        let Numbered { message, first, begins } = numbered;
+        let (id, time_ms) = (message.conversation, message.time_ms);
         if first {
             let (one, other) = (message.from.clone(), message.to.clone());
             let members = if one <= other { [one, other] } else { [other, one] };
@@ -484,10 +507,7 @@ impl Shard {
             // The head of the queue is the send that asked: write it without asking again.
             if let Some(submit) = conversation.waiting.pop_front() {
                 match self.may_append() {
-                    Ok(()) => {
-                        let hash = submit.hash();
-                        self.permitted(submit, hash, fx);
-                    }
+                    Ok(()) => self.permitted(submit, fx),
                     Err(code) => self.refuse(submit.origin, code, fx),
                 }
             }
