@@ -1,5 +1,7 @@
 //! Bytes of a [`Record`]: `rkyv` archives, checked on access, without alignment demands.
 //!
+//! A plain message is written and read by hand, see [`message`]; its bytes are those of the archive.
+//!
 //! The frame around them (length, checksum, type, version) is the log's. A type number is never reused; a changed
 //! layout is a new type number, so a log tells its own format record by record.
 
@@ -10,6 +12,8 @@ use rkyv::rancor::Error;
 use rkyv::util::AlignedVec;
 use rkyv::with::InlineAsBox;
 use rkyv::{Archive, Serialize};
+
+mod message;
 
 use crate::ids::{ConversationId, DeviceId, Seq, UserName, body_hash};
 use crate::message::BodyKind;
@@ -45,22 +49,6 @@ impl RecordType {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("record does not decode: {0}")]
 pub struct DiskError(String);
-
-#[derive(Archive, Serialize)]
-struct DiskMessage<'a> {
-    conversation: u128,
-    seq: u64,
-    device: u64,
-    client_seq: u64,
-    time_ms: u64,
-    kind: u8,
-    #[rkyv(with = InlineAsBox)]
-    from: &'a str,
-    #[rkyv(with = InlineAsBox)]
-    to: &'a str,
-    #[rkyv(with = InlineAsBox)]
-    body: &'a [u8],
-}
 
 #[derive(Archive, Serialize)]
 struct DiskUser<'a> {
@@ -139,9 +127,15 @@ fn packed_extra(message: Option<&StoredMessage>) -> Vec<u8> {
 ///
 /// Fails only if a field is larger than the format can hold, which the wire limits exclude.
 pub fn encode(record: &Record, out: &mut AlignedVec) -> Result<RecordType, DiskError> {
+    if let Record::Message(message) = record
+        && message.extra.is_none()
+    {
+        message::encode(message, out)?;
+        return Ok(RecordType::Message);
+    }
     let taken = std::mem::take(out);
     let (record_type, result) = match record {
-        Record::Message(message) if message.extra.is_some() => {
+        Record::Message(message) => {
             let extra = packed_extra(Some(message));
             let disk = disk_change(Some(message), &extra, &[]);
             (RecordType::Change, rkyv::api::high::to_bytes_in::<_, Error>(&disk, taken))
@@ -151,20 +145,6 @@ pub fn encode(record: &Record, out: &mut AlignedVec) -> Result<RecordType, DiskE
             let extra = packed_extra(message);
             let disk = disk_change(message, &extra, &rows);
             (RecordType::Change, rkyv::api::high::to_bytes_in::<_, Error>(&disk, taken))
-        }
-        Record::Message(message) => {
-            let disk = DiskMessage {
-                conversation: message.conversation.0,
-                seq: message.seq.0,
-                device: message.device.0,
-                client_seq: message.client_seq,
-                time_ms: message.time_ms,
-                kind: message.kind as u8,
-                from: message.from.as_str(),
-                to: message.to.as_str(),
-                body: &message.body,
-            };
-            (RecordType::Message, rkyv::api::high::to_bytes_in::<_, Error>(&disk, taken))
         }
         Record::User(user) => {
             let password_hash = user.password_hash.as_deref().unwrap_or_default();
@@ -189,17 +169,17 @@ pub fn encode(record: &Record, out: &mut AlignedVec) -> Result<RecordType, DiskE
 pub fn decode(record_type: RecordType, payload: &[u8]) -> Result<Record, DiskError> {
     let record = match record_type {
         RecordType::Message => {
-            let disk = rkyv::access::<ArchivedDiskMessage<'_>, Error>(payload).map_err(refused)?;
+            let disk = message::read(payload)?;
             Record::Message(Arc::new(StoredMessage {
-                conversation: ConversationId(disk.conversation.to_native()),
-                seq: Seq(disk.seq.to_native()),
-                from: name(&disk.from)?,
-                to: name(&disk.to)?,
-                device: DeviceId(disk.device.to_native()),
-                client_seq: disk.client_seq.to_native(),
-                time_ms: disk.time_ms.to_native(),
+                conversation: disk.conversation,
+                seq: disk.seq,
+                from: name_of(disk.from)?,
+                to: name_of(disk.to)?,
+                device: disk.device,
+                client_seq: disk.client_seq,
+                time_ms: disk.time_ms,
                 kind: BodyKind::from_number(disk.kind).ok_or_else(|| DiskError("body kind".into()))?,
-                body: Bytes::copy_from_slice(&disk.body),
+                body: Bytes::copy_from_slice(disk.body),
                 extra: None,
             }))
         }
@@ -232,29 +212,43 @@ pub fn decode(record_type: RecordType, payload: &[u8]) -> Result<Record, DiskErr
 
 /// A record without what an index leaves in the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Indexed {
-    Message(IndexedMessage),
+pub enum Indexed<'a> {
+    Message(IndexedMessage<'a>),
     Change {
-        message: Option<IndexedMessage>,
+        message: Option<IndexedMessage<'a>>,
         rows: Vec<Row>,
     },
     /// Neither of the two.
     Other(Record),
 }
 
-/// A message without its body and receiver.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct IndexedMessage {
+/// A message without its body and receiver. Its sender's name is as it lies in the record: whoever keeps it asks for
+/// [`IndexedMessage::from`], and who knows it already need not check it again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IndexedMessage<'a> {
     pub conversation: ConversationId,
-    pub from: UserName,
+    pub from_bytes: &'a [u8],
     pub device: DeviceId,
     pub accepted: Accepted,
 }
 
+impl IndexedMessage<'_> {
+    /// The sender. Errors: it is no name.
+    pub fn from(&self) -> Result<UserName, DiskError> {
+        name_of(self.from_bytes)
+    }
+}
+
 /// Like [`decode`], but copies no body.
-pub fn decode_for_index(record_type: RecordType, payload: &[u8]) -> Result<Indexed, DiskError> {
+pub fn decode_for_index(record_type: RecordType, payload: &[u8]) -> Result<Indexed<'_>, DiskError> {
     match record_type {
-        RecordType::Message => message_for_index(payload).map(Indexed::Message),
+        RecordType::Message => {
+            let disk = message::read(payload)?;
+            let (client_seq, seq, time_ms) = (disk.client_seq, disk.seq, disk.time_ms);
+            let accepted = Accepted { client_seq, seq, time_ms, body_hash: body_hash(disk.body) };
+            let (conversation, device) = (disk.conversation, disk.device);
+            Ok(Indexed::Message(IndexedMessage { conversation, from_bytes: disk.from, device, accepted }))
+        }
         RecordType::Change => change_for_index(payload),
         RecordType::User | RecordType::Conversation | RecordType::Cursor => {
             decode(record_type, payload).map(Indexed::Other)
@@ -262,22 +256,7 @@ pub fn decode_for_index(record_type: RecordType, payload: &[u8]) -> Result<Index
     }
 }
 
-fn message_for_index(payload: &[u8]) -> Result<IndexedMessage, DiskError> {
-    let disk = rkyv::access::<ArchivedDiskMessage<'_>, Error>(payload).map_err(refused)?;
-    Ok(IndexedMessage {
-        conversation: ConversationId(disk.conversation.to_native()),
-        from: name(&disk.from)?,
-        device: DeviceId(disk.device.to_native()),
-        accepted: Accepted {
-            client_seq: disk.client_seq.to_native(),
-            seq: Seq(disk.seq.to_native()),
-            time_ms: disk.time_ms.to_native(),
-            body_hash: body_hash(&disk.body),
-        },
-    })
-}
-
-fn change_for_index(payload: &[u8]) -> Result<Indexed, DiskError> {
+fn change_for_index(payload: &[u8]) -> Result<Indexed<'_>, DiskError> {
     let disk = rkyv::access::<ArchivedDiskChange<'_>, Error>(payload).map_err(refused)?;
     let rows = decode_rows(&disk.rows).map_err(|error| DiskError(error.to_string()))?;
     let seq = Seq(disk.seq.to_native());
@@ -288,7 +267,7 @@ fn change_for_index(payload: &[u8]) -> Result<Indexed, DiskError> {
     let extra = extra.transpose().map_err(|error| DiskError(error.to_string()))?;
     let message = IndexedMessage {
         conversation: ConversationId(disk.conversation.to_native()),
-        from: name(&disk.from)?,
+        from_bytes: disk.from.as_bytes(),
         device: DeviceId(disk.device.to_native()),
         accepted: Accepted {
             client_seq: disk.client_seq.to_native(),
@@ -330,6 +309,11 @@ fn change(payload: &[u8]) -> Result<Record, DiskError> {
 
 fn name(text: &str) -> Result<UserName, DiskError> {
     UserName::new(text).map_err(|_| DiskError("user name".into()))
+}
+
+fn name_of(bytes: &[u8]) -> Result<UserName, DiskError> {
+    let text = std::str::from_utf8(bytes).map_err(|_| DiskError("user name".into()))?;
+    name(text)
 }
 
 fn refused(error: Error) -> DiskError {
@@ -396,21 +380,23 @@ mod tests {
         }
     }
 
+    fn without_body(message: &StoredMessage) -> IndexedMessage<'_> {
+        let (accepted, conversation) = (message.accepted(), message.conversation);
+        IndexedMessage { conversation, from_bytes: message.from.as_str().as_bytes(), device: message.device, accepted }
+    }
+
     #[test]
     fn an_index_sees_the_same_record() {
         for record in samples() {
             let mut payload = AlignedVec::new();
             let record_type = encode(&record, &mut payload).unwrap();
             let indexed = decode_for_index(record_type, &payload).unwrap();
-            let without_body = |message: &StoredMessage| {
-                let (accepted, conversation) = (message.accepted(), message.conversation);
-                IndexedMessage { conversation, from: message.from.clone(), device: message.device, accepted }
-            };
             match record {
                 Record::Message(message) => assert_eq!(indexed, Indexed::Message(without_body(&message))),
                 Record::Change(change) => {
                     let Change { message, rows } = *change;
-                    assert_eq!(indexed, Indexed::Change { message: message.as_deref().map(without_body), rows });
+                    let message = message.as_deref().map(without_body);
+                    assert_eq!(indexed, Indexed::Change { message, rows });
                 }
                 Record::User(_) | Record::Conversation { .. } | Record::Cursor { .. } => {
                     assert_eq!(indexed, Indexed::Other(record));

@@ -182,6 +182,15 @@ pub(super) struct Stamp {
     pub offset: u32,
 }
 
+/// How many bytes the record that begins here says it has; those that tell it when there is none.
+#[inline]
+pub(super) fn said_bytes(bytes: &[u8]) -> usize {
+    match u32_at(bytes, 0).map(|length| length as usize) {
+        Some(length) if (COUNTED_HEAD_BYTES..=LENGTH_MAX).contains(&length) => 8 + length,
+        Some(_) | None => RECORD_ALIGN_BYTES,
+    }
+}
+
 /// Reads what lies at `offset` of a segment; `bytes` begin there and may end anywhere.
 pub(super) fn parse(bytes: &[u8], salt: u32, offset: u32) -> Parsed<'_> {
     parse_if(bytes, |crc, counted| crc32c::crc32c_append(seed(salt, offset), counted) == crc)

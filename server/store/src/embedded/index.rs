@@ -350,7 +350,7 @@ impl Flush<'_> {
             }
             self.put(rows::block_key(id, number), block.encode());
         }
-        for sender in recent.senders.values() {
+        for sender in &recent.senders {
             let mut filter = self.index.filter(id, sender.key)?;
             for &accepted in newest(&sender.filter) {
                 remember(&mut filter, accepted);

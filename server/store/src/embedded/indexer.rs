@@ -66,8 +66,6 @@ pub(super) struct Indexer {
     pub space: Space,
     /// How far the overlay knows the log.
     pub at: Position,
-    /// Records read and not yet in the overlay.
-    pub batch: Vec<(Indexed, Place)>,
     /// What the log is read into: each commit is, so taking it anew every time would be the dearest part.
     pub scan: Vec<u8>,
     pub flush_due: Option<Instant>,
@@ -169,45 +167,43 @@ impl Indexer {
                 Scanner::to_end(Arc::clone(&segment), self.at.offset).map_err(io_error)?
             };
             scanner.lend(&mut self.scan);
-            while self.at < to && self.at.segment == segment.header.number {
-                let (kind, indexed, place) = next_record(&mut scanner, &segment)?;
-                self.at.offset = scanner.offset();
-                match kind {
-                    Kind::Run => {}
-                    Kind::Seal => {
-                        // The slack is not needed any more. If it can't be given back, it is only room.
-                        let _ = segment.file.set_len(u64::from(self.at.offset));
-                        self.at = Position::start_of(segment.header.number.saturating_add(1));
-                    }
-                    Kind::Record(_) => self.batch.extend(indexed.map(|indexed| (indexed, place))),
-                }
-                if self.batch.len() >= APPLY_RECORDS_MAX {
-                    self.apply();
-                    if self.stop.load(Ordering::Relaxed) {
-                        return Ok(());
-                    }
+            while self.at < to && self.at.segment == segment.header.number && !self.stop.load(Ordering::Relaxed) {
+                scanner.read_ahead().map_err(io_error)?;
+                if self.take_in(&mut scanner, &segment, to)? {
+                    self.flush(false);
                 }
             }
             scanner.take_back(&mut self.scan);
         }
-        self.apply();
         Ok(())
     }
 
-    fn apply(&mut self) {
-        let Some(overlay) = self.node.overlays.get(usize::from(self.log)) else { return };
+    /// Takes a bounded number of records of a segment into the overlay, straight from where they were read to. True: it
+    /// is full. What is read meanwhile was just written, so it comes from memory.
+    fn take_in(&mut self, scanner: &mut Scanner, segment: &Segment, to: Position) -> Result<bool, IndexError> {
+        let Some(overlay) = self.node.overlays.get(usize::from(self.log)) else { return Ok(false) };
         let mut overlay = overlay.write().unwrap_or_else(PoisonError::into_inner);
-        for (indexed, place) in self.batch.drain(..) {
-            overlay.apply(indexed, place);
+        for _ in 0..APPLY_RECORDS_MAX {
+            if self.at >= to || self.at.segment != segment.header.number {
+                break;
+            }
+            let (kind, indexed, place) = next_record(scanner, segment)?;
+            if let Some(indexed) = indexed {
+                overlay.apply(indexed, place).map_err(|error| bad_record(segment, place.offset, &error))?;
+            }
+            self.at.offset = scanner.offset();
+            if kind == Kind::Seal {
+                // The slack is not needed any more. If it can't be given back, it is only room.
+                let _ = segment.file.set_len(u64::from(self.at.offset));
+                self.at = Position::start_of(segment.header.number.saturating_add(1));
+            }
         }
         let (any, full) = (overlay.records > 0, overlay.is_full(&self.options));
         drop(overlay);
         if any && self.flush_due.is_none() {
             self.flush_due = Some(Instant::now() + Duration::from_millis(self.options.flush_interval_ms));
         }
-        if full {
-            self.flush(false);
-        }
+        Ok(full)
     }
 
     fn flush(&mut self, closed: bool) {
@@ -249,21 +245,25 @@ impl Indexer {
     }
 }
 
+/// What is wrong with a record of a log.
+fn bad_record(segment: &Segment, offset: u32, what: &dyn std::fmt::Display) -> IndexError {
+    ReadError::Bad { path: segment.path.clone(), offset, what: what.to_string() }.into()
+}
+
 /// The next record of a log that is known to go on, as the index wants it.
-pub(super) fn next_record(
-    scanner: &mut Scanner,
+pub(super) fn next_record<'a>(
+    scanner: &'a mut Scanner,
     segment: &Segment,
-) -> Result<(Kind, Option<Indexed>, Place), IndexError> {
+) -> Result<(Kind, Option<Indexed<'a>>, Place), IndexError> {
     next_framed(scanner, segment, &mut |_| ())
 }
 
 /// Like [`next_record`]; `each` sees its frame.
-pub(super) fn next_framed(
-    scanner: &mut Scanner,
+pub(super) fn next_framed<'a>(
+    scanner: &'a mut Scanner,
     segment: &Segment,
     each: &mut dyn FnMut(&Framed<'_>),
-) -> Result<(Kind, Option<Indexed>, Place), IndexError> {
-    let bad = |offset, what: String| ReadError::Bad { path: segment.path.clone(), offset, what };
+) -> Result<(Kind, Option<Indexed<'a>>, Place), IndexError> {
     match scanner.next().map_err(|source| ReadError::Io { path: segment.path.clone(), source })? {
         Found::Record { offset, framed } => {
             each(&framed);
@@ -273,12 +273,12 @@ pub(super) fn next_framed(
                 Kind::Seal | Kind::Run => Ok((framed.kind, None, place)),
                 Kind::Record(record_type) => match disk::decode_for_index(record_type, framed.payload) {
                     Ok(record) => Ok((framed.kind, Some(record), place)),
-                    Err(error) => Err(bad(offset, error.to_string()).into()),
+                    Err(error) => Err(bad_record(segment, offset, &error)),
                 },
             }
         }
-        Found::End { offset } => Err(bad(offset, "nothing where a record was committed".to_owned()).into()),
-        Found::Bad { offset, what } => Err(bad(offset, what.to_owned()).into()),
-        Found::Foreign { offset } => Err(bad(offset, FOREIGN.to_owned()).into()),
+        Found::End { offset } => Err(bad_record(segment, offset, &"nothing where a record was committed")),
+        Found::Bad { offset, what } => Err(bad_record(segment, offset, &what)),
+        Found::Foreign { offset } => Err(bad_record(segment, offset, &FOREIGN)),
     }
 }

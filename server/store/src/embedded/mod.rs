@@ -298,7 +298,7 @@ impl EmbeddedStore {
         let run = ends.iter().map(|(_, end)| end.run).max().unwrap_or(0).saturating_add(1);
         let watermarks: Vec<_> = ends.iter().map(|(log, end)| (*log, end.watermark(*log >= shards))).collect();
         index.set_watermarks(&watermarks).map_err(|error| index_error(dir, &error))?;
-        let overlays = (0..shards).map(|_| RwLock::new(Overlay { run, ..Overlay::default() })).collect();
+        let overlays = (0..shards).map(|_| RwLock::new(Overlay::new(run))).collect();
         let node = Arc::new(Node { index, overlays, segments, folder: dir.to_owned(), identity, _lock: lock });
         let mut retainer = Retainer::new(Arc::clone(&node), options.retention, (kept, checkpoint));
         if mend {
@@ -400,7 +400,6 @@ fn start_shard(
         stop: Arc::clone(&stop),
         space: Space::new(&node.folder, options.free_bytes_min, Arc::clone(&full)),
         at: end.watermark(false).at,
-        batch: Vec::new(),
         scan: Vec::new(),
         flush_due: None,
         failed: false,

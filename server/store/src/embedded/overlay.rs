@@ -7,9 +7,12 @@
 //! removes them here, so the other order could miss them in both.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::BuildHasher;
 
+use foldhash::fast::RandomState;
 use foldhash::{HashMap, HashSet};
-use ringline_schema::disk::{Indexed, IndexedMessage};
+use hashbrown::HashTable;
+use ringline_schema::disk::{DiskError, Indexed, IndexedMessage};
 use ringline_schema::ids::{ConversationId, DeviceId, DeviceKey, Seq, UserName};
 use ringline_schema::record::{Accepted, Record, User};
 use ringline_schema::rows::{Row, RowKey};
@@ -37,6 +40,8 @@ pub(super) struct Overlay {
     pub bytes: usize,
     /// The run whose records are being taken in; stays when the rest is cleared.
     pub run: u64,
+    /// Of the senders.
+    hasher: RandomState,
 }
 
 /// What is new in one conversation.
@@ -46,12 +51,14 @@ pub(super) struct Recent {
     /// Rising by seq, no seq twice.
     pub places: Vec<(Seq, Place)>,
     /// The devices that sent since the last flush.
-    pub senders: HashMap<(UserName, DeviceId), Sender>,
+    pub senders: HashTable<Sender>,
 }
 
 /// The new part of one device's duplicate filter.
 #[derive(Debug)]
 pub(super) struct Sender {
+    user: UserName,
+    device: DeviceId,
     /// Kept, because hashing it for every message would cost more than all the rest here.
     pub key: DeviceKey,
     pub filter: Vec<Accepted>,
@@ -60,17 +67,24 @@ pub(super) struct Sender {
 /// A conversation with its first message; a further sender in it; a record or row of another kind. Tables that double are
 /// half empty at times.
 const CONVERSATION_BYTES: usize = 640;
-const SENDER_BYTES: usize = 2 * size_of::<((UserName, DeviceId), Sender)>();
+const SENDER_BYTES: usize = 2 * size_of::<Sender>();
 const OTHER_BYTES: usize = 640;
 
 impl Overlay {
-    pub fn apply(&mut self, indexed: Indexed, place: Place) {
+    /// An empty one; records of this run follow.
+    pub fn new(run: u64) -> Self {
+        Self { run, ..Self::default() }
+    }
+
+    /// Takes a record in. Errors: the sender of its message is no name, and nothing was taken in.
+    #[inline]
+    pub fn apply(&mut self, indexed: Indexed<'_>, place: Place) -> Result<(), DiskError> {
         self.records += 1;
         match indexed {
-            Indexed::Message(message) => self.add(message, place),
+            Indexed::Message(message) => self.add(&message, place)?,
             Indexed::Change { message, rows } => {
                 if let Some(message) = message {
-                    self.add(message, place);
+                    self.add(&message, place)?;
                 }
                 self.records += rows.len();
                 self.bytes += rows.len() * OTHER_BYTES;
@@ -81,6 +95,7 @@ impl Overlay {
                 self.apply_other(record);
             }
         }
+        Ok(())
     }
 
     /// Whether it is time for a flush.
@@ -88,10 +103,12 @@ impl Overlay {
         self.records >= options.flush_records_max || self.bytes >= options.flush_bytes_max
     }
 
-    fn add(&mut self, message: IndexedMessage, place: Place) {
+    #[inline]
+    fn add(&mut self, message: &IndexedMessage<'_>, place: Place) -> Result<(), DiskError> {
         let before = self.conversations.len();
-        self.bytes += self.conversations.entry(message.conversation).or_default().add(message, place);
+        self.bytes += self.conversations.entry(message.conversation).or_default().add(message, place, &self.hasher)?;
         self.bytes += CONVERSATION_BYTES * (self.conversations.len() - before);
+        Ok(())
     }
 
     fn apply_other(&mut self, record: Record) {
@@ -143,7 +160,7 @@ impl Overlay {
     /// Forgets all rows. Only after a flush made it all visible in the index.
     pub fn clear(&mut self) {
         // New tables, because the old ones keep the room of the largest burst.
-        *self = Self { run: self.run, ..Self::default() };
+        *self = Self::new(self.run);
     }
 
     /// Conversations of a user above `cursor`, rising, at most `limit`.
@@ -156,8 +173,25 @@ impl Overlay {
 
 impl Recent {
     /// Gives the memory that it takes more.
-    fn add(&mut self, IndexedMessage { from, device, accepted, .. }: IndexedMessage, place: Place) -> usize {
-        let (seq, places, senders) = (accepted.seq, self.places.capacity(), self.senders.len());
+    fn add(&mut self, message: &IndexedMessage<'_>, place: Place, hasher: &RandomState) -> Result<usize, DiskError> {
+        let (name, device, accepted) = (message.from_bytes, message.device, message.accepted);
+        let hash = hasher.hash_one((name, device));
+        let known = |sender: &Sender| sender.device == device && sender.user.as_str().as_bytes() == name;
+        let mut bytes = 0;
+        let sender = match self.senders.find_mut(hash, known) {
+            Some(sender) => sender,
+            None => {
+                let user = message.from()?;
+                let sender = Sender { key: DeviceKey::new(&user, device), user, device, filter: Vec::new() };
+                bytes += SENDER_BYTES;
+                let hash_of = |sender: &Sender| hasher.hash_one((sender.user.as_str().as_bytes(), sender.device));
+                self.senders.insert_unique(hash, sender, hash_of).into_mut()
+            }
+        };
+        let filter = sender.filter.capacity();
+        remember(&mut sender.filter, accepted);
+        bytes += (sender.filter.capacity() - filter) * size_of::<Accepted>();
+        let (seq, places) = (accepted.seq, self.places.capacity());
         self.head.add(seq, accepted.time_ms);
         match self.places.last() {
             Some(&(last, _)) if seq <= last => match self.places.binary_search_by_key(&seq, |&(seq, _)| seq) {
@@ -166,15 +200,7 @@ impl Recent {
             },
             Some(_) | None => self.places.push((seq, place)),
         }
-        let sender = self.senders.entry((from, device)).or_insert_with_key(|(from, device)| {
-            let key = DeviceKey::new(from, *device);
-            Sender { key, filter: Vec::new() }
-        });
-        let filter = sender.filter.capacity();
-        remember(&mut sender.filter, accepted);
-        let filter_bytes = (sender.filter.capacity() - filter) * size_of::<Accepted>();
-        let places_bytes = (self.places.capacity() - places) * size_of::<(Seq, Place)>();
-        filter_bytes + places_bytes + (self.senders.len() - senders) * SENDER_BYTES
+        Ok(bytes + (self.places.capacity() - places) * size_of::<(Seq, Place)>())
     }
 
     /// The places of `after` < seq < `before`.

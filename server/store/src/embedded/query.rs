@@ -61,7 +61,7 @@ impl Node {
         let mut recent_filter = Vec::new();
         for overlay in self.overlays() {
             let recent = overlay.conversations.get(&conversation);
-            let mut senders = recent.iter().flat_map(|recent| recent.senders.values());
+            let mut senders = recent.iter().flat_map(|recent| &recent.senders);
             if let Some(sender) = senders.find(|sender| sender.key == device) {
                 recent_filter.extend_from_slice(&sender.filter);
             }

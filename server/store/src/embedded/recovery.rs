@@ -248,7 +248,7 @@ impl Recovery<'_> {
         let Some(&newest) = numbers.last() else { return Ok(None) };
         let start = watermark.map_or(Position::start_of(kept.segment), |watermark| watermark.at);
         let run = watermark.map_or(kept.run, |watermark| watermark.run);
-        let mut replay = Replay { log, overlay: Overlay { run, ..Overlay::default() }, at: start };
+        let mut replay = Replay { log, overlay: Overlay::new(run), at: start };
         let found_end = self.replay(&mut replay)?;
         self.flush(&mut replay)?;
 
@@ -312,9 +312,9 @@ impl Recovery<'_> {
                     Kind::Seal => break,
                 };
                 let place = Place { log: replay.log, segment: replay.at.segment, offset, bytes: framed.bytes as u32 };
-                let indexed = disk::decode_for_index(record_type, framed.payload)
+                disk::decode_for_index(record_type, framed.payload)
+                    .and_then(|indexed| replay.overlay.apply(indexed, place))
                     .map_err(|error| self.damaged(segment.path.clone(), offset, &error.to_string()))?;
-                replay.overlay.apply(indexed, place);
                 replay.at.offset = scanner.offset();
                 self.replayed_records += 1;
                 self.progress.add(u64::from(place.bytes), self.replayed_records);

@@ -505,4 +505,4 @@ impl Retainer {
 }
 
 /// Takes the place and the message of a record; false: it wants no more.
-type EachMessage<'a> = &'a mut dyn FnMut(u32, &IndexedMessage) -> Result<bool, RetainError>;
+type EachMessage<'a> = &'a mut dyn FnMut(u32, &IndexedMessage<'_>) -> Result<bool, RetainError>;

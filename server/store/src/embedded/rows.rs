@@ -355,7 +355,9 @@ impl Block {
     /// A bitmap of the slots, then each place as the difference to the one before: mostly 6 to 8 bytes.
     pub fn encode(&self) -> Vec<u8> {
         let present = self.0.iter().rev().fold(0, |bits: u64, place| bits << 1 | u64::from(place.is_some()));
-        let mut out = Writer(present.to_le_bytes().to_vec());
+        // Room for the usual places; growing byte by byte cost as much as writing.
+        let mut out = Writer(Vec::with_capacity(8 + self.0.len() * 8));
+        out.0.extend_from_slice(&present.to_le_bytes());
         let mut last = Place::default();
         for place in self.0.iter().flatten() {
             out.number(u64::from(place.log ^ last.log));

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
-use super::format::{Framed, Parsed, RECORD_ALIGN_BYTES, RECORD_HEADER_BYTES, parse, parse_own};
+use super::format::{Framed, Parsed, RECORD_ALIGN_BYTES, RECORD_HEADER_BYTES, parse, parse_own, said_bytes};
 use super::segments::Segment;
 
 /// Bytes read at a time; the buffer grows beyond it only for one larger record.
@@ -91,12 +91,7 @@ impl Scanner {
     /// The next record. Not to be called again after `End` or `Bad`.
     pub fn next(&mut self) -> io::Result<Found<'_>> {
         let (offset, salt) = (self.offset, self.segment.header.salt);
-        let bytes = match parse(self.read(RECORD_ALIGN_BYTES)?, salt, offset) {
-            Parsed::NeedMore(bytes) => bytes,
-            Parsed::Nothing => return Ok(Found::End { offset }),
-            Parsed::Bad(what) => return Ok(Found::Bad { offset, what }),
-            Parsed::Record(_) | Parsed::Foreign => return Ok(Found::Bad { offset, what: "impossible length" }),
-        };
+        let bytes = said_bytes(self.read(RECORD_ALIGN_BYTES)?);
         let there = self.read(bytes)?;
         if there.len() < bytes {
             // The file ends before the record does: nothing but zeros is an end, anything else a part of a record.
@@ -110,8 +105,14 @@ impl Scanner {
             Parsed::Record(framed) => Found::Record { offset, framed },
             Parsed::Bad(what) => Found::Bad { offset, what },
             Parsed::Foreign => Found::Foreign { offset },
-            Parsed::NeedMore(_) | Parsed::Nothing => Found::Bad { offset, what: "impossible length" },
+            Parsed::Nothing => Found::End { offset },
+            Parsed::NeedMore(_) => Found::Bad { offset, what: "impossible length" },
         })
+    }
+
+    /// Reads ahead, so that the next record is in memory unless it is a large one.
+    pub fn read_ahead(&mut self) -> io::Result<()> {
+        self.read(RECORD_ALIGN_BYTES).map(|_| ())
     }
 
     /// The bytes from `self.offset`, as many as wanted or as there are below the limit.
