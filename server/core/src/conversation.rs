@@ -15,12 +15,13 @@ use ringline_schema::rows::{Row, RowKey, RowValue};
 use smallvec::SmallVec;
 
 use crate::amend::{AmendOut, record_of};
+use crate::committed::Sent;
 use crate::config::WAITERS_PER_LOAD_MAX;
 use crate::event::{ConnId, Effects, ShardMessage};
 use crate::filter::{Filter, Seen};
 use crate::group::change::GroupPending;
 use crate::hide::Hiding;
-use crate::peer::{Ask, Origin, Submit, Wanted};
+use crate::peer::{Ask, Origin, Submit};
 use crate::planted::Bug;
 use crate::receipts::ReceiptWrite;
 use crate::shard::{Question, Shard};
@@ -198,11 +199,7 @@ pub(crate) struct Pending {
 
 #[derive(Debug)]
 pub(crate) enum PendingWork {
-    Message {
-        message: Arc<StoredMessage>,
-        origin: Origin,
-        ack_timeout_ms: Option<u32>,
-    },
+    Message(Sent),
     /// A repeat of a message that is itself still on its way.
     Repeat {
         origin: Origin,
@@ -369,9 +366,8 @@ impl Shard {
         let weight = record.weight();
         self.pending_bytes += weight;
         let lsn = self.append(record, fx);
-        let (origin, ack_timeout_ms) = (submit.origin, submit.ack_timeout_ms);
-        let work = PendingWork::Message { message, origin, ack_timeout_ms };
-        self.pending.push_back(Pending { lsn, weight, work });
+        let sent = Sent { message, origin: submit.origin, ack_timeout_ms: submit.ack_timeout_ms };
+        self.pending.push_back(Pending { lsn, weight, work: PendingWork::Message(sent) });
     }
 
     /// Serves what has waited, until the conversation has to wait again.
@@ -527,13 +523,17 @@ impl Shard {
     pub(crate) fn stored(&mut self, upto: u64, fx: &mut Effects) {
         debug_assert!(upto <= self.appended && upto >= self.stored, "commits only rise, up to what was appended");
         self.stored = upto.min(self.appended);
-        while self.pending.front().is_some_and(|pending| pending.lsn <= upto) {
+        while let Some(pending) = self.pending.front()
+            && pending.lsn <= upto
+        {
+            if matches!(pending.work, PendingWork::Message(_)) {
+                self.message_stored(upto, fx);
+                continue;
+            }
             let Some(pending) = self.pending.pop_front() else { return };
             self.pending_bytes -= pending.weight;
             match pending.work {
-                PendingWork::Message { message, origin, ack_timeout_ms } => {
-                    self.committed(message, origin, ack_timeout_ms, fx);
-                }
+                PendingWork::Message(_) => debug_assert!(false, "taken above"),
                 PendingWork::Repeat { origin, ack } => self.answer_send(origin, (true, Ok(ack)), None, fx),
                 PendingWork::User { conn, user } => self.user_created(conn, user, fx),
                 PendingWork::Social(pending) => self.social_stored(*pending, fx),
@@ -547,35 +547,10 @@ impl Shard {
         }
     }
 
-    fn committed(
-        &mut self,
-        message: Arc<StoredMessage>,
-        origin: Origin,
-        ack_timeout_ms: Option<u32>,
-        fx: &mut Effects,
-    ) {
-        if let Some(conversation) = self.conversations.peek_mut(&message.conversation) {
-            debug_assert_eq!(conversation.committed.next(), message.seq, "commits are dense");
-            conversation.committed = message.seq;
-            conversation.in_flight -= 1;
-        }
-        self.sessions.counters.accepted += 1;
-        let (conversation, seq, time_ms) = (message.conversation, message.seq, message.time_ms);
-        let ack = SendAck { conversation, seq, time_ms, dup: false };
-        self.answer_send(origin, (true, Ok(ack)), Some(&message), fx);
-        let wanted = ack_timeout_ms.map(|timeout_ms| Wanted { origin, timeout_ms });
-        let target = self.owner(message.to.partition());
-        if self.is_here(target) {
-            self.deliver(&message, wanted, fx);
-        } else {
-            self.tell_shard(target, ShardMessage::Deliver { message, wanted }, fx);
-        }
-    }
-
     /// The store failed under something that waited: whether it was kept is unknown.
     pub(crate) fn pending_failed(&mut self, pending: Pending, fx: &mut Effects) {
         match pending.work {
-            PendingWork::Message { origin, .. } | PendingWork::Repeat { origin, .. } => {
+            PendingWork::Message(Sent { origin, .. }) | PendingWork::Repeat { origin, .. } => {
                 self.refuse(origin, ErrorCode::StoreFailed, fx);
             }
             PendingWork::User { conn, user } => self.user_not_created(conn, &user, fx),

@@ -1,6 +1,7 @@
 //! The receiving side: DELIVER to the devices of a user, their ACKs, cursors, and delivery acknowledgements.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use ringline_cluster::placement::ShardIndex;
 use ringline_schema::errors::ErrorCode;
@@ -67,29 +68,38 @@ pub(crate) fn await_delivery(
 }
 
 impl Shard {
-    /// Gives a committed message to every device of its receiver that is online here.
-    pub(crate) fn deliver(&mut self, message: &StoredMessage, wanted: Option<Wanted>, fx: &mut Effects) {
+    /// A committed message of a conversation of another shard.
+    pub(crate) fn deliver_from_peer(&mut self, message: Arc<StoredMessage>, wanted: Option<Wanted>, fx: &mut Effects) {
         if let Some(wanted) = wanted {
-            let (user, conversation, seq) = (message.to.clone(), message.conversation, message.seq);
-            let whose = Whose::User(user.clone());
-            let wait = DeliveryWait { wanted, whose, conversation, seq, client_seq: message.client_seq };
-            let waits = (&mut self.delivery_waits, &mut self.next_delivery);
-            match await_delivery(waits, &mut self.timers, wait, self.now.mono_us) {
-                Ok(number) => {
-                    self.delivery_index.insert((conversation, Some(user), seq), number);
-                }
-                // The message is kept all the same; only the news of its delivery can't be waited for.
-                Err(_) => self.tell_timeout(wanted.origin, message, fx),
-            }
+            self.await_ack(&message, wanted, fx);
         }
-        let mut to = &message.to;
-        if self.planted.is(Bug::WrongUser) {
-            to = self.online.listed_after(None).find(|name| **name != message.from).unwrap_or(to);
-        }
+        let to = self.receiver(&message);
         let Some(conns) = self.online.get(to) else { return };
         for &conn in conns {
-            self.sessions.deliver_durable(conn, message, &message.from, fx);
+            self.sessions.deliver_durable(conn, &message, &message.from, fx);
         }
+    }
+
+    /// Waits for a device of the receiver to acknowledge a message.
+    pub(crate) fn await_ack(&mut self, message: &StoredMessage, wanted: Wanted, fx: &mut Effects) {
+        let (user, conversation, seq) = (message.to.clone(), message.conversation, message.seq);
+        let whose = Whose::User(user.clone());
+        let wait = DeliveryWait { wanted, whose, conversation, seq, client_seq: message.client_seq };
+        let waits = (&mut self.delivery_waits, &mut self.next_delivery);
+        match await_delivery(waits, &mut self.timers, wait, self.now.mono_us) {
+            Ok(number) => {
+                self.delivery_index.insert((conversation, Some(user), seq), number);
+            }
+            // The message is kept all the same; only the news of its delivery can't be waited for.
+            Err(_) => self.tell_timeout(wanted.origin, message, fx),
+        }
+    }
+
+    pub(crate) fn receiver<'a>(&'a self, message: &'a StoredMessage) -> &'a UserName {
+        if self.planted.is(Bug::WrongUser) {
+            return self.online.listed_after(None).find(|name| **name != message.from).unwrap_or(&message.to);
+        }
+        &message.to
     }
 
     pub(crate) fn ack(&mut self, conn: ConnId, request_id: u32, ack: Ack, fx: &mut Effects) {

@@ -79,7 +79,7 @@ impl Shard {
         let mut in_flight = 0;
         for pending in &self.pending {
             in_flight += match &pending.work {
-                PendingWork::Message { .. } => 1,
+                PendingWork::Message(_) => 1,
                 PendingWork::Group(group) => u64::from(group.message.is_some()),
                 PendingWork::Repeat { .. }
                 | PendingWork::User { .. }

@@ -16,6 +16,7 @@
 
 mod amend;
 mod chat;
+mod committed;
 pub mod config;
 mod conversation;
 pub mod counters;

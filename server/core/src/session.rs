@@ -14,6 +14,7 @@ use ringline_schema::limits;
 use ringline_schema::message::{BodyKind, DeviceKind, Message, Reply};
 use ringline_schema::record::StoredMessage;
 
+use crate::committed::Sent;
 use crate::config::{CoreConfig, LAGGED_CONVERSATIONS_MAX, SPARE_BUFFER_BYTES_MAX, SPARE_BUFFERS_MAX};
 use crate::counters::Counters;
 use crate::event::{CloseReason, ConnId, Effect, Effects};
@@ -475,12 +476,27 @@ impl Sessions {
     /// Queues a durable delivery, or notes that the device lags. `with` names the conversation to the device.
     #[inline]
     pub fn deliver_durable(&mut self, conn: ConnId, message: &StoredMessage, with: &UserName, fx: &mut Effects) {
+        let Some(login) = self.login_mut(conn) else { return };
+        login.show(message.conversation, message.seq);
+        self.deliver_shown(conn, message, with, fx);
+    }
+
+    /// The same of several messages of one conversation, in order.
+    pub(crate) fn deliver_run(&mut self, conn: ConnId, run: &[Sent], with: &UserName, fx: &mut Effects) {
+        let (Some(login), Some(last)) = (self.login_mut(conn), run.last()) else { return };
+        login.show(last.message.conversation, last.message.seq);
+        for sent in run {
+            self.deliver_shown(conn, &sent.message, with, fx);
+        }
+    }
+
+    #[inline]
+    fn deliver_shown(&mut self, conn: ConnId, message: &StoredMessage, with: &UserName, fx: &mut Effects) {
         let (conversation, seq) = (message.conversation, message.seq);
         let outbox_bytes_max = self.outbox_bytes_max;
         let Some((session, pen)) = self.open_session(conn) else { return };
         let room = session.has_room(outbox_bytes_max);
-        let Some(login) = session.login_mut() else { return };
-        login.show(conversation, seq);
+        let Some(login) = session.login() else { return };
         if room && !login.lags(conversation) {
             pen.write(session, 0, &Reply::Deliver(message.as_wire()), fx);
             self.counters.delivered += 1;

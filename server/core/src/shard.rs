@@ -13,6 +13,7 @@ use ringline_schema::ids::{ConversationId, DeviceKey, Seq, UserName};
 use ringline_schema::message::{Class, GoawayReason, Reply, Request, Send};
 use ringline_schema::record::{Answer, Query, Range, Record, User};
 
+use crate::committed::Sent;
 use crate::config::{
     APPEND_BYTES_IN_FLIGHT_MAX, APPENDS_IN_FLIGHT_MAX, CURSOR_FLUSH_MS, CoreConfig, LOADS_IN_FLIGHT_MAX,
     WORK_IN_FLIGHT_MAX,
@@ -106,6 +107,8 @@ pub struct Shard {
     /// Appends that somebody waits for, in order of their record numbers.
     pub(crate) pending: VecDeque<Pending>,
     pub(crate) pending_bytes: usize,
+    /// Used again for each run of messages that are answered together; empty between events.
+    pub(crate) run: Vec<Sent>,
     /// The block that the next bodies go into.
     pub(crate) bodies: BytesMut,
     pub(crate) appended: u64,
@@ -159,6 +162,7 @@ impl Shard {
             fan_outs: FanOuts::default(),
             pending: VecDeque::new(),
             pending_bytes: 0,
+            run: Vec::new(),
             bodies: BytesMut::new(),
             appended: 0,
             stored: 0,
@@ -325,7 +329,7 @@ impl Shard {
             ShardMessage::SendResult { origin, durable, result, copy } => {
                 self.send_result(origin, (durable, result), copy.as_ref(), fx);
             }
-            ShardMessage::Deliver { message, wanted } => self.deliver(&message, wanted, fx),
+            ShardMessage::Deliver { message, wanted } => self.deliver_from_peer(message, wanted, fx),
             ShardMessage::Receipt { origin, receipt } => self.receipt(origin, receipt, fx),
             ShardMessage::AskUser(ask) => self.know_user(from, ask, fx),
             ShardMessage::UserKnown { conversation, user, known } => {
