@@ -180,6 +180,21 @@ impl Node {
         device: DeviceKey,
         (cursor, limit): (ConversationId, usize),
     ) -> Result<Vec<ConversationRow>, IndexError> {
+        let (mut found, mut cursor) = (Vec::new(), cursor);
+        // Conversations of which there is no row any more are on the list and no part of it: an empty page is its end.
+        while found.len() < limit {
+            let ids = self.listed(user, cursor, limit - found.len())?;
+            let Some(&last) = ids.last() else { break };
+            cursor = last;
+            for conversation in ids {
+                found.extend(self.conversation_row(user, device, conversation)?);
+            }
+        }
+        Ok(found)
+    }
+
+    /// What is on the list of a user above `cursor`, rising, at most `limit`.
+    fn listed(&self, user: &UserName, cursor: ConversationId, limit: usize) -> Result<Vec<ConversationId>, IndexError> {
         let mut ids = Vec::new();
         for overlay in self.overlays() {
             ids.extend(overlay.conversations_of(user, cursor, limit));
@@ -188,30 +203,35 @@ impl Node {
         ids.sort_unstable();
         ids.dedup();
         ids.truncate(limit);
-        let mut found = Vec::with_capacity(ids.len());
-        for conversation in ids {
-            let place = match conversation.kind() {
-                Some(ConversationKind::Group) => self.group_place(user, conversation)?,
-                Some(ConversationKind::Direct) | None => self.direct_place(user, conversation)?,
-            };
-            let Some(place) = place else { continue };
-            let mark = match self.value(&RowKey::Mark(user.clone(), conversation))? {
-                Some(RowValue::Mark(mark)) => mark,
-                Some(_) | None => MarkRow::default(),
-            };
-            let receipt = match self.value(&RowKey::Receipt(conversation, user.clone()))? {
-                Some(RowValue::Receipt(receipt)) => receipt,
-                Some(_) | None => ReceiptRow::default(),
-            };
-            found.push(ConversationRow {
-                acked: self.cursor(device, conversation)?,
-                read: receipt.read,
-                pinned: mark.pinned,
-                muted_until_ms: mark.muted_until_ms,
-                ..place
-            });
-        }
-        Ok(found)
+        Ok(ids)
+    }
+
+    fn conversation_row(
+        &self,
+        user: &UserName,
+        device: DeviceKey,
+        conversation: ConversationId,
+    ) -> Result<Option<ConversationRow>, IndexError> {
+        let place = match conversation.kind() {
+            Some(ConversationKind::Group) => self.group_place(user, conversation)?,
+            Some(ConversationKind::Direct) | None => self.direct_place(user, conversation)?,
+        };
+        let Some(place) = place else { return Ok(None) };
+        let mark = match self.value(&RowKey::Mark(user.clone(), conversation))? {
+            Some(RowValue::Mark(mark)) => mark,
+            Some(_) | None => MarkRow::default(),
+        };
+        let receipt = match self.value(&RowKey::Receipt(conversation, user.clone()))? {
+            Some(RowValue::Receipt(receipt)) => receipt,
+            Some(_) | None => ReceiptRow::default(),
+        };
+        Ok(Some(ConversationRow {
+            acked: self.cursor(device, conversation)?,
+            read: receipt.read,
+            pinned: mark.pinned,
+            muted_until_ms: mark.muted_until_ms,
+            ..place
+        }))
     }
 
     /// The row of a conversation with another user, without what is only this user's.
@@ -321,14 +341,7 @@ impl Node {
     fn group_count(&self, user: &UserName) -> Result<u32, IndexError> {
         let (mut count, mut cursor) = (0, ConversationId(0));
         loop {
-            let mut ids = Vec::new();
-            for overlay in self.overlays() {
-                ids.extend(overlay.conversations_of(user, cursor, COUNT_PAGE));
-            }
-            ids.extend(self.index.conversations_of(user, cursor, COUNT_PAGE)?);
-            ids.sort_unstable();
-            ids.dedup();
-            ids.truncate(COUNT_PAGE);
+            let ids = self.listed(user, cursor, COUNT_PAGE)?;
             let Some(&last) = ids.last() else { return Ok(count) };
             cursor = last;
             for id in ids.into_iter().filter(|id| id.kind() == Some(ConversationKind::Group)) {
