@@ -7,7 +7,7 @@
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
 use ringline_schema::message::chat::{self, AmendAction, ChatReply, ChatRequest};
-use ringline_schema::message::{BodyKind, DeviceKind, Request};
+use ringline_schema::message::{BodyKind, Credential, DeviceKind, Request, Secret};
 
 use crate::client::Client;
 use crate::pending::{Answer, CallError, Query};
@@ -105,6 +105,31 @@ pub(crate) enum AccountQuery {
     Export {
         cursor: String,
     },
+    Delete {
+        user: UserName,
+        proof: DeleteProof,
+        recall: bool,
+    },
+}
+
+/// Why a user may be deleted.
+#[derive(Clone)]
+pub(crate) enum DeleteProof {
+    /// An administrator asks.
+    Rank,
+    Password(String),
+    Token(String),
+}
+
+/// Never prints a secret.
+impl std::fmt::Debug for DeleteProof {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Rank => "Rank",
+            Self::Password(_) => "Password",
+            Self::Token(_) => "Token",
+        })
+    }
 }
 
 #[derive(Debug)]
@@ -134,17 +159,28 @@ impl AccountQuery {
                 ChatRequest::Receipts { conversation: *conversation, seq: *seq, cursor, limit: *limit }
             }
             Self::Export { cursor } => ChatRequest::Export { cursor },
+            Self::Delete { user, proof, recall } => {
+                let proof = match proof {
+                    DeleteProof::Rank => None,
+                    DeleteProof::Password(password) => Some(Credential::Password(Secret(password))),
+                    DeleteProof::Token(token) => Some(Credential::Token(Secret(token))),
+                };
+                ChatRequest::DeleteUser { user: user.as_str(), proof, recall: *recall }
+            }
         })
     }
 
     pub(crate) fn is_answered_by(&self, answer: &AccountAnswer) -> bool {
         match (self, answer) {
-            (Self::Read { .. } | Self::Mark(_) | Self::Drop(_) | Self::Hide { .. }, AccountAnswer::Done)
+            (
+                Self::Read { .. } | Self::Mark(_) | Self::Drop(_) | Self::Hide { .. } | Self::Delete { .. },
+                AccountAnswer::Done,
+            )
             | (Self::Devices, AccountAnswer::Devices(_))
             | (Self::Sync { .. }, AccountAnswer::Sync(_))
             | (Self::Receipts { .. }, AccountAnswer::Receipts(_))
             | (Self::Export { .. }, AccountAnswer::Export(_)) => true,
-            (Self::Read { .. } | Self::Mark(_) | Self::Drop(_) | Self::Hide { .. }, _)
+            (Self::Read { .. } | Self::Mark(_) | Self::Drop(_) | Self::Hide { .. } | Self::Delete { .. }, _)
             | (Self::Devices | Self::Sync { .. } | Self::Receipts { .. } | Self::Export { .. }, _) => false,
         }
     }
@@ -225,6 +261,33 @@ impl Client {
         let answer = self.call(Query::Account(AccountQuery::Export { cursor: cursor.to_owned() })).await?;
         let Answer::Account(AccountAnswer::Export(page)) = answer else { return Err(CallError::Closed) };
         Ok(page)
+    }
+
+    /// Deletes this user for ever, proved by the password: nobody logs in or registers under the name again, and the
+    /// client ends with [`KickReason::UserDeleted`](crate::KickReason::UserDeleted). `recall`: the messages that the user
+    /// has sent are taken back as well; without it they stay with those who have them. What is kept about the user can be
+    /// had before by [`Client::export`]. `AUTH_FAILED` for a wrong password, or an account without one.
+    ///
+    /// It is done when this returns; groups are left, and messages taken back, in the moments after. If the connection is
+    /// lost before the answer comes, the client may end with the refusal of its next login, `USER_DELETED`.
+    pub async fn delete_account(&self, password: &str, recall: bool) -> Result<(), CallError> {
+        self.delete_own(DeleteProof::Password(password.to_owned()), recall).await
+    }
+
+    /// The same for an account without a password, proved by a token.
+    pub async fn delete_account_by_token(&self, token: &str, recall: bool) -> Result<(), CallError> {
+        self.delete_own(DeleteProof::Token(token.to_owned()), recall).await
+    }
+
+    async fn delete_own(&self, proof: DeleteProof, recall: bool) -> Result<(), CallError> {
+        self.done(AccountQuery::Delete { user: self.user().clone(), proof, recall }).await
+    }
+
+    /// Deletes another user, like [`Client::delete_account`]; for administrators, others are told `NOT_ALLOWED`.
+    /// `NO_SUCH_USER` or `USER_DELETED` if there is nobody to delete.
+    pub async fn delete_user(&self, user: &str, recall: bool) -> Result<(), CallError> {
+        let user = UserName::new(user).map_err(|_| CallError::BadName)?;
+        self.done(AccountQuery::Delete { user, proof: DeleteProof::Rank, recall }).await
     }
 
     /// Logs a device of this user out and forgets it: `NO_SUCH_DEVICE` if there is none.

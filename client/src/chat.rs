@@ -6,6 +6,7 @@
 
 mod account;
 mod amend;
+mod deletion;
 mod groups;
 mod social;
 mod typing;
@@ -25,6 +26,7 @@ use rustyline::{Editor, ExternalPrinter};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use deletion::Confirming;
 use typing::{Keys, Pace};
 
 use crate::{
@@ -57,7 +59,7 @@ const HELP: &str = "\
 /block NAME         takes nothing from NAME; /unblock NAME, /blocks
 /privacy WHO        who may write to you: anyone, known (whom you wrote to), nobody
 /typing             tells whom you write to that you are typing; at a terminal that is told as you type
-/notice TEXT        for administrators: to everyone online
+/notice TEXT        for administrators: to everyone online; /delete-user NAME deletes that user
 /history NAME [N]   the last N messages with NAME (20, at most 200); a NAME with spaces goes in \"quotes\"
 /edit N TEXT        another text for your message N of this conversation; /recall N takes it back
 /delete N           deletes message N for you, /delete N all for everyone
@@ -66,6 +68,7 @@ const HELP: &str = "\
 /pin NAME           /unpin NAME, /mute NAME HOURS: what you keep in sight, what may not disturb you
 /devices            where you are or were logged in; /drop ID logs one out
 /export FILE        all that is kept about you, as lines of JSON, into a new file
+/delete-account     deletes you for ever, after a question; /delete-account recall takes your messages back as well
 /help               this list
 /quit               leave (or Ctrl-D)";
 
@@ -381,6 +384,8 @@ struct Chat {
     closed: Option<CloseReason>,
     /// Whose changes are shown.
     watching: BTreeSet<UserName>,
+    /// What the next line answers.
+    confirming: Option<Confirming>,
     pace: Pace,
 }
 
@@ -397,6 +402,7 @@ impl Chat {
             reconnecting: false,
             closed: None,
             watching: BTreeSet::new(),
+            confirming: None,
             pace: Pace::default(),
         }
     }
@@ -577,6 +583,10 @@ impl Chat {
 
     /// A line of the user. False: leave.
     async fn line(&mut self, line: &str) -> bool {
+        if let Some(question) = self.confirming.take() {
+            self.confirm(question, line).await;
+            return true;
+        }
         let (command, rest) = match line.split_once(char::is_whitespace) {
             Some((command, rest)) if line.starts_with('/') => (command, rest.trim()),
             Some(_) | None if line.starts_with('/') => (line, ""),
@@ -603,7 +613,7 @@ impl Chat {
             "/conversations" => self.conversations().await,
             "/help" => self.screen.line(HELP),
             "/quit" => return false,
-            other if self.social(other, rest).await => {}
+            other if self.social(other, rest).await || self.deletion(other, rest) => {}
             other if self.account(other, rest).await || self.amend(other, rest).await => {}
             unknown => self.screen.line(&format!("no command {}; /help lists them", clean(unknown))),
         }

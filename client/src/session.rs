@@ -124,14 +124,22 @@ pub enum LinkError {
 pub enum CloseReason {
     #[error("closed")]
     ByClient,
-    /// Another login took this session's place.
-    #[error("another login took this session's place")]
+    /// The server told this device to go.
+    #[error("{}", told_to_go(*reason))]
     Kicked { reason: KickReason, detail: String },
     #[error("{}", ErrorCode::AuthFailed.text())]
     AuthFailed,
     /// The login was refused in a way that trying again can't mend.
     #[error("login refused: {code}")]
     Refused { code: ErrorCode, detail: String },
+}
+
+fn told_to_go(reason: KickReason) -> &'static str {
+    match reason {
+        KickReason::Replaced | KickReason::DevicePolicy => "another login took this session's place",
+        KickReason::LoggedOut => "another device of this user logged this one out",
+        KickReason::UserDeleted => "this user was deleted",
+    }
 }
 
 /// The connection must end.

@@ -380,6 +380,21 @@ impl State {
                 let (body, next) = if cursor.is_empty() { (first, "1") } else { (second, "") };
                 asker.answer(&Reply::Chat(ChatReply::ExportOk { body: body.as_bytes(), next }));
             }
+            Request::Chat(ChatRequest::DeleteUser { user: name, proof, .. }) => {
+                let right = match (proof, self.users.get(user)) {
+                    (Some(Credential::Password(message::Secret(given))), Some(password)) => {
+                        name == user.as_str() && given == password
+                    }
+                    (_, _) => name != user.as_str(),
+                };
+                if !right {
+                    asker.refuse(ErrorCode::AuthFailed, 0);
+                    return true;
+                }
+                self.users.retain(|known, _| known.as_str() != name);
+                asker.answer(&Reply::Chat(ChatReply::Done));
+                self.push(name, &Reply::Kicked { reason: KickReason::UserDeleted, detail: "" });
+            }
             Request::Group { .. } | Request::Chat(_) => asker.refuse(ErrorCode::Unsupported, 0),
             Request::Conversations { cursor, limit } => self.list(asker, who, (cursor, limit)),
             Request::Register { .. }

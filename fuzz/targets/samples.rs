@@ -96,7 +96,7 @@ fn chat_requests() -> Vec<ChatRequest<'static>> {
         ChatRequest::Blocks { cursor: "eve", limit: 5 },
         ChatRequest::Privacy { messages_from: Some(MessagesFrom::Known) },
         ChatRequest::Export { cursor: "x" },
-        ChatRequest::DeleteUser { user: "eve" },
+        ChatRequest::DeleteUser { user: "eve", proof: Some(Credential::Password(Secret("pw"))), recall: true },
     ]
 }
 

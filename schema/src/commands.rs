@@ -97,7 +97,7 @@ commands! {
     0x0119 Blocks          "BLOCKS"           Request body="Blocks"          max=SMALL, before_login=false;
     0x011a Privacy         "PRIVACY"          Request body="Privacy"         max=SMALL, before_login=false;
     0x011b Export          "EXPORT"           Request body="Export"          max=SMALL, before_login=false;
-    0x011c DeleteUser      "DELETE_USER"      Request body="DeleteUser"      max=SMALL, before_login=false;
+    0x011c DeleteUser      "DELETE_USER"      Request body="DeleteUser"      max=CREDENTIAL, before_login=false;
 
     0x0140 GroupCreate     "GROUP_CREATE"     Request body="GroupCreate"     max=LARGE, before_login=false;
     0x0141 GroupRename     "GROUP_RENAME"     Request body="GroupAct"        max=SMALL, before_login=false;

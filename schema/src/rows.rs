@@ -17,6 +17,7 @@
 //! | block | user, user | partition of the first | that the first blocks the second |
 //! | mark | user, conversation | partition of the user | pin, mute |
 //! | hidden | user, conversation, seq | partition of the user | a message deleted for this user alone |
+//! | deletion | user | partition of the user | how far the deletion of the user has come |
 
 use crate::ids::{ConversationId, DeviceId, Partition, Seq, UserName};
 use crate::limits;
@@ -39,6 +40,7 @@ pub enum RowKey {
     Block(UserName, UserName),
     Mark(UserName, ConversationId),
     Hidden(UserName, ConversationId, Seq),
+    Deletion(UserName),
 }
 
 /// A table within one owner, for lists.
@@ -51,6 +53,10 @@ pub enum RowList {
     Blocks(UserName),
     Marks(UserName),
     Hidden(UserName, ConversationId),
+    /// In all conversations.
+    AllHidden(UserName),
+    /// Of all users.
+    Deletions,
 }
 
 impl RowKey {
@@ -66,7 +72,8 @@ impl RowKey {
             | Self::Setting(user)
             | Self::Block(user, _)
             | Self::Mark(user, _)
-            | Self::Hidden(user, ..) => user.partition(),
+            | Self::Hidden(user, ..)
+            | Self::Deletion(user) => user.partition(),
         }
     }
 
@@ -86,6 +93,7 @@ impl RowKey {
             Self::Hidden(user, conversation, seq) => {
                 [&b"h"[..], user.as_str().as_bytes(), &[0], &id(*conversation), &seq.0.to_be_bytes()].concat()
             }
+            Self::Deletion(user) => [&b"x"[..], user.as_str().as_bytes()].concat(),
         }
     }
 
@@ -114,6 +122,7 @@ impl RowKey {
             b'h' => {
                 of_user().and_then(|(user, rest)| Ok(Self::Hidden(user, conversation(rest)?, Seq(number(rest)?))))?
             }
+            b'x' => Self::Deletion(name(rest)?),
             _ => return Err(BAD),
         };
         // Bytes too many are damage as well.
@@ -134,6 +143,8 @@ impl RowList {
             Self::Hidden(user, conversation) => {
                 [&b"h"[..], user.as_str().as_bytes(), &[0], &id(*conversation)].concat()
             }
+            Self::AllHidden(user) => [&b"h"[..], user.as_str().as_bytes(), &[0]].concat(),
+            Self::Deletions => b"x".to_vec(),
         }
     }
 }
@@ -164,6 +175,7 @@ pub enum RowValue {
     Block,
     Mark(MarkRow),
     Hidden,
+    Deletion(DeletionRow),
 }
 
 /// A group. The stamp of the row counts the changes of the group and its members.
@@ -284,6 +296,34 @@ pub struct MarkRow {
     pub muted_until_ms: u64,
 }
 
+/// What a deletion of a user is at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum DeletionStage {
+    /// The groups are left.
+    Leaving = 1,
+    /// What was on its way then is looked for, and messages are taken back.
+    Sweeping = 2,
+    /// The user's own rows go.
+    Erasing = 3,
+}
+
+impl DeletionStage {
+    fn from_number(number: u8) -> Option<Self> {
+        [Self::Leaving, Self::Sweeping, Self::Erasing].into_iter().find(|stage| *stage as u8 == number)
+    }
+}
+
+/// A deletion that is not at its end. Whatever was done behind this may be done again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeletionRow {
+    pub stage: DeletionStage,
+    /// Messages of the user are taken back.
+    pub recall: bool,
+    /// Conversations up to this one are done.
+    pub done: ConversationId,
+}
+
 impl RowValue {
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Writer::default();
@@ -333,6 +373,12 @@ impl RowValue {
                 out.number(u64::from(mark.pinned));
                 out.number(mark.muted_until_ms);
             }
+            Self::Deletion(deletion) => {
+                out.number(deletion.stage as u64);
+                out.number(u64::from(deletion.recall));
+                out.number((deletion.done.0 >> 64) as u64);
+                out.number(deletion.done.0 as u64);
+            }
             Self::Wrote | Self::Block | Self::Hidden => {}
         }
         out.0
@@ -376,6 +422,11 @@ impl RowValue {
             }),
             RowKey::Block(..) => Self::Block,
             RowKey::Hidden(..) => Self::Hidden,
+            RowKey::Deletion(_) => Self::Deletion(DeletionRow {
+                stage: DeletionStage::from_number(row.small()?).ok_or(BadPack("stage of a deletion"))?,
+                recall: row.number()? != 0,
+                done: ConversationId(u128::from(row.number()?) << 64 | u128::from(row.number()?)),
+            }),
         })
     }
 }
@@ -455,7 +506,11 @@ pub(crate) fn samples() -> Vec<Row> {
         row(RowKey::Setting(bob.clone()), Some(RowValue::Setting(SettingRow::default()))),
         row(RowKey::Block(ann.clone(), bob.clone()), Some(RowValue::Block)),
         row(RowKey::Mark(ann.clone(), id), Some(RowValue::Mark(MarkRow { pinned: true, muted_until_ms: 9 }))),
-        row(RowKey::Hidden(bob, id, Seq(5)), Some(RowValue::Hidden)),
+        row(RowKey::Hidden(bob.clone(), id, Seq(5)), Some(RowValue::Hidden)),
+        row(
+            RowKey::Deletion(bob),
+            Some(RowValue::Deletion(DeletionRow { stage: DeletionStage::Sweeping, recall: true, done: id })),
+        ),
     ]
 }
 
@@ -479,7 +534,11 @@ mod tests {
                 RowKey::Device(user, _) => RowList::Devices(user),
                 RowKey::Block(user, _) => RowList::Blocks(user),
                 RowKey::Mark(user, _) => RowList::Marks(user),
-                RowKey::Hidden(user, conversation, _) => RowList::Hidden(user, conversation),
+                RowKey::Hidden(user, conversation, _) => {
+                    assert!(key.starts_with(&RowList::AllHidden(user.clone()).prefix()));
+                    RowList::Hidden(user, conversation)
+                }
+                RowKey::Deletion(_) => RowList::Deletions,
             };
             assert!(key.starts_with(&list.prefix()));
         }

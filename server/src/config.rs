@@ -474,7 +474,7 @@ settings! {
     auth_public_keys: Vec<String> = "auth.public_keys" [""] Vec::new(), Bounds::List,
         "PEM files with Ed25519 public keys of outside token issuers.";
     auth_admins: Vec<UserName> = "auth.admins" [""] Vec::new(), Bounds::Users,
-        "Users who may send a notice to everyone online.";
+        "Users who may send a notice to everyone online, and delete others.";
     auth_audience: String = "auth.audience" [""] "ringline".to_owned(), ANY,
         "The audience that tokens must name.";
     auth_token_creates_user: bool = "auth.token_creates_user" [""] true, Bounds::Truth,

@@ -6,8 +6,8 @@ mod common;
 use common::Server;
 use common::sdk::{find, log_in, run};
 use ringline_client::{
-    Amendment, CallError, Client, ErrorCode, Event, HistoryRange, JoinPolicy, MessageState, MessagesFrom, Outcome,
-    SendError, SendOptions,
+    Amendment, CallError, Client, CloseReason, ConnectError, ErrorCode, Event, HistoryRange, JoinPolicy, KickReason,
+    MessageState, MessagesFrom, Outcome, SendError, SendOptions, UserName, What,
 };
 
 fn refusal(result: Result<ringline_client::Accepted, SendError>) -> ErrorCode {
@@ -162,4 +162,70 @@ fn messages_are_amended_over_a_real_server() {
 fn a_group_over_a_real_server() {
     let server = Server::start(&["--cores", "2"]);
     run(group(&server));
+}
+
+fn refused(result: Result<(), CallError>) -> ErrorCode {
+    match result {
+        Err(CallError::Refused { code, .. }) => code,
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+/// Waits until a user of whom nothing is left is gone from a group.
+async fn left_of(events: &mut ringline_client::Events, group: &str) -> (Vec<UserName>, u64) {
+    find(events, |event| match event {
+        Event::Message(message) if message.to.as_str() == group => {
+            let change = message.extra?.change.filter(|change| change.what == What::Left)?;
+            Some((change.users, change.number))
+        }
+        _ => None,
+    })
+    .await
+}
+
+async fn delete(server: &mut Server) {
+    let (root, mut roots) = log_in(server, ("root", 1)).await;
+    for (user, other) in [("ann", "bob"), ("carl", "dora"), ("eve", "fred")] {
+        let builder = Client::builder(&server.address).user(user).password("secret word");
+        builder.clone().register().await.unwrap();
+        let (one, mut ones) = builder.clone().connect().await.unwrap();
+        let (two, _twos) = log_in(server, (other, 1)).await;
+        let group = format!("#{user}");
+        one.create_group(&group, ("t", JoinPolicy::Open), &[]).await.unwrap();
+        root.join_group(&group, "").await.unwrap();
+        one.send(other, "hello").await.unwrap();
+        two.send(user, "hello").await.unwrap();
+        assert_eq!(refused(one.delete_account("secret", true).await), ErrorCode::AuthFailed);
+        assert_eq!(refused(two.delete_user(user, true).await), ErrorCode::NotAllowed);
+        assert_eq!(refused(two.delete_account("secret word", true).await), ErrorCode::AuthFailed, "it has none");
+        one.delete_account("secret word", true).await.unwrap();
+        let why = find(&mut ones, |event| match event {
+            Event::Closed { why } => Some(why),
+            _ => None,
+        });
+        assert!(matches!(why.await, CloseReason::Kicked { reason: KickReason::UserDeleted, .. }));
+        assert_eq!(refusal(two.send(user, "hello?").await), ErrorCode::UserDeleted);
+        assert_eq!(refusal(two.send_with(user, "hello?", SendOptions::transient()).await), ErrorCode::UserDeleted);
+        for result in [builder.clone().register().await, builder.connect().await.map(|_| ())] {
+            assert!(matches!(result, Err(ConnectError::Refused { code: ErrorCode::UserDeleted, .. })), "{result:?}");
+        }
+        assert_eq!(left_of(&mut roots, &group).await, (vec![UserName::new(user).unwrap()], 1));
+        assert_eq!(refused(root.delete_user(user, false).await), ErrorCode::UserDeleted);
+        root.delete_user(other, false).await.unwrap();
+    }
+    drop((root, roots));
+    // Whatever was not at its end when the server died goes on.
+    server.kill();
+    server.restart(None);
+    let (root, _roots) = log_in(server, ("root", 1)).await;
+    let builder = Client::builder(&server.address).user("fred").password("secret word");
+    assert!(matches!(builder.register().await, Err(ConnectError::Refused { code: ErrorCode::UserDeleted, .. })));
+    assert_eq!(refused(root.delete_user("eve", false).await), ErrorCode::UserDeleted);
+    assert_eq!(refusal(root.send("dora", "hello?").await), ErrorCode::UserDeleted);
+}
+
+#[test]
+fn users_are_deleted_over_a_real_server() {
+    let mut server = Server::start(&["--cores", "2", "--set", "auth.admins=root"]);
+    run(delete(&mut server));
 }

@@ -262,3 +262,36 @@ fn who_is_there_is_shown_with_what_they_say_and_who_types_is_told() {
         assert!(!said.contains("bob is online"), "nobody is watched: {said}");
     });
 }
+
+#[test]
+fn an_account_is_deleted_after_its_name_and_password_were_typed() {
+    in_one_thread(async {
+        let server = FakeServer::start().await.unwrap();
+        for name in ["ann", "bob"] {
+            server.add_user(name, PASSWORD);
+        }
+        let mut ann = sit_down(&server, "ann", 1).await;
+        ann.types("/delete-account everything");
+        ann.output.wait_for("recall, or nothing").await;
+        ann.types("/delete-account");
+        ann.output.wait_for("stay with those who have them").await;
+        ann.types("yes");
+        ann.output.wait_for("nothing was deleted").await;
+        ann.types("/delete-account recall");
+        ann.output.wait_for("the messages are taken back").await;
+        ann.types("ann");
+        ann.output.wait_for("the password").await;
+        ann.types("wrong");
+        ann.output.wait_for(ErrorCode::AuthFailed.text()).await;
+        ann.types("/delete-user bob");
+        ann.output.wait_for("bob is deleted for ever").await;
+        ann.types("bob");
+        ann.output.wait_for("deleted\n").await;
+        ann.types("/delete-account");
+        ann.types("ann");
+        ann.types(PASSWORD);
+        ann.output.wait_for("this user was deleted").await;
+        let kicked = CloseReason::Kicked { reason: crate::KickReason::UserDeleted, detail: String::new() };
+        assert!(matches!(ann.chat.await.unwrap(), Err(ChatError::Closed(reason)) if reason == kicked));
+    });
+}

@@ -94,15 +94,20 @@ fn decode_any_request(command: Command, body: &[u8]) -> Result<Request<'_>, Erro
     })
 }
 
+/// By what somebody proves who he is. Errors: `BAD_REQUEST` for both at once.
+fn credential<'a>(password: Option<&'a str>, token: Option<&'a str>) -> Result<Option<Credential<'a>>, ErrorCode> {
+    match (password, token) {
+        (Some(password), None) => Ok(Some(Credential::Password(Secret(password)))),
+        (None, Some(token)) => Ok(Some(Credential::Token(Secret(token)))),
+        (None, None) => Ok(None),
+        (Some(_), Some(_)) => Err(ErrorCode::BadRequest),
+    }
+}
+
 fn login<'a>(table: fb::Login<'a>) -> Result<Login<'a>, ErrorCode> {
-    let credential = match (table.password(), table.token()) {
-        (Some(password), None) => Credential::Password(Secret(password)),
-        (None, Some(token)) => Credential::Token(Secret(token)),
-        (Some(_), Some(_)) | (None, None) => return Err(ErrorCode::BadRequest),
-    };
     Ok(Login {
         user: table.user().unwrap_or_default(),
-        credential,
+        credential: credential(table.password(), table.token())?.ok_or(ErrorCode::BadRequest)?,
         device: DeviceId(table.device()),
         device_kind: DeviceKind::from_number(table.device_kind()).ok_or(ErrorCode::BadDevice)?,
         agent: table.agent().unwrap_or_default(),

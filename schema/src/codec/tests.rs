@@ -97,7 +97,9 @@ fn chat_requests() -> impl Iterator<Item = ChatRequest<'static>> {
         ChatRequest::Privacy { messages_from: Some(MessagesFrom::Nobody) },
         ChatRequest::Privacy { messages_from: None },
         ChatRequest::Export { cursor: "x" },
-        ChatRequest::DeleteUser { user: "ann" },
+        ChatRequest::DeleteUser { user: "ann", proof: None, recall: false },
+        ChatRequest::DeleteUser { user: "ann", proof: Some(Credential::Password(Secret("pw"))), recall: true },
+        ChatRequest::DeleteUser { user: "ann", proof: Some(Credential::Token(Secret("a.b.c"))), recall: false },
     ]
     .into_iter()
 }

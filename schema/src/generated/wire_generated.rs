@@ -3734,7 +3734,8 @@ impl ::core::fmt::Debug for Export<'_> {
 pub enum DeleteUserOffset {}
 #[derive(Copy, Clone, PartialEq)]
 
-/// Deletes the session's user. `user` repeats the name, against accidents.
+/// Deletes a user for ever. Of the session's own, `password` is needed, or `token` if the user has no password;
+/// administrators delete others without either. `recall`: the messages that the user has sent are taken back as well.
 pub struct DeleteUser<'a> {
   pub _tab: ::flatbuffers::Table<'a>,
 }
@@ -3749,6 +3750,9 @@ impl<'a> ::flatbuffers::Follow<'a> for DeleteUser<'a> {
 
 impl<'a> DeleteUser<'a> {
   pub const VT_USER: ::flatbuffers::VOffsetT = 4;
+  pub const VT_PASSWORD: ::flatbuffers::VOffsetT = 6;
+  pub const VT_TOKEN: ::flatbuffers::VOffsetT = 8;
+  pub const VT_RECALL: ::flatbuffers::VOffsetT = 10;
 
   #[inline]
   pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
@@ -3760,7 +3764,10 @@ impl<'a> DeleteUser<'a> {
     args: &'args DeleteUserArgs<'args>
   ) -> ::flatbuffers::WIPOffset<DeleteUser<'bldr>> {
     let mut builder = DeleteUserBuilder::new(_fbb);
+    if let Some(x) = args.token { builder.add_token(x); }
+    if let Some(x) = args.password { builder.add_password(x); }
     if let Some(x) = args.user { builder.add_user(x); }
+    builder.add_recall(args.recall);
     builder.finish()
   }
 
@@ -3772,6 +3779,27 @@ impl<'a> DeleteUser<'a> {
     // which contains a valid value in this slot
     unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(DeleteUser::VT_USER, None)}
   }
+  #[inline]
+  pub fn password(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(DeleteUser::VT_PASSWORD, None)}
+  }
+  #[inline]
+  pub fn token(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(DeleteUser::VT_TOKEN, None)}
+  }
+  #[inline]
+  pub fn recall(&self) -> bool {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<bool>(DeleteUser::VT_RECALL, Some(false)).unwrap()}
+  }
 }
 
 impl ::flatbuffers::Verifiable for DeleteUser<'_> {
@@ -3781,18 +3809,27 @@ impl ::flatbuffers::Verifiable for DeleteUser<'_> {
   ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
     v.visit_table(pos)?
      .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("user", Self::VT_USER, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("password", Self::VT_PASSWORD, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("token", Self::VT_TOKEN, false)?
+     .visit_field::<bool>("recall", Self::VT_RECALL, false)?
      .finish();
     Ok(())
   }
 }
 pub struct DeleteUserArgs<'a> {
     pub user: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub password: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub token: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub recall: bool,
 }
 impl<'a> Default for DeleteUserArgs<'a> {
   #[inline]
   fn default() -> Self {
     DeleteUserArgs {
       user: None,
+      password: None,
+      token: None,
+      recall: false,
     }
   }
 }
@@ -3805,6 +3842,18 @@ impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> DeleteUserBuilder<'a, 'b, A> 
   #[inline]
   pub fn add_user(&mut self, user: ::flatbuffers::WIPOffset<&'b  str>) {
     self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(DeleteUser::VT_USER, user);
+  }
+  #[inline]
+  pub fn add_password(&mut self, password: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(DeleteUser::VT_PASSWORD, password);
+  }
+  #[inline]
+  pub fn add_token(&mut self, token: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(DeleteUser::VT_TOKEN, token);
+  }
+  #[inline]
+  pub fn add_recall(&mut self, recall: bool) {
+    self.fbb_.push_slot::<bool>(DeleteUser::VT_RECALL, recall, false);
   }
   #[inline]
   pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> DeleteUserBuilder<'a, 'b, A> {
@@ -3825,6 +3874,9 @@ impl ::core::fmt::Debug for DeleteUser<'_> {
   fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
     let mut ds = f.debug_struct("DeleteUser");
       ds.field("user", &self.user());
+      ds.field("password", &self.password());
+      ds.field("token", &self.token());
+      ds.field("recall", &self.recall());
       ds.finish()
   }
 }

@@ -1,7 +1,7 @@
 //! Everything around messages on the wire: sync, receipts, devices, presence, signals, amendments, block lists.
 
 use super::names::{Names, Place, Places};
-use super::{BodyKind, DeviceKind, Message, numbered};
+use super::{BodyKind, Credential, DeviceKind, Message, numbered};
 use crate::commands::Command;
 use crate::ids::{ConversationId, DeviceId, Seq};
 
@@ -142,8 +142,12 @@ pub enum ChatRequest<'a> {
     Export {
         cursor: &'a str,
     },
+    /// `proof`: for who deletes itself.
     DeleteUser {
         user: &'a str,
+        proof: Option<Credential<'a>>,
+        /// Whether the messages that the user has sent are taken back.
+        recall: bool,
     },
 }
 

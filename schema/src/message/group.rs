@@ -57,6 +57,7 @@ numbered! {
         /// `number` is the new [`JoinPolicy`].
         Policy = 3,
         Joined = 4,
+        /// `number` 1: because the user was deleted.
         Left = 5,
         Kicked = 6,
         /// `number`: until when, Unix milliseconds; 0: the mute is lifted.

@@ -36,6 +36,8 @@ pub struct Amending {
     pub kind: BodyKind,
     /// It has to come within `amend_window_ms`.
     pub soon: bool,
+    /// By a user who was deleted, and may be no member any more.
+    pub of_deleted: bool,
 }
 
 impl Amending {
@@ -77,7 +79,7 @@ impl Shard {
         let (client_seq, kind) = (amend.client_seq, BodyKind::Amendment);
         let send = Send { to: amend.with, kind, client_seq, body, ..Send::default() };
         self.check_send(&send)?;
-        let amending = Amending { refers: amend.seq, state, kind: amend.kind, soon };
+        let amending = Amending { refers: amend.seq, state, kind: amend.kind, soon, of_deleted: false };
         let extra = StoredExtra { refers: amend.seq, state, ..StoredExtra::default() };
         let more = SubmitMore { amend: Some(amending), ..SubmitMore::default() };
         let more = (Some(Box::new(extra)), Some(Box::new(more)));
@@ -160,7 +162,7 @@ impl Shard {
 }
 
 /// Whether it is a message of a user that is still there.
-fn shows_a_body(original: &StoredMessage) -> bool {
+pub(crate) fn shows_a_body(original: &StoredMessage) -> bool {
     let state = original.extra.as_ref().map_or(MessageState::AsSent, |extra| extra.state);
     original.kind.is_for_clients() && matches!(state, MessageState::AsSent | MessageState::Edited)
 }

@@ -19,6 +19,7 @@ impl Shard {
             ChatRequest::Devices => self.devices(origin, fx),
             ChatRequest::DropDevice { device } => self.drop_device(origin, device, fx),
             ChatRequest::Export { cursor } => self.export(origin, cursor, fx),
+            ChatRequest::DeleteUser { user, proof, recall } => self.delete_user(origin, (user, proof, recall), fx),
             ChatRequest::Amend(amend) => self.amend(origin, &amend, fx),
             ChatRequest::Broadcast { .. }
             | ChatRequest::Signal { .. }
@@ -28,8 +29,7 @@ impl Shard {
             | ChatRequest::Block { .. }
             | ChatRequest::Unblock { .. }
             | ChatRequest::Blocks { .. }
-            | ChatRequest::Privacy { .. }
-            | ChatRequest::DeleteUser { .. } => self.social(conn, request_id, &request, fx),
+            | ChatRequest::Privacy { .. } => self.social(conn, request_id, &request, fx),
         };
         if let Err(code) = asked {
             self.sessions.fail(conn, request_id, code, fx);

@@ -11,6 +11,7 @@ use ringline_schema::message::{Reply, SendAck};
 use ringline_schema::record::StoredMessage;
 
 use crate::conversation::{Pending, PendingWork};
+use crate::deletion::walk::DELETER;
 use crate::event::{Effects, ShardMessage};
 use crate::peer::{Origin, Wanted};
 use crate::shard::Shard;
@@ -28,10 +29,10 @@ pub(crate) struct Sent {
 
 impl Sent {
     /// A connection is one device for as long as it is logged in, so these two have one sender; and the conversation of
-    /// two users one receiver for each.
+    /// two users one receiver for each. What deleted users take back has no connection.
     fn follows(&self, first: &Self) -> bool {
         let key = |sent: &Self| (sent.origin.conn, sent.origin.shard, sent.message.conversation);
-        key(self) == key(first)
+        key(self) == key(first) && self.origin.conn != DELETER
     }
 
     fn ack(&self) -> SendAck {
@@ -74,7 +75,7 @@ impl Shard {
             debug_assert!(run.iter().map(|sent| sent.message.seq).is_sorted(), "and in order");
         }
         self.sessions.counters.accepted += run.len() as u64;
-        if self.is_here(origin.shard) {
+        if self.is_here(origin.shard) && origin.conn != DELETER {
             self.answer_run(origin, id, run, fx);
         } else {
             for sent in run {

@@ -41,7 +41,7 @@ pub struct CoreConfig {
     pub token_creates_user: bool,
     /// How long after it was sent a message can be edited or recalled by its sender; later is `AMEND_TOO_LATE`.
     pub amend_window_ms: u64,
-    /// Who may BROADCAST.
+    /// Who may BROADCAST, and DELETE_USER others.
     pub admins: Vec<UserName>,
     /// Conversations and users kept in memory by this shard.
     pub conversations_cached_max: usize,
@@ -115,6 +115,10 @@ pub const CURSOR_FLUSH_MS: u64 = 1_000;
 pub const EXPORTS_IN_FLIGHT_MAX: usize = 64;
 /// Questions to the store that one page of an EXPORT may take; then it is answered with what there is.
 pub const EXPORT_QUESTIONS_MAX: u32 = 64;
+/// Users whose deletion has begun and not ended, per shard; over it DELETE_USER is BUSY.
+pub const DELETIONS_MAX: usize = 1_024;
+/// Of them, those that work at the same time; the others wait for their turn.
+pub const DELETIONS_ACTIVE_MAX: usize = 4;
 /// SYNCs under way, per shard; over it BUSY. Each holds a page and the places of its request.
 pub const SYNCS_IN_FLIGHT_MAX: usize = 1_024;
 /// Questions to the store that one page of a SYNC may take; then it is answered with what there is.

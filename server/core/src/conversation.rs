@@ -17,6 +17,7 @@ use smallvec::SmallVec;
 use crate::amend::{AmendOut, record_of};
 use crate::committed::Sent;
 use crate::config::WAITERS_PER_LOAD_MAX;
+use crate::deletion::DeleteAsk;
 use crate::event::{ConnId, Effects, ShardMessage};
 use crate::filter::{Filter, Seen};
 use crate::group::change::GroupPending;
@@ -220,6 +221,10 @@ pub(crate) enum PendingWork {
     /// A request that is answered by DONE.
     Done(Origin),
     Group(Box<GroupPending>),
+    /// A user was deleted.
+    Deleted(Box<DeleteAsk>),
+    /// The deletion of this user has come further.
+    Deletion(UserName),
 }
 
 impl Shard {
@@ -543,6 +548,8 @@ impl Shard {
                 PendingWork::Dropped(origin, device) => self.dropped(origin, device, fx),
                 PendingWork::Done(origin) => self.tell_done(origin, Ok(()), fx),
                 PendingWork::Group(pending) => self.group_committed(*pending, fx),
+                PendingWork::Deleted(ask) => self.deleted(*ask, fx),
+                PendingWork::Deletion(user) => self.deletion_written(&user, fx),
             }
         }
     }
@@ -562,6 +569,8 @@ impl Shard {
                 self.tell_done(origin, Err(ErrorCode::StoreFailed), fx);
             }
             PendingWork::Group(pending) => self.refuse(pending.origin, ErrorCode::StoreFailed, fx),
+            PendingWork::Deleted(ask) => self.tell_done(ask.origin, Err(ErrorCode::StoreFailed), fx),
+            PendingWork::Deletion(_) => {}
         }
     }
 

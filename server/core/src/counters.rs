@@ -30,6 +30,7 @@ counters! {
     connections_handed   "connections given to the shard of their user";
     requests             "requests decoded";
     registered           "users created";
+    users_deleted        "users deleted";
     logins               "logins that succeeded";
     login_failures       "logins refused";
     kicked               "devices told to go";

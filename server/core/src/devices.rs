@@ -130,7 +130,7 @@ impl Shard {
         mut known: BTreeMap<DeviceId, (u64, DeviceRow)>,
         fx: &mut Effects,
     ) {
-        if self.may_append().is_err() {
+        if self.may_append().is_err() || self.is_deleted(user) {
             return;
         }
         let now_ms = self.now.unix_ms;

@@ -68,7 +68,8 @@ impl Shard {
             | Answer::Rows(_)
             | Answer::Count(_) => Err(ErrorCode::Internal),
         };
-        if let Err(code) = found.and_then(|()| self.may_append()) {
+        let gone = if self.is_deleted(&hiding.user) { Err(ErrorCode::UserDeleted) } else { Ok(()) };
+        if let Err(code) = gone.and(found).and_then(|()| self.may_append()) {
             return self.tell_done(hiding.origin, Err(code), fx);
         }
         let key = RowKey::Hidden(hiding.user.clone(), hiding.conversation, hiding.seq);

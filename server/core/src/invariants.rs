@@ -13,6 +13,7 @@ impl Shard {
         self.receipts.check_invariants();
         self.check_groups();
         self.fan_outs.check_invariants();
+        self.check_deletions();
         assert!(self.users.len() <= self.config.users_cached_max.max(1));
         for (key, number) in &self.delivery_index {
             let wait = self.delivery_waits.get(number).expect("an indexed wait exists");
@@ -88,7 +89,9 @@ impl Shard {
                 | PendingWork::Mark(..)
                 | PendingWork::Dropped(..)
                 | PendingWork::Hidden(_)
-                | PendingWork::Done(_) => 0,
+                | PendingWork::Done(_)
+                | PendingWork::Deleted(_)
+                | PendingWork::Deletion(_) => 0,
             };
         }
         let counted: u64 = self.conversations.iter().map(|(_, conversation)| conversation.in_flight).sum();

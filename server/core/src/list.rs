@@ -207,6 +207,9 @@ impl Shard {
 
     fn write_mark(&mut self, work: MarkWork, fx: &mut Effects) {
         let MarkWork { origin, user, mark, stamp, row, .. } = work;
+        if self.is_deleted(&user) {
+            return self.marked(origin, &user, Err(ErrorCode::UserDeleted), fx);
+        }
         let row = MarkRow {
             pinned: mark.pinned.unwrap_or(row.pinned),
             muted_until_ms: mark.muted_until_ms.unwrap_or(row.muted_until_ms),

@@ -15,6 +15,7 @@ use crate::devices::kept_agent;
 use crate::event::{CloseReason, ConnId, Effects, Verdict, Work, WorkOutcome};
 use crate::session::{Login, State};
 use crate::shard::{Question, Shard};
+use crate::social::settings::Parked;
 
 /// A REGISTER or LOGIN under way. Never printed with its secret.
 #[derive(Debug)]
@@ -114,7 +115,7 @@ impl Shard {
                 let work = Work::VerifyToken { token: token.to_owned(), user: user.clone() };
                 let step = Step::Proof { by_token: true };
                 if self.put_attempt(conn, Attempt { request_id, user, step, device, agent }) {
-                    self.work(conn, work, fx);
+                    self.work(Question::AttemptWork(conn), work, fx);
                 }
             }
             Credential::Password(_) | Credential::Token(_) => {
@@ -176,13 +177,37 @@ impl Shard {
 
     /// The user of an attempt is known, or known not to exist.
     pub(crate) fn attempt_user(&mut self, conn: ConnId, answer: Answer, fx: &mut Effects) {
-        let Some(mut attempt) = self.take_attempt(conn) else { return };
-        let Answer::User(user) = answer else {
-            return self.sessions.fail(conn, attempt.request_id, ErrorCode::Internal, fx);
-        };
-        if let Some(user) = &user {
-            self.remember_user(user.clone());
+        let Answer::User(user) = answer else { return self.attempt_failed(conn, ErrorCode::Internal, fx) };
+        let Some(user) = user else { return self.attempt_known(conn, None, fx) };
+        self.remember_user(user.clone());
+        // They say whether the user was deleted, and a login needs them anyway.
+        let name = user.name.clone();
+        self.with_settings(&name, Parked::Attempt(conn, Box::new(user)), fx);
+    }
+
+    /// The settings of an attempt's user are in memory, or could not be had.
+    pub(crate) fn attempt_settings(
+        &mut self,
+        conn: ConnId,
+        user: User,
+        result: Result<(), ErrorCode>,
+        fx: &mut Effects,
+    ) {
+        let known = if self.is_deleted(&user.name) { Err(ErrorCode::UserDeleted) } else { result };
+        match known {
+            Ok(()) => self.attempt_known(conn, Some(user), fx),
+            Err(code) => self.attempt_failed(conn, code, fx),
         }
+    }
+
+    fn attempt_failed(&mut self, conn: ConnId, code: ErrorCode, fx: &mut Effects) {
+        if let Some(attempt) = self.take_attempt(conn) {
+            self.sessions.fail(conn, attempt.request_id, code, fx);
+        }
+    }
+
+    fn attempt_known(&mut self, conn: ConnId, user: Option<User>, fx: &mut Effects) {
+        let Some(mut attempt) = self.take_attempt(conn) else { return };
         match (std::mem::replace(&mut attempt.step, Step::Created), user) {
             (Step::NameFree(_) | Step::NameStillFree(_), Some(_)) => {
                 self.sessions.fail(conn, attempt.request_id, ErrorCode::NameTaken, fx);
@@ -190,7 +215,7 @@ impl Shard {
             (Step::NameFree(password), None) => {
                 attempt.step = Step::Hash;
                 self.put_attempt(conn, attempt);
-                self.work(conn, Work::HashPassword { password }, fx);
+                self.work(Question::AttemptWork(conn), Work::HashPassword { password }, fx);
             }
             (Step::NameStillFree(hash), None) => {
                 attempt.step = Step::Created;
@@ -200,7 +225,7 @@ impl Shard {
                 let hash = user.and_then(|user| user.password_hash);
                 attempt.step = Step::Proof { by_token: false };
                 self.put_attempt(conn, attempt);
-                self.work(conn, Work::VerifyPassword { password, hash }, fx);
+                self.work(Question::AttemptWork(conn), Work::VerifyPassword { password, hash }, fx);
             }
             (Step::UserForToken, Some(_)) => self.logged_in(conn, attempt, fx),
             (Step::UserForToken, None) if self.config.token_creates_user => {
@@ -278,7 +303,7 @@ impl Shard {
         }
     }
 
-    fn login_failed(&mut self, conn: ConnId, request_id: u32, fx: &mut Effects) {
+    pub(crate) fn login_failed(&mut self, conn: ConnId, request_id: u32, fx: &mut Effects) {
         self.sessions.counters.login_failures += 1;
         let mut too_many = false;
         if let Some(session) = self.sessions.get_mut(conn) {
@@ -292,6 +317,10 @@ impl Shard {
     fn logged_in(&mut self, conn: ConnId, attempt: Attempt, fx: &mut Effects) {
         let Some((device, kind)) = attempt.device else { return };
         let user = attempt.user;
+        // It may have been while the proof was checked.
+        if self.is_deleted(&user) {
+            return self.sessions.fail(conn, attempt.request_id, ErrorCode::UserDeleted, fx);
+        }
         self.apply_device_policy(&user, (device, kind), fx);
         self.logins += 1;
         let login = Login::new(user.clone(), device, kind);

@@ -8,6 +8,7 @@ use ringline_schema::limits;
 use ringline_schema::message::{ChatReply, Fetch, OnlineUser, Reply};
 use ringline_schema::record::{Answer, Query, Range};
 
+use crate::deletion::walk::DELETER;
 use crate::event::{ConnId, Effects, ShardMessage};
 use crate::peer::Origin;
 use crate::planted::Bug;
@@ -86,6 +87,9 @@ impl Shard {
         if !self.is_here(origin.shard) {
             let message = ShardMessage::Fetched { origin, conversation: id, truncated, answer };
             return self.tell_shard(origin.shard, message, fx);
+        }
+        if origin.conn == DELETER {
+            return self.deletion_fetched(origin.request_id, answer, fx);
         }
         if answer == Answer::NotReadable {
             return self.sessions.fail(origin.conn, origin.request_id, ErrorCode::NoSuchGroup, fx);

@@ -9,6 +9,7 @@ use ringline_schema::limits;
 use ringline_schema::message::{Class, Extra, Message, Reply, Send, SendAck};
 use ringline_schema::record::{StoredExtra, StoredMessage};
 
+use crate::deletion::walk::DELETER;
 use crate::deliver::{DeliveryWait, Whose};
 use crate::event::{ConnId, Effects, ShardMessage};
 use crate::group::passing::Passing;
@@ -290,6 +291,9 @@ impl Shard {
         copy: Option<&Arc<StoredMessage>>,
         fx: &mut Effects,
     ) {
+        if origin.conn == DELETER {
+            return self.deletion_answered(origin.request_id, result.map(|_| None), fx);
+        }
         let mut alone = false;
         if durable && let Some(login) = self.sessions.login_mut(origin.conn) {
             alone = login.alone;

@@ -20,9 +20,10 @@ use crate::config::{
 };
 use crate::conversation::{Conversation, Pending};
 use crate::counters::{Counters, Levels};
+use crate::deletion::{DeletionQuestion, Deletions};
 use crate::deliver::DeliveryWait;
 use crate::devices::DeviceWork;
-use crate::event::{CloseReason, ConnId, Effect, Effects, Event, Now, ShardMessage, Token, Verdict, Work};
+use crate::event::{CloseReason, ConnId, Effect, Effects, Event, Now, ShardMessage, Token, Verdict, Work, WorkOutcome};
 use crate::export::ExportWork;
 use crate::group::cache::{GroupQuestion, Slot};
 use crate::group::slices::FanOuts;
@@ -69,6 +70,7 @@ pub(crate) enum Question {
     Receipt(Box<Reader>),
     Receipts(Box<ReceiptList>),
     Export(Box<ExportWork>),
+    Deletion(DeletionQuestion),
     /// What the SYNC of this connection asks next.
     Sync(ConnId),
     /// Whether this shard's index is up to date, for the SYNC of a connection of that shard.
@@ -133,6 +135,7 @@ pub struct Shard {
     pub(crate) receipt_lists: usize,
     /// EXPORTs under way.
     pub(crate) exports: usize,
+    pub(crate) deletions: Deletions,
     pub(crate) planted: Planted,
 }
 
@@ -141,10 +144,12 @@ impl Shard {
     pub fn new(config: CoreConfig, hash_seed: u64) -> Self {
         let hasher = FixedState::with_seed(hash_seed);
         let lanes = usize::from(config.placement.shards());
+        let mut timers = Timers::default();
         Self {
+            deletions: Deletions::new(&mut timers),
             now: Now::default(),
             sessions: Sessions::new(&config),
-            timers: Timers::default(),
+            timers,
             draining: false,
             disk_full: false,
             poisoned: false,
@@ -231,11 +236,7 @@ impl Shard {
             Event::StoreFailed => self.store_failed(fx),
             Event::DiskSpace { full } => self.disk_full = full,
             Event::Loaded { token, answer } => self.loaded(token, answer, fx),
-            Event::Worked { token, outcome } => {
-                if let Some(Question::AttemptWork(conn)) = self.questions.remove(&token) {
-                    self.attempt_worked(conn, outcome, fx);
-                }
-            }
+            Event::Worked { token, outcome } => self.worked(token, outcome, fx),
             Event::Shard { from, message } => self.shard_message(from, message, fx),
             Event::Timer => self.timers_due(fx),
             Event::Drain => self.drain(fx),
@@ -363,6 +364,14 @@ impl Shard {
         }
     }
 
+    fn worked(&mut self, token: Token, outcome: WorkOutcome, fx: &mut Effects) {
+        match self.questions.remove(&token) {
+            Some(Question::AttemptWork(conn)) => self.attempt_worked(conn, outcome, fx),
+            Some(Question::Deletion(DeletionQuestion::Proof(ask))) => self.proof_worked(&ask, &outcome, fx),
+            _ => debug_assert!(false, "work nobody asked for"),
+        }
+    }
+
     fn loaded(&mut self, token: Token, answer: Answer, fx: &mut Effects) {
         match self.questions.remove(&token) {
             Some(Question::AttemptUser(conn)) => self.attempt_user(conn, answer, fx),
@@ -385,6 +394,7 @@ impl Shard {
             Some(Question::Receipt(reader)) => self.receipt_loaded(*reader, answer, fx),
             Some(Question::Receipts(list)) => self.receipts_loaded(list, answer, fx),
             Some(Question::Export(work)) => self.export_loaded(work, answer, fx),
+            Some(Question::Deletion(question)) => self.deletion_loaded(question, answer, fx),
             Some(Question::Sync(conn)) => self.sync_loaded(conn, answer, fx),
             Some(Question::Flush(asker, sync)) => self.flush_loaded(asker, sync, &answer, fx),
             Some(Question::AttemptWork(_)) | None => debug_assert!(false, "an answer nobody asked for"),
@@ -405,10 +415,11 @@ impl Shard {
         self.questions.len() < LOADS_IN_FLIGHT_MAX + WORK_IN_FLIGHT_MAX
     }
 
-    pub(crate) fn work(&mut self, conn: ConnId, work: Work, fx: &mut Effects) {
+    /// Asks the workers.
+    pub(crate) fn work(&mut self, question: Question, work: Work, fx: &mut Effects) {
         self.next_token += 1;
         let token = Token(self.next_token);
-        self.questions.insert(token, Question::AttemptWork(conn));
+        self.questions.insert(token, question);
         fx.list.push(Effect::Work { token, work });
     }
 
@@ -472,6 +483,7 @@ impl Shard {
                     self.flush_cursors(fx);
                 }
                 Timer::Receipts => self.receipts_due(fx),
+                Timer::Deletions => self.deletions_due(fx),
             }
         }
     }

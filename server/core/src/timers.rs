@@ -25,6 +25,8 @@ pub enum Timer {
     Cursors,
     /// Tell what receipts have moved.
     Receipts,
+    /// Deletions of users that wait are looked at.
+    Deletions,
 }
 
 /// Deadlines in monotonic microseconds, earliest first; equal ones in order of [`Timer`], so that replays agree.

@@ -40,6 +40,8 @@ pub const CASES: &[Case] = &[
     Case { name: "a message keeps what it carries", check: keyed::extras },
     Case { name: "readers see what a message has become", check: keyed::amendments },
     Case { name: "what a reader has deleted for himself is there for others", check: keyed::hidden },
+    Case { name: "what is gone from a list does not end it", check: keyed::withdrawn },
+    Case { name: "deletions under way are listed for all users", check: keyed::deletions },
     Case { name: "a device that is gone has no cursors", check: keyed::dropped_devices },
     Case { name: "full queues refuse and recover", check: full },
     Case { name: "a record that is too large is refused", check: too_large },

@@ -2,13 +2,15 @@
 
 use flatbuffers::WIPOffset;
 
-use super::{Fbb, TABLES, TABLES_OF_ANSWER, conversation, id128, message, root, strings, write_message};
+use super::{Fbb, TABLES, TABLES_OF_ANSWER, conversation, credential, id128, message, root, strings, write_message};
 use crate::commands::Command;
 use crate::errors::ErrorCode;
 use crate::generated::wire::ringline::wire as fb;
 use crate::ids::{DeviceId, Seq};
 use crate::message::chat::{Amend, AmendAction, Device, Mark, MemberReceipt, MessagesFrom, PresenceRow, Sync};
-use crate::message::{BodyKind, ChatReply, ChatRequest, DeviceKind, Names, Place, Places, Reply, Request};
+use crate::message::{
+    BodyKind, ChatReply, ChatRequest, Credential, DeviceKind, Names, Place, Places, Reply, Request, Secret,
+};
 
 fn client_kind(number: u8) -> Result<BodyKind, ErrorCode> {
     BodyKind::from_number(number).filter(|kind| kind.is_for_clients()).ok_or(ErrorCode::BadRequest)
@@ -79,7 +81,9 @@ pub(super) fn decode_request(command: Command, body: &[u8]) -> Result<Option<Req
             ChatRequest::Export { cursor: root::<fb::Export>(body, TABLES)?.cursor().unwrap_or_default() }
         }
         Command::DeleteUser => {
-            ChatRequest::DeleteUser { user: root::<fb::DeleteUser>(body, TABLES)?.user().unwrap_or_default() }
+            let table = root::<fb::DeleteUser>(body, TABLES)?;
+            let proof = credential(table.password(), table.token())?;
+            ChatRequest::DeleteUser { user: table.user().unwrap_or_default(), proof, recall: table.recall() }
         }
         _ => return Ok(None),
     })))
@@ -185,9 +189,14 @@ pub(super) fn write_request(fbb: &mut Fbb, request: &ChatRequest<'_>) {
             let cursor = Some(fbb.create_string(cursor));
             table!(fbb, Export, ExportArgs { cursor });
         }
-        ChatRequest::DeleteUser { user } => {
+        ChatRequest::DeleteUser { user, proof, recall } => {
             let user = Some(fbb.create_string(user));
-            table!(fbb, DeleteUser, DeleteUserArgs { user });
+            let (password, token) = match proof {
+                Some(Credential::Password(Secret(password))) => (Some(fbb.create_string(password)), None),
+                Some(Credential::Token(Secret(token))) => (None, Some(fbb.create_string(token))),
+                None => (None, None),
+            };
+            table!(fbb, DeleteUser, DeleteUserArgs { user, password, token, recall: *recall });
         }
     }
 }

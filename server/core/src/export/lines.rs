@@ -87,6 +87,7 @@ pub fn row_line(row: &Row) -> Value {
         RowKey::Amended(conversation, seq) => ("amended", None, Some(*conversation), json!(seq.0)),
         RowKey::Mark(user, conversation) => ("mark", Some(user), Some(*conversation), Value::Null),
         RowKey::Hidden(user, conversation, seq) => ("hidden", Some(user), Some(*conversation), json!(seq.0)),
+        RowKey::Deletion(user) => ("deletion", Some(user), None, Value::Null),
     };
     json!({
         "type": "row",
@@ -143,6 +144,11 @@ fn value_json(value: &RowValue) -> Value {
             "at_ms": amended.at_ms,
         }),
         RowValue::Mark(mark) => json!({ "pinned": mark.pinned, "muted_until_ms": mark.muted_until_ms }),
+        RowValue::Deletion(deletion) => json!({
+            "stage": choice(format!("{:?}", deletion.stage)),
+            "recall": deletion.recall,
+            "done": id(deletion.done),
+        }),
         RowValue::Block | RowValue::Hidden | RowValue::Wrote => Value::Null,
     }
 }

@@ -11,29 +11,62 @@ use ringline_schema::message::group::{JoinPolicy, Role};
 use ringline_schema::message::{BodyKind, GroupAct, Names, Reply, Standing};
 use ringline_schema::record::{Answer, Query};
 
+use crate::deletion::walk::DELETER;
 use crate::event::{ConnId, Effects, ShardMessage};
 use crate::group::fan_out::GroupAnswer;
 use crate::group::state::Group;
 use crate::peer::{Origin, Submit, SubmitMore};
 use crate::shard::{Question, Shard};
+use crate::social::settings::Parked;
 
 /// A command, checked as far as it can be without the group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Act {
-    Create { title: String, join: JoinPolicy, users: Vec<UserName> },
-    Rename { title: String },
-    Policy { join: JoinPolicy },
-    Join { greeting: String },
-    Invite { users: Vec<UserName> },
-    Answer { user: UserName, approve: bool },
+    Create {
+        title: String,
+        join: JoinPolicy,
+        users: Vec<UserName>,
+    },
+    Rename {
+        title: String,
+    },
+    Policy {
+        join: JoinPolicy,
+    },
+    Join {
+        greeting: String,
+    },
+    Invite {
+        users: Vec<UserName>,
+    },
+    Answer {
+        user: UserName,
+        approve: bool,
+    },
     Leave,
-    Kick { user: UserName },
-    Mute { user: UserName, for_ms: u64 },
-    Role { user: UserName, role: Role },
-    Transfer { user: UserName },
+    Kick {
+        user: UserName,
+    },
+    Mute {
+        user: UserName,
+        for_ms: u64,
+    },
+    Role {
+        user: UserName,
+        role: Role,
+    },
+    Transfer {
+        user: UserName,
+    },
     Dissolve,
-    Members { cursor: String, limit: u16, standing: Standing },
+    Members {
+        cursor: String,
+        limit: u16,
+        standing: Standing,
+    },
     Info,
+    /// No command: the user was deleted, and is to be nothing to the group any more.
+    Depart,
 }
 
 impl Act {
@@ -89,7 +122,8 @@ impl Act {
             | Self::Transfer { .. }
             | Self::Dissolve
             | Self::Members { .. }
-            | Self::Info => &[],
+            | Self::Info
+            | Self::Depart => &[],
         }
     }
 
@@ -102,7 +136,7 @@ impl Act {
     pub(crate) fn needs(&self, group: &Group, from: &UserName) -> Option<UserName> {
         let unknown = |user: &&UserName| group.member(user).is_none() && group.guest(user).is_none();
         match self {
-            Self::Join { .. } | Self::Info => Some(from).filter(unknown).cloned(),
+            Self::Join { .. } | Self::Info | Self::Depart => Some(from).filter(unknown).cloned(),
             Self::Answer { user, .. } => Some(user).filter(unknown).cloned(),
             Self::Invite { users } => users.iter().find(unknown).cloned(),
             Self::Create { .. }
@@ -218,6 +252,13 @@ impl Shard {
                 return self.tell_shard(shard, ShardMessage::Visit(Box::new(submit)), fx);
             }
             let known = self.users.get(user).is_some() || self.online.contains_key(user);
+            if known && !self.has_settings(user) {
+                let user = user.clone();
+                return self.with_settings(&user, Parked::Visit(Box::new(submit)), fx);
+            }
+            if known && self.is_deleted(user) {
+                return self.refuse(submit.origin, ErrorCode::UserDeleted, fx);
+            }
             if !known {
                 if !self.may_load() {
                     return self.refuse(submit.origin, ErrorCode::Busy, fx);
@@ -240,13 +281,10 @@ impl Shard {
     }
 
     /// Whether the user that an act named exists.
-    pub(crate) fn visited(&mut self, mut submit: Submit, answer: Answer, fx: &mut Effects) {
+    pub(crate) fn visited(&mut self, submit: Submit, answer: Answer, fx: &mut Effects) {
         match answer {
             Answer::User(Some(user)) => {
                 self.remember_user(user);
-                if let Some(more) = &mut submit.more {
-                    more.unvisited.pop();
-                }
                 self.visit(submit, fx);
             }
             Answer::User(None) => self.refuse(submit.origin, ErrorCode::NoSuchUser, fx),
@@ -263,6 +301,10 @@ impl Shard {
 
     /// An act has ended well, at its origin.
     pub(crate) fn group_answered(&mut self, origin: Origin, answer: &GroupAnswer, fx: &mut Effects) {
+        if origin.conn == DELETER {
+            let standing = if let GroupAnswer::Ok { standing, .. } = answer { *standing } else { None };
+            return self.deletion_answered(origin.request_id, Ok(standing), fx);
+        }
         if let Some(login) = self.sessions.login_mut(origin.conn) {
             login.sends_in_flight = login.sends_in_flight.saturating_sub(1);
         }

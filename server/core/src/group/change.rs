@@ -40,6 +40,9 @@ impl Shard {
     pub(crate) fn may_write(&self, submit: &Submit) -> Result<(), ErrorCode> {
         let slot = self.groups.peek(&submit.message.conversation).ok_or(ErrorCode::Busy)?;
         let group = slot.group.as_ref().ok_or(ErrorCode::NoSuchGroup)?;
+        if submit.amending().is_some_and(|amending| amending.of_deleted) {
+            return Ok(());
+        }
         if self.planted.is(Bug::StrangersWrite) {
             return Ok(());
         }
@@ -251,7 +254,8 @@ impl Shard {
             | Act::Mute { .. }
             | Act::Role { .. }
             | Act::Transfer { .. }
-            | Act::Dissolve => None,
+            | Act::Dissolve
+            | Act::Depart => None,
         }
     }
 }

@@ -11,6 +11,9 @@ use ringline_schema::rows::{GroupRow, MemberRow};
 use crate::group::act::Act;
 use crate::group::state::{Group, Member};
 
+/// The `number` of [`What::Left`] when the user did not leave, but was deleted.
+const LEFT_BY_DELETION: u64 = 1;
+
 /// What an act is judged by.
 pub(crate) struct Scene<'a> {
     /// `None`: there is no such group.
@@ -66,6 +69,9 @@ impl<'a> Scene<'a> {
             return self.create(title, *join, users);
         }
         let group = self.group.ok_or(ErrorCode::NoSuchGroup)?;
+        if *act == Act::Depart {
+            return Ok(self.depart(group));
+        }
         if group.row.dissolved != Seq::ZERO {
             return Err(ErrorCode::GroupDissolved);
         }
@@ -105,7 +111,7 @@ impl<'a> Scene<'a> {
                 let row = GroupRow { dissolved: self.seq, ..group.row.clone() };
                 Ok(Decision { group: Some(row), ..Decision::told(change(What::Dissolved, Vec::new())) })
             }
-            Act::Create { .. } | Act::Members { .. } | Act::Info => Err(ErrorCode::Internal),
+            Act::Create { .. } | Act::Members { .. } | Act::Info | Act::Depart => Err(ErrorCode::Internal),
         }
     }
 
@@ -291,6 +297,41 @@ impl<'a> Scene<'a> {
         let members = vec![(self.from.clone(), Some(self.leaving(actor.row(), Standing::Left)))];
         let told = change(What::Left, vec![self.from.clone()]);
         Ok(Decision { members, standing: Some(Standing::Left), ..Decision::told(told) })
+    }
+
+    /// A user who was deleted is nothing to the group any more. An owner first gives it to whoever has been an administrator
+    /// for longest, or else a member, or else dissolves it; then it stays a member until it is asked again.
+    fn depart(&self, group: &Group) -> Decision {
+        let Some(actor) = group.member(self.from) else {
+            let pending = |known: &&MemberRow| matches!(known.standing, Standing::Invited | Standing::Asked);
+            let Some(known) = group.guest(self.from).flatten().filter(pending) else { return Decision::default() };
+            let (row, standing) = self.gone(known);
+            return Decision { members: vec![(self.from.clone(), row)], standing, ..Decision::default() };
+        };
+        let dissolved = group.row.dissolved != Seq::ZERO;
+        if actor.role == Role::Owner && !dissolved {
+            return self.hand_down(group, actor);
+        }
+        let members = vec![(self.from.clone(), Some(self.leaving(actor.row(), Standing::Left)))];
+        let told = StoredChange { number: LEFT_BY_DELETION, ..change(What::Left, vec![self.from.clone()]) };
+        // Nothing is said any more in a group that was dissolved.
+        Decision { members, told: (!dissolved).then_some(told), standing: Some(Standing::Left), ..Decision::default() }
+    }
+
+    fn hand_down(&self, group: &Group, actor: &Member) -> Decision {
+        let others = group.members().iter().filter(|member| member.name != *self.from);
+        let heir = others.min_by_key(|member| (member.role != Role::Admin, member.since_ms, &member.name));
+        let Some(heir) = heir else {
+            let row = GroupRow { dissolved: self.seq, ..group.row.clone() };
+            return Decision { group: Some(row), ..Decision::told(change(What::Dissolved, Vec::new())) };
+        };
+        let members = vec![
+            (heir.name.clone(), Some(MemberRow { role: Role::Owner, muted_until_ms: 0, ..heir.row() })),
+            (self.from.clone(), Some(MemberRow { role: Role::Member, ..actor.row() })),
+        ];
+        let row = GroupRow { owner: heir.name.clone(), ..group.row.clone() };
+        let told = change(What::Transferred, vec![heir.name.clone()]);
+        Decision { group: Some(row), members, ..Decision::told(told) }
     }
 
     fn kick(&self, group: &Group, user: &UserName) -> Result<Decision, ErrorCode> {

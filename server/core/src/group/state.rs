@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use ringline_cluster::placement::{CorePlacement, ShardIndex};
-use ringline_schema::ids::UserName;
+use ringline_schema::ids::{Seq, UserName};
 use ringline_schema::limits;
 use ringline_schema::message::Standing;
 use ringline_schema::message::group::Role;
@@ -156,10 +156,15 @@ impl Group {
         targets
     }
 
+    /// A group that was dissolved loses its owner when that user is deleted.
+    fn owners(&self) -> usize {
+        self.members.iter().filter(|member| member.role == Role::Owner).count()
+    }
+
     pub fn is_well_formed(&self) -> bool {
         self.members.windows(2).all(|pair| matches!(pair, [one, other] if one.name < other.name))
             && self.guests.keys().all(|name| self.member(name).is_none())
-            && self.members.iter().filter(|member| member.role == Role::Owner).count() == 1
+            && (self.row.dissolved != Seq::ZERO || self.owners() == 1)
     }
 }
 
@@ -170,7 +175,6 @@ fn is_pending(row: &MemberRow) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ringline_schema::ids::Seq;
     use ringline_schema::message::group::JoinPolicy;
 
     fn name(text: &str) -> UserName {

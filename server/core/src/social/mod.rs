@@ -23,6 +23,7 @@ use ringline_schema::limits;
 use ringline_schema::message::{ChatReply, ChatRequest, Reply};
 use ringline_schema::record::Answer;
 
+use crate::deletion::DeleteAsk;
 use crate::event::{ConnId, Effects};
 use crate::peer::{Origin, ShardMessage};
 use crate::shard::{Question, Shard};
@@ -67,6 +68,8 @@ pub enum SocialMessage {
     Passed { gather: u64, devices: u32 },
     /// One shard has done its part.
     Part { gather: u64 },
+    /// An administrator deletes a user: to the shard of the user. Answered by [`ShardMessage::Done`].
+    Delete(Box<DeleteAsk>),
 }
 
 /// What a question to the store is for.
@@ -121,6 +124,11 @@ pub(crate) enum Gathered {
     },
     /// How users are, for that user.
     Presence(UserName, Vec<Seen>),
+    /// A user was deleted.
+    Deleted {
+        origin: Origin,
+        user: UserName,
+    },
 }
 
 /// A request that other shards have a part in.
@@ -223,6 +231,7 @@ impl Shard {
             SocialMessage::Noticed { gather, devices } => self.noticed(gather, devices, fx),
             SocialMessage::Passed { gather, devices } => self.passed(gather, devices, fx),
             SocialMessage::Part { gather } => self.gathered(gather, fx),
+            SocialMessage::Delete(ask) => self.delete_asked(*ask, fx),
         }
     }
 
@@ -367,6 +376,7 @@ impl Shard {
                 self.passed_to_all(*origin, (*devices, *wait, *time_ms), *no_reply, fx);
             }
             Gathered::Done => self.done(gather.conn, gather.request_id, fx),
+            Gathered::Deleted { origin, user } => self.deletion_told(*origin, user, fx),
             Gathered::Broadcast { devices } => {
                 let reply = Reply::Chat(ChatReply::BroadcastOk { devices: *devices });
                 self.sessions.answer(gather.conn, gather.request_id, &reply, fx);
@@ -384,6 +394,8 @@ impl Shard {
         let Some(gather) = self.social.gathers.remove(&number) else { return };
         match gather.gathered {
             Gathered::Passed { origin, .. } => self.answer_send(origin, (false, Err(ErrorCode::Internal)), None, fx),
+            // It is done whoever has not heard of it: what a shard knew before runs out by itself.
+            Gathered::Deleted { origin, user } => self.deletion_told(origin, &user, fx),
             Gathered::Done | Gathered::Broadcast { .. } | Gathered::Presence(..) => {
                 self.sessions.fail(gather.conn, gather.request_id, ErrorCode::Internal, fx);
             }

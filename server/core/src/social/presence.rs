@@ -359,7 +359,7 @@ impl Shard {
     /// Notes when a user was last there. In memory at once; on disk now and then.
     pub(crate) fn note_last_seen(&mut self, user: &UserName, unix_ms: u64, fx: &mut Effects) {
         let writable = !self.poisoned && self.may_append() != Err(ErrorCode::Busy);
-        let Some(settings) = self.settings_mut(user) else { return };
+        let Some(settings) = self.settings_mut(user).filter(|settings| settings.row.deleted_ms == 0) else { return };
         settings.row.last_seen_ms = settings.row.last_seen_ms.max(unix_ms);
         let due = unix_ms >= settings.last_seen_written_ms.saturating_add(LAST_SEEN_MS);
         if due && writable {

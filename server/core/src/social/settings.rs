@@ -16,16 +16,17 @@ use ringline_schema::ids::{ConversationId, UserName};
 use ringline_schema::limits;
 use ringline_schema::message::chat::MessagesFrom;
 use ringline_schema::message::{ChatReply, Reply};
-use ringline_schema::record::{Answer, Change, Query, Record};
+use ringline_schema::record::{Answer, Change, Query, Record, User};
 use ringline_schema::rows::{Row, RowKey, RowList, RowValue, SettingRow};
 
 use super::signal::SignalSend;
 use super::{News, SocialPending, SocialQuestion};
 use crate::config::WAITERS_PER_LOAD_MAX;
 use crate::conversation::{Pending, PendingWork};
+use crate::deletion::{DeleteAsk, deleted_row};
 use crate::event::{ConnId, Effects};
 use crate::online::{Devices, Held};
-use crate::peer::{Ask, TransientSend};
+use crate::peer::{Ask, Submit, TransientSend};
 use crate::shard::Shard;
 
 /// How long the owner of a conversation goes by an answer that somebody may write in it.
@@ -69,6 +70,23 @@ impl Settings {
     pub(crate) fn of_plain(stamp: u32, last_seen_ms: u64) -> Self {
         let row = SettingRow { last_seen_ms, ..SettingRow::default() };
         Self { row, stamp: u64::from(stamp), last_seen_written_ms: last_seen_ms, ..Self::default() }
+    }
+
+    /// Leaves nothing but that the user was deleted then. The stamp of the row that says so, and how many names leave the
+    /// block list.
+    pub(crate) fn delete(&mut self, now_ms: u64) -> (u64, usize) {
+        let blocked = std::mem::take(&mut self.blocked).len();
+        self.known.clear();
+        self.row = deleted_row(now_ms);
+        self.last_seen_written_ms = 0;
+        self.stamp += 1;
+        self.writes += 1;
+        (self.stamp, blocked)
+    }
+
+    /// What somebody without a device is to who sends what is not stored.
+    fn when_away(&self) -> ErrorCode {
+        if self.row.deleted_ms == 0 { ErrorCode::NotOnline } else { ErrorCode::UserDeleted }
     }
 
     /// Whether `from` may write to this user.
@@ -121,6 +139,12 @@ pub(crate) enum Parked {
     Arrived(UserName),
     /// The last went, at that Unix millisecond.
     Left(UserName, u64),
+    /// A REGISTER or LOGIN of that connection is about this user.
+    Attempt(ConnId, Box<User>),
+    /// An act of a group names the user.
+    Visit(Box<Submit>),
+    /// The user is to be deleted.
+    Delete(Box<DeleteAsk>),
 }
 
 /// A user's request about its own settings.
@@ -318,7 +342,11 @@ impl Shard {
     /// The devices of a user of this shard, if a transient message or a signal may reach them now; `None`: that takes a
     /// look into the store, by [`Shard::with_settings`].
     pub(crate) fn reach_now(&self, user: &UserName, from: &UserName) -> Option<Result<&Devices, ErrorCode>> {
-        let Some((held, devices)) = self.online.reach(user) else { return Some(Err(ErrorCode::NotOnline)) };
+        let Some((held, devices)) = self.online.reach(user) else {
+            // Only the settings tell who is away from who is gone for ever.
+            let away = |settings: &Settings| Err(settings.when_away());
+            return self.social.settings.peek(user).map(away);
+        };
         if user == from {
             return Some(Ok(devices));
         }
@@ -339,11 +367,20 @@ impl Shard {
     fn resume(&mut self, user: &UserName, parked: Parked, fx: &mut Effects) {
         let (from, answered) = match &parked {
             Parked::Ask(_, ask) => (ask.from.clone(), ask.answered),
+            Parked::Transient(_) | Parked::Signal(_) if !self.online.contains_key(user) => {
+                let code = self.settings(user).map_or(ErrorCode::Internal, |settings| settings.when_away());
+                return self.finish(parked, Err(code), fx);
+            }
             Parked::Transient(send) => (send.from.clone(), false),
             Parked::Signal(signal) => (signal.from.clone(), false),
-            Parked::Own { .. } | Parked::Shown { .. } | Parked::Moved(_) | Parked::Arrived(_) | Parked::Left(..) => {
-                return self.finish(parked, Ok(()), fx);
-            }
+            Parked::Own { .. }
+            | Parked::Shown { .. }
+            | Parked::Moved(_)
+            | Parked::Arrived(_)
+            | Parked::Left(..)
+            | Parked::Attempt(..)
+            | Parked::Visit(_)
+            | Parked::Delete(_) => return self.finish(parked, Ok(()), fx),
         };
         match self.opinion(user, &from) {
             Opinion::Decided(result) => self.finish(parked, result, fx),
@@ -401,6 +438,10 @@ impl Shard {
             (Parked::Left(user, unix_ms), Ok(())) => self.note_last_seen(&user, unix_ms, fx),
             // What is not known now is asked for again by who watches.
             (Parked::Moved(_) | Parked::Arrived(_) | Parked::Left(..), Err(_)) => {}
+            (Parked::Attempt(conn, user), result) => self.attempt_settings(conn, *user, result, fx),
+            (Parked::Visit(submit), Ok(())) => self.visit(*submit, fx),
+            (Parked::Visit(submit), Err(code)) => self.refuse(submit.origin, code, fx),
+            (Parked::Delete(ask), result) => self.delete_or_refuse(ask, result, fx),
             (Parked::Own { conn, request_id, own }, result) => {
                 if let Err(code) = result.and_then(|()| self.own_request(conn, request_id, own, fx)) {
                     self.sessions.fail(conn, request_id, code, fx);
@@ -412,6 +453,10 @@ impl Shard {
     fn own_request(&mut self, conn: ConnId, request_id: u32, own: Own, fx: &mut Effects) -> Result<(), ErrorCode> {
         let login = self.sessions.get(conn).and_then(|session| session.login()).ok_or(ErrorCode::NotLoggedIn)?;
         let user = login.user.clone();
+        // A device of the user deletes it at this moment.
+        if self.is_deleted(&user) {
+            return Err(ErrorCode::UserDeleted);
+        }
         match own {
             Own::Blocks { after, limit } => self.list_blocks((conn, request_id), &user, (after, limit), fx),
             Own::Block(other) => self.set_block((conn, request_id), user, (other, true), fx),

@@ -1,4 +1,6 @@
-//! A node of several shards whose lanes and store move at once, for the rules of groups.
+//! A node of several shards whose lanes and store move at once, for the rules of groups and of deletions.
+
+#![allow(dead_code, reason = "each test uses a part of it")]
 
 use std::collections::{HashMap, VecDeque};
 
@@ -45,6 +47,11 @@ pub struct Town {
     pub stuck: Vec<Seat>,
     /// What was done since it was last looked at.
     pub records: usize,
+    /// The node dies when it is about to write one more.
+    pub records_max: usize,
+    dead: bool,
+    /// Messages of lanes that a test wants lost.
+    pub drops: fn(&ShardMessage) -> bool,
     pub fan_outs: usize,
     pub loads: usize,
 }
@@ -80,6 +87,9 @@ impl Town {
             committing: true,
             stuck: Vec::new(),
             records: 0,
+            records_max: usize::MAX,
+            dead: false,
+            drops: |_| false,
             fan_outs: 0,
             loads: 0,
         }
@@ -126,12 +136,24 @@ impl Town {
         }
     }
 
+    /// Whether it died of what it wanted to write.
+    pub fn is_dead(&self) -> bool {
+        self.dead
+    }
+
     fn event(&mut self, at: usize, event: Event<'_>) {
+        if self.dead {
+            return;
+        }
         let mut fx = Effects::default();
         let _ = self.sides[at].shard.handle(event, self.now, &mut fx);
         for effect in fx.list {
             match effect {
                 Effect::Close { .. } => {}
+                Effect::Append(_) if self.records >= self.records_max => {
+                    self.dead = true;
+                    return self.sides.iter_mut().for_each(|side| side.store.submit());
+                }
                 Effect::Append(record) => {
                     self.records += 1;
                     self.sides[at].store.append(&record).unwrap();
@@ -141,8 +163,12 @@ impl Town {
                     self.sides[at].store.load(LoadToken(token.0), query).unwrap();
                 }
                 Effect::Work { token, work } => {
-                    let Work::VerifyToken { .. } = work else { panic!("{work:?}") };
-                    self.event(at, Event::Worked { token, outcome: WorkOutcome::Verified(true) });
+                    let outcome = match work {
+                        Work::HashPassword { password } => WorkOutcome::Hashed(password),
+                        Work::VerifyPassword { password, hash } => WorkOutcome::Verified(hash == Some(password)),
+                        Work::VerifyToken { token, .. } => WorkOutcome::Verified(token != "wrong"),
+                    };
+                    self.event(at, Event::Worked { token, outcome });
                 }
                 Effect::ToShard { to, message } => {
                     self.fan_outs += usize::from(matches!(message, ShardMessage::DeliverGroup { .. }));
@@ -176,7 +202,9 @@ impl Town {
             let mut moved = false;
             while let Some((from, to, message)) = self.lanes.pop_front() {
                 moved = true;
-                self.event(to, Event::Shard { from, message });
+                if !(self.drops)(&message) {
+                    self.event(to, Event::Shard { from, message });
+                }
             }
             for at in 0..self.sides.len() {
                 if self.committing {
@@ -196,7 +224,7 @@ impl Town {
                     );
                 }
             }
-            if !moved {
+            if !moved || self.dead {
                 return self.sides.iter().for_each(|side| side.shard.check_invariants());
             }
         }
@@ -214,6 +242,20 @@ impl Town {
         let told = self.told(seat);
         assert!(matches!(decode(&told[0]), Reply::LoginOk(_)), "{:?}", decode(&told[0]));
         seat
+    }
+
+    /// What a new connection is told that asks this before it is logged in.
+    pub fn refused_at_door(&mut self, user: &str, request: Request<'_>) -> Option<ErrorCode> {
+        self.next += 1;
+        let (shard, conn) = (self.owner(Partition::of_user(user)), ConnId { slot: self.next, generation: 1 });
+        let seat = Seat { shard, conn };
+        self.event(shard, Event::Opened { conn });
+        let code = match decode(&self.answer(seat, request)) {
+            Reply::Failure { code, .. } => Some(code),
+            _ => None,
+        };
+        self.leave(seat);
+        code
     }
 
     pub fn login(&mut self, user: &str) -> Seat {

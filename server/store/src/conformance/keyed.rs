@@ -1,11 +1,12 @@
 //! Cases about keyed rows: groups, memberships, and what else is not a message.
 
-use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
+use ringline_schema::ids::{ConversationId, DeviceId, Partition, Seq, UserName};
 use ringline_schema::message::group::{JoinPolicy, Role, What};
 use ringline_schema::message::{BodyKind, DeviceKind, MessageState, Standing};
 use ringline_schema::record::{Answer, Change, Query, Range, Record, StoredChange, StoredExtra, StoredMessage};
 use ringline_schema::rows::{
-    AmendedRow, DeviceRow, GroupRow, MarkRow, MemberRow, ReceiptRow, Row, RowKey, RowList, RowValue,
+    AmendedRow, DeletionRow, DeletionStage, DeviceRow, GroupRow, MarkRow, MemberRow, ReceiptRow, Row, RowKey, RowList,
+    RowValue,
 };
 
 use super::{ALL, Node, Opener, name, wait};
@@ -32,9 +33,13 @@ impl Node {
     fn rows(&mut self, list: RowList, page: u16) -> Vec<Row> {
         let partition = match &list {
             RowList::Members(id) | RowList::Receipts(id) | RowList::Amended(id) => id.partition(),
-            RowList::Devices(user) | RowList::Blocks(user) | RowList::Marks(user) | RowList::Hidden(user, _) => {
-                user.partition()
-            }
+            RowList::Devices(user)
+            | RowList::Blocks(user)
+            | RowList::Marks(user)
+            | RowList::Hidden(user, _)
+            | RowList::AllHidden(user) => user.partition(),
+            // Any shard lists all of them.
+            RowList::Deletions => Partition::default(),
         };
         let mut rows: Vec<Row> = Vec::new();
         loop {
@@ -380,4 +385,49 @@ pub fn dropped_devices(open: Opener<'_>) {
     assert_eq!(acked(&mut node), [3, 8]);
     node.close();
     assert_eq!(acked(&mut Node::new(open(1))), [3, 8]);
+}
+
+/// Of a long row of groups only the last still knows the user.
+pub fn withdrawn(open: Opener<'_>) {
+    let mut node = Node::new(open(2));
+    let mut teams: Vec<Team> = (0..9).map(|number| Team::new(&format!("#team-{number}"))).collect();
+    teams.sort_by_key(|team| team.id);
+    for team in &teams {
+        node.commit(&[change(vec![team.group(1, 0), team.member("bob", 1, &[(1, 0)])])]);
+    }
+    for team in &teams[..8] {
+        let key = RowKey::Member(team.id, name("bob"));
+        node.commit(&[change(vec![Row { key, stamp: 2, value: None }])]);
+    }
+    let mut waits = 0;
+    while node.conversations(&name("bob"), DeviceId(1), 3).len() != 1 {
+        wait(&mut waits, "the list");
+    }
+    node.close();
+    let rows = Node::new(open(1)).conversations(&name("bob"), DeviceId(1), 3);
+    assert_eq!(rows.iter().map(|row| row.conversation).collect::<Vec<_>>(), [teams[8].id]);
+}
+
+pub fn deletions(open: Opener<'_>) {
+    let row = |user: &str, stamp: u64, stage: Option<DeletionStage>| {
+        let value = |stage| RowValue::Deletion(DeletionRow { stage, recall: true, done: ConversationId(stamp.into()) });
+        Row { key: RowKey::Deletion(name(user)), stamp, value: stage.map(value) }
+    };
+    let mut node = Node::new(open(3));
+    for user in ["ann", "bob", "carl", "dora"] {
+        node.commit(&[change(vec![row(user, 1, Some(DeletionStage::Leaving))])]);
+    }
+    node.commit(&[change(vec![row("carl", 2, Some(DeletionStage::Erasing))])]);
+    node.commit(&[change(vec![row("bob", 2, None)])]);
+    node.close();
+    let wanted = [
+        row("ann", 1, Some(DeletionStage::Leaving)),
+        row("carl", 2, Some(DeletionStage::Erasing)),
+        row("dora", 1, Some(DeletionStage::Leaving)),
+    ];
+    for shards in [1, 2] {
+        let mut node = Node::new(open(shards));
+        assert_eq!(node.rows(RowList::Deletions, 2), wanted);
+        node.close();
+    }
 }
