@@ -72,6 +72,8 @@ pub struct Levels {
     pub appends_in_flight: u64,
     /// Delivery acknowledgements that are waited for.
     pub delivery_waits: usize,
+    /// Deadlines, the stale ones among them.
+    pub timers: usize,
     /// Groups with messages under way to their members.
     pub fan_outs: usize,
     /// Bytes of these messages.

@@ -474,7 +474,7 @@ impl Shard {
             match timer {
                 Timer::Session(conn) => self.session_due(conn, fx),
                 Timer::Delivery(number) => self.delivery_due(number, fx),
-                Timer::Gather(number) => self.gather_due(number, fx),
+                Timer::Gathers => self.gathers_due(fx),
                 Timer::Notice => self.notice_due(fx),
                 Timer::FanOut => self.fan_outs_due(fx),
                 Timer::Presence => self.presence_due(fx),
@@ -591,6 +591,7 @@ impl Shard {
             users_cached: self.users.len(),
             appends_in_flight: self.appended.saturating_sub(self.stored),
             delivery_waits: self.delivery_waits.len(),
+            timers: self.timers.len(),
             fan_outs: self.fan_outs.len(),
             fan_out_bytes: self.fan_outs.bytes(),
         }

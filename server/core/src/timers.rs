@@ -13,8 +13,8 @@ pub enum Timer {
     Session(ConnId),
     /// A delivery acknowledgement that did not come; the number is never used again.
     Delivery(u64),
-    /// Parts of a request that other shards did not do in time; the number is never used again.
-    Gather(u64),
+    /// The oldest request whose parts other shards have not done: one timer for all of them, which wait equally long.
+    Gathers,
     /// The next slice of a broadcast.
     Notice,
     /// The next slice of the fan-outs.
@@ -38,6 +38,10 @@ pub struct Timers {
 impl Timers {
     pub fn arm(&mut self, at_us: u64, timer: Timer) {
         self.heap.push(Reverse((at_us, timer)));
+    }
+
+    pub fn len(&self) -> usize {
+        self.heap.len()
     }
 
     pub fn next_us(&self) -> Option<u64> {

@@ -56,6 +56,7 @@ metrics! {
         |core| core.levels.appends_in_flight;
     Gauge "delivery_waits" None, "delivery acknowledgements that are waited for",
         |core| core.levels.delivery_waits as u64;
+    Gauge "timers" None, "deadlines in the table, stale ones among them", |core| core.levels.timers as u64;
     Gauge "fan_outs_open" None, "groups with messages under way to their members",
         |core| core.levels.fan_outs as u64;
     Gauge "fan_outs_waiting" Some(Unit::Bytes), "bytes of these messages", |core| core.levels.fan_out_bytes as u64;

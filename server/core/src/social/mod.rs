@@ -134,6 +134,7 @@ pub(crate) enum Gathered {
 /// A request that other shards have a part in.
 #[derive(Debug)]
 struct Gather {
+    due_us: u64,
     conn: ConnId,
     request_id: u32,
     left: usize,
@@ -149,8 +150,10 @@ pub(crate) struct Social {
     pub(crate) privacy: PrivacyChanges,
     pub(crate) presence: Presence,
     pub(crate) notices: VecDeque<Giving>,
+    /// By number, and so by when they are due.
     gathers: BTreeMap<u64, Gather>,
     next_gather: u64,
+    gathers_armed: bool,
 }
 
 impl Social {
@@ -164,6 +167,7 @@ impl Social {
             notices: VecDeque::new(),
             gathers: BTreeMap::new(),
             next_gather: 0,
+            gathers_armed: false,
         }
     }
 }
@@ -313,9 +317,18 @@ impl Shard {
         }
         self.social.next_gather += 1;
         let number = self.social.next_gather;
-        self.social.gathers.insert(number, Gather { conn, request_id, left, gathered });
-        self.timers.arm(self.now.mono_us + GATHER_MS * 1_000, Timer::Gather(number));
+        let due_us = self.now.mono_us + GATHER_MS * 1_000;
+        self.social.gathers.insert(number, Gather { due_us, conn, request_id, left, gathered });
+        self.arm_gathers();
         Some(number)
+    }
+
+    /// Nearly all are answered long before: their one timer is set again only when it fires.
+    fn arm_gathers(&mut self) {
+        let Some((_, oldest)) = self.social.gathers.first_key_value() else { return };
+        if !std::mem::replace(&mut self.social.gathers_armed, true) {
+            self.timers.arm(oldest.due_us, Timer::Gathers);
+        }
     }
 
     fn gathered(&mut self, number: u64, fx: &mut Effects) {
@@ -389,9 +402,19 @@ impl Shard {
         }
     }
 
-    /// A part did not come in time.
-    pub(crate) fn gather_due(&mut self, number: u64, fx: &mut Effects) {
-        let Some(gather) = self.social.gathers.remove(&number) else { return };
+    /// Parts did not come in time.
+    pub(crate) fn gathers_due(&mut self, fx: &mut Effects) {
+        self.social.gathers_armed = false;
+        while let Some(oldest) = self.social.gathers.first_entry()
+            && oldest.get().due_us <= self.now.mono_us
+        {
+            let gather = oldest.remove();
+            self.gather_failed(gather, fx);
+        }
+        self.arm_gathers();
+    }
+
+    fn gather_failed(&mut self, gather: Gather, fx: &mut Effects) {
         match gather.gathered {
             Gathered::Passed { origin, .. } => self.answer_send(origin, (false, Err(ErrorCode::Internal)), None, fx),
             // It is done whoever has not heard of it: what a shard knew before runs out by itself.

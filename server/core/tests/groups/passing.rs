@@ -180,3 +180,17 @@ fn the_first_device_of_another_member_that_acknowledges_is_told_once() {
         assert_eq!(receipts(&mut town, ann), [(Outcome::DeliveryTimeout, 4, 0)]);
     }
 }
+
+#[test]
+fn a_transient_message_leaves_no_deadline_behind() {
+    let (mut town, ann, seats) = team(3, &["bob", "cid"]);
+    pass(&mut town, ann, 1, None).unwrap();
+    let timers = town.levels().timers;
+    for client_seq in 2..500 {
+        town.pass(1);
+        pass(&mut town, ann, client_seq, None).unwrap();
+    }
+    assert_eq!(town.levels().timers, timers, "one for all of them");
+    town.elapse(6_000);
+    assert!(pass(&mut town, ann, 500, None).is_ok() && passed(&mut town, seats[0]).len() == 500);
+}

@@ -377,6 +377,7 @@ impl Town {
     pub fn levels(&self) -> Levels {
         let mut sum = Levels::default();
         for levels in self.sides.iter().map(|side| side.shard.levels()) {
+            sum.timers += levels.timers;
             sum.fan_outs += levels.fan_outs;
             sum.fan_out_bytes += levels.fan_out_bytes;
         }
