@@ -5,6 +5,9 @@
 use std::fmt;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
 use ringline_core::config as core_bounds;
@@ -207,8 +210,30 @@ pub fn ranges(cores: &[usize]) -> String {
     texts.join(",")
 }
 
-/// One listening socket a core on the same address. The address comes back with the port the kernel chose for port 0.
+/// How long a start waits for its address. The kernel takes the rings of a killed server apart after its end, and its
+/// sockets stay open as long.
+const LISTEN_WAIT: Duration = Duration::from_secs(2);
+const LISTEN_RETRY: Duration = Duration::from_millis(50);
+
+/// One listening socket a core on the same address; waits [`LISTEN_WAIT`] for one that is in use. See [`listen_now`].
 pub fn listen(address: SocketAddr, backlog: u32, cores: usize) -> Result<(SocketAddr, Vec<OwnedFd>), BootError> {
+    let deadline = Instant::now() + LISTEN_WAIT;
+    let mut said = false;
+    loop {
+        match listen_now(address, backlog, cores) {
+            Err(BootError::PortInUse(_)) if Instant::now() < deadline => {
+                if !std::mem::replace(&mut said, true) {
+                    tracing::info!("{address} is in use: waiting up to {} s for it", LISTEN_WAIT.as_secs());
+                }
+                std::thread::sleep(LISTEN_RETRY);
+            }
+            other => return other,
+        }
+    }
+}
+
+/// One listening socket a core on the same address. The address comes back with the port the kernel chose for port 0.
+fn listen_now(address: SocketAddr, backlog: u32, cores: usize) -> Result<(SocketAddr, Vec<OwnedFd>), BootError> {
     let refused = |error: std::io::Error| match error.kind() {
         std::io::ErrorKind::AddrInUse => BootError::PortInUse(address),
         _ => BootError::Listen(address, error),
@@ -229,9 +254,10 @@ pub fn listen(address: SocketAddr, backlog: u32, cores: usize) -> Result<(Socket
     Ok((address, listeners))
 }
 
-/// How the configuration shapes the embedded store.
-pub fn store_options(config: &Config) -> EmbeddedOptions {
+/// How the configuration shapes the embedded store; `stop`: whether its opening is to end.
+pub fn store_options(config: &Config, stop: &Arc<AtomicBool>) -> EmbeddedOptions {
     EmbeddedOptions {
+        stop: Arc::clone(stop),
         segment_bytes: config.store_segment_bytes,
         index_cache_bytes: config.store_cache_bytes,
         free_bytes_min: config.store_free_bytes_min,
@@ -266,7 +292,7 @@ pub fn memory_budget(config: &Config, cores: usize, worker_threads: usize) -> Ve
         ("passwords", worker_threads as u64 * HASH_BYTES),
     ];
     if config.store_kind == StoreKind::Embedded {
-        parts.extend(ringline_store::embedded::memory_budget(&store_options(config), cores as u16));
+        parts.extend(ringline_store::embedded::memory_budget(&store_options(config, &Arc::default()), cores as u16));
     }
     parts.push(("outboxes if nobody reads", connections * config.outbox_bytes_max as u64));
     parts
@@ -293,8 +319,12 @@ mod tests {
         let (address, held) = listen(SocketAddr::from(([127, 0, 0, 1], 0)), 16, 2).unwrap();
         assert_eq!(held.len(), 2);
         assert!(matches!(listen(address, 16, 1), Err(BootError::PortInUse(found)) if found == address));
+        // Let go of while the next start waits for it, as the sockets of a killed server are.
+        let next = std::thread::spawn(move || listen(address, 16, 1));
+        std::thread::sleep(LISTEN_RETRY);
         drop(held);
-        assert!(listen(address, 16, 1).is_ok());
+        let (found, _) = next.join().unwrap().unwrap();
+        assert_eq!(found, address);
     }
 
     #[test]

@@ -22,6 +22,7 @@ pub mod node;
 pub mod park;
 pub mod peers;
 pub mod reactor;
+pub mod signals;
 pub mod stop;
 pub mod store_cli;
 pub mod wake;

@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded, select, unbounded};
@@ -19,10 +20,8 @@ use ringline_core::config::CoreConfig;
 use ringline_schema::codec::{Codec, Encoder};
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::message::Reply;
-use ringline_store::embedded::{EmbeddedStore, OpenReport};
+use ringline_store::embedded::{EmbeddedStore, OpenError, OpenReport};
 use ringline_store::{Store, memory};
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
 
 use crate::admin::snapshot::SnapshotPort;
 use crate::admin::{self, Facts};
@@ -36,6 +35,7 @@ use crate::net::ring::RingNet;
 use crate::net::{Admission, Net, NetKind, NetOptions};
 use crate::park::{ParkKind, Parker};
 use crate::reactor::{CoreReport, Ended, Parts, Reactor};
+use crate::signals::StopSignals;
 use crate::stop::Control;
 use crate::workers::{self, WorkerOptions};
 
@@ -81,6 +81,7 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
     check_mode(&config)?;
     // Before any thread exists this takes almost no time.
     glommio::early_init();
+    let signals = StopSignals::watch().map_err(system("signal handling"))?;
     let features = boot::probe_ring()?;
     boot::check_memlock()?;
     let cores = boot::pick_cores(&config.cores)?;
@@ -97,7 +98,13 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
     doctor::at_start(&config, &cores, features).iter().for_each(|line| tracing::warn!("{line}"));
     let admin_listener = config.admin_listen.map(admin::bind).transpose()?;
     let net_kind = pick_net(config.net_kind);
-    let stores = open_store(&config, cores.len())?;
+    let stores = match open_store(&config, cores.len(), signals.asked()) {
+        Err(BootError::Store(OpenError::Stopped)) => {
+            tracing::info!("stopped while the logs were read; the next start goes on from here");
+            return Ok(0);
+        }
+        stores => stores?,
+    };
     let verifier = open_auth(&config)?;
     let threads = worker_threads(&config, cores.len());
     say_what_is_used(&config, &cores, threads);
@@ -123,7 +130,7 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
         seeds.push(Seed { core, net, park, config: core_config, listener, admission, refusal, rest });
     }
     drop(reports);
-    watch_signals(control.clone())?;
+    signals.attach(control.clone());
     let facts = Facts { kernel: kernel(), net: net_name(net_kind), cores: cores.clone() };
     let admin = admin_listener.map(|listener| admin::start(listener, desk, facts)).transpose()?;
     let ends = start_cores(seeds)?;
@@ -153,7 +160,7 @@ fn kernel() -> String {
     rustix::system::uname().release().to_string_lossy().into_owned()
 }
 
-fn open_store(config: &Config, cores: usize) -> Result<Vec<Box<dyn Store + Send>>, BootError> {
+fn open_store(config: &Config, cores: usize, stop: &Arc<AtomicBool>) -> Result<Vec<Box<dyn Store + Send>>, BootError> {
     let shards = cores as u16;
     match config.store_kind {
         StoreKind::Memory => {
@@ -163,7 +170,7 @@ fn open_store(config: &Config, cores: usize) -> Result<Vec<Box<dyn Store + Send>
             Ok(memory::open(shards).into_iter().map(|store| Box::new(store) as Box<dyn Store + Send>).collect())
         }
         StoreKind::Embedded => {
-            let (stores, report) = EmbeddedStore::open(&config.data_dir, shards, boot::store_options(config))?;
+            let (stores, report) = EmbeddedStore::open(&config.data_dir, shards, boot::store_options(config, stop))?;
             say_what_was_found(&config.data_dir, &report);
             Ok(stores.into_iter().map(|store| Box::new(store) as Box<dyn Store + Send>).collect())
         }
@@ -288,24 +295,6 @@ fn refusal() -> Vec<u8> {
     let failure = Reply::Failure { code, retry_after_ms: REFUSED_RETRY_MS, detail: code.text() };
     Encoder::new().reply(Codec::default(), 0, &failure, &mut bytes);
     bytes
-}
-
-/// The first signal stops the node in order, the second at once.
-fn watch_signals(control: Arc<Control>) -> Result<(), BootError> {
-    let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(system("signal handling"))?;
-    let watch = move || {
-        let mut first = true;
-        for signal in signals.forever() {
-            if !std::mem::replace(&mut first, false) {
-                tracing::error!("a second signal: stopping at once");
-                std::process::exit(i32::from(EXIT_NOT_CLEAN));
-            }
-            tracing::info!("stopping in order ({})", if signal == SIGINT { "SIGINT" } else { "SIGTERM" });
-            control.stop();
-        }
-    };
-    std::thread::Builder::new().name("signals".into()).spawn(watch).map_err(system("signal handling"))?;
-    Ok(())
 }
 
 /// Starts the threads and waits until all of them serve.

@@ -126,6 +126,28 @@ fn what_was_acknowledged_survives_kill_9() {
 }
 
 #[test]
+fn a_signal_before_it_serves_stops_in_order_and_the_next_start_has_everything() {
+    let mut server = Server::start(&["--cores", "1"]);
+    let mut wire = server.login("ann", 1);
+    server.login("bob", 1);
+    for seq in 1..=20 {
+        wire.request(&send("bob", seq, b"kept"));
+    }
+    for signal in ["TERM", "INT"] {
+        server.kill();
+        std::fs::remove_dir_all(server.data_dir().join("index")).unwrap();
+        server.begin_again();
+        server.wait_for_line("kernel");
+        server.signal(signal);
+        assert_eq!(server.wait(), Some(0), "{:?}", server.log);
+        assert!(server.log.iter().any(|line| line.contains("stopping in order")), "{:?}", server.log);
+        server.restart(None);
+        let again = server.login("ann", 1).request(&send("bob", 20, b"kept"));
+        assert!(matches!(again.reply(), Reply::SendAck(ack) if ack.dup && ack.seq.0 == 20), "{:?}", again.reply());
+    }
+}
+
+#[test]
 fn passwords_and_tokens_open_and_wrong_ones_do_not() {
     let server = Server::start(&["--cores", "1", "--set", "store.kind=memory"]);
     let mut wire = server.connect();

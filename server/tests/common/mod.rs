@@ -140,9 +140,14 @@ impl Server {
         if let Some(arguments) = arguments {
             self.arguments = arguments.iter().map(|text| text.to_string()).collect();
         }
+        self.begin_again();
+        self.wait_until_ready();
+    }
+
+    /// The same without the wait until it serves.
+    pub fn begin_again(&mut self) {
         (self.child, self.lines) = spawn(&self.data_dir(), &self.arguments);
         self.log.clear();
-        self.wait_until_ready();
     }
 
     pub fn connect(&self) -> Wire {

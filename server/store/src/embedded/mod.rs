@@ -118,6 +118,8 @@ pub struct EmbeddedOptions {
     pub index_cache_bytes: u64,
     /// Rows that the index holds in memory before it writes a table, for the node.
     pub index_memtable_bytes: u64,
+    /// Set by whoever wants an opening to end: what was read so far is kept, and the next one goes on behind it.
+    pub stop: Arc<AtomicBool>,
 }
 
 impl Default for EmbeddedOptions {
@@ -137,6 +139,7 @@ impl Default for EmbeddedOptions {
             retention_interval_ms: 60_000,
             index_cache_bytes: 32 * MIB,
             index_memtable_bytes: 16 * MIB,
+            stop: Arc::default(),
         }
     }
 }
@@ -216,6 +219,8 @@ pub enum OpenError {
     System { what: &'static str, source: io::Error },
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: io::Error },
+    #[error("told to stop before the store was open; the next start goes on from here")]
+    Stopped,
 }
 
 impl From<ReadError> for OpenError {

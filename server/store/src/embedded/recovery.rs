@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use ringline_schema::disk;
@@ -27,7 +28,7 @@ use super::segments::{FOREIGN, ReadError, Segment, Segments, reserve};
 use super::{Cut, EmbeddedOptions, OpenError, OpenReport};
 
 /// A long replay says how far it is once in this time.
-const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Why recovery ended early.
 #[derive(Debug, thiserror::Error)]
@@ -82,7 +83,7 @@ pub(super) fn recover_with(
     let checkpoints = Checkpoints::new(dir);
     let io_error = |source| OpenError::Io { path: dir.to_owned(), source };
     let begun = if fresh {
-        let begun = restore(&checkpoints, identity, &index, segments)?;
+        let begun = restore(&checkpoints, identity, &index, (segments, options))?;
         // Last: an index that was not filled to the end is nobody's.
         index.set_identity(identity)?;
         index.set_kept(&begun.kept)?;
@@ -141,7 +142,7 @@ fn restore(
     checkpoints: &Checkpoints,
     identity: u64,
     index: &Index,
-    segments: &Segments,
+    (segments, options): (&Segments, &EmbeddedOptions),
 ) -> Result<Begun, RecoveryError> {
     let io_error = |source| checkpoint_error(checkpoints, source);
     let (path, header, Footer { rows, watermarks }) = match checkpoints.newest_whole(identity).map_err(io_error)? {
@@ -158,7 +159,10 @@ fn restore(
         }
     };
     tracing::info!(rows, checkpoint = header.number, "the index is filled from the checkpoint");
-    Opened::open(path, identity)?.read(&mut |mut rows| index.restore(&mut rows).map_err(RecoveryError::from))?;
+    Opened::open(path, identity)?.read(&mut |mut rows| -> Result<(), RecoveryError> {
+        index.restore(&mut rows)?;
+        if options.stop.load(Ordering::Relaxed) { Err(OpenError::Stopped.into()) } else { Ok(()) }
+    })?;
     Ok(Begun { kept: header.kept, wanted: watermarks, mend: false })
 }
 
@@ -318,8 +322,12 @@ impl Recovery<'_> {
                 replay.at.offset = scanner.offset();
                 self.replayed_records += 1;
                 self.progress.add(u64::from(place.bytes), self.replayed_records);
-                if replay.overlay.is_full(self.options) {
+                let stopped = self.options.stop.load(Ordering::Relaxed);
+                if stopped || replay.overlay.is_full(self.options) {
                     self.flush(replay)?;
+                }
+                if stopped {
+                    return Err(OpenError::Stopped.into());
                 }
             }
             replay.at = Position::start_of(replay.at.segment.saturating_add(1));
@@ -376,4 +384,35 @@ struct Replay {
     overlay: Overlay,
     /// Behind the last record that was read.
     at: Position,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::EmbeddedStore;
+    use super::super::tests::{lazy, open};
+    use super::*;
+    use crate::conformance::{Pair, check};
+
+    #[test]
+    fn an_opening_that_is_told_to_stop_keeps_what_it_has_read() {
+        let (dir, pair) = (tempfile::tempdir().unwrap(), Pair::new("ann", "bob"));
+        let (mut node, _) = open(dir.path(), 1, &lazy());
+        let records = pair.history(20);
+        for record in &records {
+            node.commit(std::slice::from_ref(record));
+        }
+        drop(node);
+        let options = lazy();
+        options.stop.store(true, Ordering::Relaxed);
+        const STOPS: usize = 3;
+        for _ in 0..STOPS {
+            let opened = EmbeddedStore::open(dir.path(), 1, options.clone());
+            assert!(matches!(opened, Err(OpenError::Stopped)), "it does not open");
+        }
+        options.stop.store(false, Ordering::Relaxed);
+        let (mut node, report) = open(dir.path(), 1, &options);
+        assert!(report.cuts.is_empty() && report.index_rebuilt.is_none(), "{report:?}");
+        assert_eq!(report.replayed_records as usize, records.len() - STOPS, "each went on where the one before ended");
+        check(&mut node, &[pair], 20);
+    }
 }
