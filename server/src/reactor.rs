@@ -11,8 +11,8 @@ use crossbeam_channel::{Receiver, Sender};
 use ringline_cluster::placement::ShardIndex;
 use ringline_core::Shard;
 use ringline_core::event::{CloseReason, ConnId, Effect, Effects, Event, Now, Token, Verdict, Work, WorkOutcome};
-use ringline_schema::record::{Answer, Record};
-use ringline_store::{LoadToken, Store, StoreError, StoreEvent};
+use ringline_schema::record::{Answer, Query, Record};
+use ringline_store::{LoadToken, Refused, Store, StoreError, StoreEvent};
 
 use crate::admin::snapshot::{ShellCounters, Snapshot, SnapshotPort};
 use crate::allocations;
@@ -75,6 +75,9 @@ pub struct Reactor {
     peer_events: Vec<PeerEvent>,
     /// Records that the store had no room for: in order, before any newer one.
     backlog: VecDeque<Record>,
+    /// Questions that the store had no room for, while it writes its index for one: in order, before any newer one.
+    /// Bounded by the core, which opens no more than `LOADS_IN_FLIGHT_MAX` for sends and logins.
+    questions: VecDeque<(LoadToken, Query)>,
     store_failed: bool,
     disk_full: bool,
     draining: bool,
@@ -104,6 +107,7 @@ impl Reactor {
             arrived: Vec::new(),
             peer_events: Vec::new(),
             backlog: VecDeque::new(),
+            questions: VecDeque::new(),
             store_failed: false,
             disk_full: false,
             draining: false,
@@ -329,6 +333,19 @@ impl Reactor {
         }
     }
 
+    /// Offers the store the questions that wait. One that it can't answer any more is answered as failed.
+    fn ask_questions(&mut self) {
+        while let Some((token, query)) = self.questions.pop_front() {
+            match self.parts.store.load(token, query) {
+                Ok(()) => {}
+                Err(Refused { error: StoreError::Full, query }) => return self.questions.push_front((token, *query)),
+                Err(Refused { error: StoreError::Poisoned | StoreError::TooLarge, .. }) => {
+                    self.tell(Event::Loaded { token: Token(token.0), answer: Answer::Failed });
+                }
+            }
+        }
+    }
+
     fn fail_store(&mut self) {
         if !std::mem::replace(&mut self.store_failed, true) {
             tracing::error!(shard = self.parts.index.0, "the store failed: no durable message is accepted any more");
@@ -380,9 +397,8 @@ impl Reactor {
                 }
             }
             Effect::Load { token, query } => {
-                if self.parts.store.load(LoadToken(token.0), query).is_err() {
-                    self.tell(Event::Loaded { token, answer: Answer::Failed });
-                }
+                self.questions.push_back((LoadToken(token.0), query));
+                self.ask_questions();
             }
             Effect::Work { token, work } => self.begin_work(token, work),
             Effect::ToShard { to, message } => self.parts.lanes.push(to, LaneItem::Core(message)),
@@ -406,6 +422,7 @@ impl Reactor {
         let mut busy = !self.fx.dirty.is_empty();
         // First what others work on meanwhile: the disk and the other cores.
         self.append_backlog();
+        self.ask_questions();
         self.commit();
         self.flush_lanes();
         let Self { parts, edge, fx, now, .. } = self;
@@ -486,7 +503,7 @@ impl Reactor {
         let own = until(self.parts.shard.next_deadline_us()).min(until(self.edge.next_deadline_us()));
         let peers_ms = self.parts.peers.as_ref().and_then(PeerLinks::next_ms);
         let own = own.min(until(peers_ms.map(|at_ms| at_ms.saturating_mul(1_000))));
-        let blocked = self.parts.lanes.is_blocked() || !self.backlog.is_empty();
+        let blocked = self.parts.lanes.is_blocked() || !self.backlog.is_empty() || !self.questions.is_empty();
         let blocked = if blocked { BLOCKED_SLEEP_US } else { SLEEP_US_MAX };
         let stopping = if self.draining { STOPPING_SLEEP_US } else { SLEEP_US_MAX };
         own.min(blocked).min(stopping)

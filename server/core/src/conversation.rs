@@ -63,6 +63,8 @@ pub(crate) struct Conversation {
     /// Messages appended and not yet on disk: `head − committed`.
     pub in_flight: u64,
     pub senders: Vec<Sender>,
+    /// It began here and no sender was let go of: a device that is not among them has never sent, nothing needs to be asked.
+    senders_whole: bool,
     /// Amendments, at least those that are not on disk yet.
     pub amends: Vec<AmendOut>,
     /// What was asked about writing to either side, by the side.
@@ -97,6 +99,7 @@ impl Conversation {
             committed: Seq::ZERO,
             in_flight: 0,
             senders: Vec::new(),
+            senders_whole: false,
             amends: Vec::new(),
             permits: SmallVec::new(),
             wrote: SmallVec::new(),
@@ -165,6 +168,28 @@ impl Conversation {
         if let Some(sender) = self.sender(device) {
             sender.filter.insert(accepted);
         }
+    }
+
+    /// The sender, if it is known or known to be new.
+    fn sender_or_new(&mut self, device: DeviceKey) -> Option<&mut Sender> {
+        match self.senders.iter().position(|sender| sender.device == device) {
+            Some(at) => self.senders.get_mut(at),
+            None if self.senders_whole => {
+                self.add_sender(device, Filter::default());
+                self.senders.last_mut()
+            }
+            None => None,
+        }
+    }
+
+    fn add_sender(&mut self, device: DeviceKey, filter: Filter) {
+        if self.senders.len() >= FILTERS_PER_CONVERSATION_MAX {
+            // What is not on disk yet is nowhere but here.
+            let committed = self.committed;
+            self.senders.retain(|sender| sender.filter.newest_seq() > committed);
+            self.senders_whole = false;
+        }
+        self.senders.push(Sender { device, filter, noted: false });
     }
 
     fn sender(&mut self, device: DeviceKey) -> Option<&mut Sender> {
@@ -296,7 +321,7 @@ impl Shard {
         if submit.act().is_some() {
             return self.accept_in_group(submit, fx);
         }
-        let Some(sender) = conversation.sender(submit.device_key) else {
+        let Some(sender) = conversation.sender_or_new(submit.device_key) else {
             conversation.stage = Stage::Loading;
             let device = submit.device_key;
             conversation.waiting.push_front(submit);
@@ -403,17 +428,13 @@ impl Shard {
         if !conversation.loaded {
             conversation.loaded = true;
             conversation.exists = head.exists;
+            conversation.senders_whole = !head.exists;
             let low = u64::from(self.planted.is(Bug::HeadOneLow));
             conversation.head = Seq(head.head.0.saturating_sub(low));
             conversation.committed = conversation.head;
         }
         if conversation.sender(device).is_none() {
-            if conversation.senders.len() >= FILTERS_PER_CONVERSATION_MAX {
-                // What is not on disk yet is nowhere but here.
-                let committed = conversation.committed;
-                conversation.senders.retain(|sender| sender.filter.newest_seq() > committed);
-            }
-            conversation.senders.push(Sender { device, filter: Filter::restore(head.filter), noted: false });
+            conversation.add_sender(device, Filter::restore(head.filter));
         }
         self.advance(id, fx);
     }

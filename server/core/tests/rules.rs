@@ -367,6 +367,32 @@ fn a_repeat_gets_its_old_seq_and_another_body_is_a_conflict() {
 }
 
 #[test]
+fn a_conversation_that_began_here_asks_for_no_filter_until_it_let_one_go() {
+    let mut node = Node::new(|_| ());
+    let seq_of = |node: &mut Node, device: u64, client_seq| {
+        let (conn, before) = (node.login_as("ann", device, DeviceKind::Other), node.shard.counters().loads);
+        node.send(conn, "ann", Class::Durable, client_seq);
+        let loads = node.shard.counters().loads - before;
+        let acks = node.told(conn);
+        let acks: Vec<_> = acks.iter().map(|frame| decode(frame)).collect();
+        let ack = acks.iter().find_map(|reply| if let Reply::SendAck(ack) = reply { Some(*ack) } else { None });
+        let _ = node.ask(conn, Request::Logout);
+        ack.map(|ack| (ack.seq, ack.dup, loads)).unwrap()
+    };
+    assert_eq!(seq_of(&mut node, 1, 5), (Seq(1), false, 1), "whether there is such a conversation");
+    for device in 2..=64 {
+        assert_eq!(seq_of(&mut node, device, 5), (Seq(device), false, 0), "its first message came from here");
+    }
+    // One more, and those on disk are let go: who is not known may have sent.
+    assert_eq!(seq_of(&mut node, 65, 5), (Seq(65), false, 0));
+    assert_eq!(seq_of(&mut node, 1, 5), (Seq(1), true, 1), "a repeat is known from the store");
+    assert_eq!(seq_of(&mut node, 66, 5), (Seq(66), false, 1));
+    node.shard = Shard::new(CoreConfig::new(ShardIndex(0), CorePlacement::new(1).unwrap()), 2);
+    node.store = node.store.reopen(1).remove(0);
+    assert_eq!(seq_of(&mut node, 2, 5), (Seq(2), true, 1), "and after a restart");
+}
+
+#[test]
 fn a_full_disk_refuses_what_is_durable_and_nothing_else_until_there_is_room() {
     let mut node = Node::new(|_| ());
     let ann = node.login("ann");

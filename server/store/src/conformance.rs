@@ -10,7 +10,7 @@ use ringline_schema::limits::DUPLICATE_WINDOW;
 use ringline_schema::message::BodyKind;
 use ringline_schema::record::{Answer, ConversationRow, Head, Query, Range, Record, StoredMessage, User};
 
-use crate::{LoadToken, Lsn, RECORD_BYTES_MAX, Store, StoreError, StoreEvent};
+use crate::{LoadToken, Lsn, RECORD_BYTES_MAX, Refused, Store, StoreError, StoreEvent};
 
 /// Opens the store of a case for a number of shards.
 pub type Opener<'a> = &'a mut dyn FnMut(u16) -> Vec<Box<dyn Store>>;
@@ -297,7 +297,8 @@ fn close_commits(open: Opener<'_>) {
     assert_eq!(events, [StoreEvent::Committed(Lsn(11))]);
     assert!(matches!(store.append(&pair.record()), Err(StoreError::Poisoned)));
     let query = Query::User { name: pair.one.clone() };
-    assert!(matches!(store.load(LoadToken(1), query), Err(StoreError::Poisoned)));
+    let refused = store.load(LoadToken(1), query.clone()).unwrap_err();
+    assert_eq!(refused, Refused { error: StoreError::Poisoned, query: Box::new(query) });
     assert!(matches!(store.close(), Err(StoreError::Poisoned)));
     drop(store);
     let mut node = Node::new(open(1));

@@ -140,8 +140,9 @@ pub trait Store {
     /// Asks for something. Answers see every record of this shard that was committed before the call, and committed
     /// records of other shards at most a moment late.
     ///
-    /// Errors: `Full` when as many questions are open as may be, `Poisoned` after `close`.
-    fn load(&mut self, token: LoadToken, query: Query) -> Result<(), StoreError>;
+    /// Errors, with the question: `Full` when as many are open as may be or the index thread is behind (ask it again a
+    /// little later), `Poisoned` after `close`.
+    fn load(&mut self, token: LoadToken, query: Query) -> Result<(), Refused>;
 
     /// Moves what has happened into `events`. Cheap when nothing has: no system call.
     fn poll(&mut self, events: &mut Vec<StoreEvent>);
@@ -178,7 +179,7 @@ pub trait Store {
 }
 
 /// Why a store refused. Nothing was changed.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
     #[error("the store's queue is full")]
     Full,
@@ -186,6 +187,14 @@ pub enum StoreError {
     Poisoned,
     #[error("the record is larger than a store can hold")]
     TooLarge,
+}
+
+/// A question that a store did not take.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{error}")]
+pub struct Refused {
+    pub error: StoreError,
+    pub query: Box<Query>,
 }
 
 /// The part of a record that can be large, in bytes.

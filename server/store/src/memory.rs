@@ -14,8 +14,8 @@ use ringline_schema::rows::{GroupRow, MarkRow, MemberRow, ReceiptRow, Row, RowKe
 
 use crate::shown::{self, Reader};
 use crate::{
-    LoadToken, Lsn, RECORD_BYTES_MAX, Store, StoreError, StoreEvent, StoreStats, dropped_device, large_bytes, newest,
-    readable, remember, span,
+    LoadToken, Lsn, RECORD_BYTES_MAX, Refused, Store, StoreError, StoreEvent, StoreStats, dropped_device, large_bytes,
+    newest, readable, remember, span,
 };
 
 /// Bytes (by `Record::weight`) that wait for a submit; more is `Full`. Always room for one largest record.
@@ -130,12 +130,12 @@ impl Store for MemoryStore {
         self.events.push(StoreEvent::Committed(self.last));
     }
 
-    fn load(&mut self, token: LoadToken, query: Query) -> Result<(), StoreError> {
+    fn load(&mut self, token: LoadToken, query: Query) -> Result<(), Refused> {
         if self.state == State::Stopped {
-            return Err(StoreError::Poisoned);
+            return Err(Refused { error: StoreError::Poisoned, query: Box::new(query) });
         }
         if self.loads.len() >= LOADS_MAX {
-            return Err(StoreError::Full);
+            return Err(Refused { error: StoreError::Full, query: Box::new(query) });
         }
         self.loads.push_back((token, query));
         Ok(())

@@ -22,7 +22,7 @@ fn mark(conversation: u128, stamp: u64, muted_until_ms: Option<u64>) -> Row {
 }
 
 impl Node {
-    fn row(&mut self, key: RowKey) -> Option<Row> {
+    pub(crate) fn row(&mut self, key: RowKey) -> Option<Row> {
         match self.ask(key.partition(), Query::Row { key }) {
             Answer::Row(row) => row,
             other => panic!("{other:?}"),
@@ -30,7 +30,7 @@ impl Node {
     }
 
     /// A whole list, read in pages.
-    fn rows(&mut self, list: RowList, page: u16) -> Vec<Row> {
+    pub(crate) fn rows(&mut self, list: RowList, page: u16) -> Vec<Row> {
         let partition = match &list {
             RowList::Members(id) | RowList::Receipts(id) | RowList::Amended(id) => id.partition(),
             RowList::Devices(user)

@@ -39,6 +39,8 @@ pub(super) enum IndexError {
     Row(#[from] BadRow),
     #[error("log: {0}")]
     Log(#[from] ReadError),
+    #[error("the thread that writes the index has ended")]
+    FlushEnded,
     #[error("the index belongs to another data folder or version")]
     Foreign,
     /// A seq between the first and the head of a conversation has no place.
@@ -185,7 +187,7 @@ impl Index {
         Ok(batch.commit()?)
     }
 
-    fn lock(&self) -> MutexGuard<'_, ()> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, ()> {
         // It guards no data: whoever panicked has committed all or nothing.
         self.writing.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -271,7 +273,7 @@ impl Index {
         let _writing = self.lock();
         let rows_about =
             overlay.conversations.len() * 4 + overlay.users.len() + overlay.cursors.len() + overlay.rows.len();
-        let mut flush = Flush { index: self, rows: Vec::with_capacity(rows_about) };
+        let mut flush = Flush { index: self, replayed: overlay.replayed, rows: Vec::with_capacity(rows_about) };
         for (&conversation, recent) in &overlay.conversations {
             flush.conversation(conversation, recent)?;
         }
@@ -285,7 +287,8 @@ impl Index {
             flush.put(rows::list_key(user, *conversation), Vec::new());
         }
         for (&(device, conversation), &seq) in &overlay.cursors {
-            if overlay.dropped.contains(&device) || seq > self.cursor(device, conversation)? {
+            let new = !overlay.replayed && overlay.conversations.get(&conversation).is_some_and(Recent::is_new);
+            if new || overlay.dropped.contains(&device) || seq > self.cursor(device, conversation)? {
                 flush.put(rows::cursor_key(device, conversation), rows::encode_seq(seq));
             }
         }
@@ -323,6 +326,7 @@ impl Index {
 /// The rows of one flush, as they are gathered.
 struct Flush<'a> {
     index: &'a Index,
+    replayed: bool,
     rows: Vec<(Slice, Vec<u8>)>,
 }
 
@@ -332,7 +336,9 @@ impl Flush<'_> {
     }
 
     fn conversation(&mut self, id: ConversationId, recent: &Recent) -> Result<(), IndexError> {
-        let mut head = self.index.head(id)?.unwrap_or_default();
+        // Most conversations that are new in many are new at all: nothing of them needs to be looked for.
+        let known = self.replayed || !recent.is_new();
+        let mut head = if known { self.index.head(id)?.unwrap_or_default() } else { HeadRow::default() };
         head.merge(&recent.head);
         self.put(rows::head_key(id), head.encode());
 
@@ -345,13 +351,13 @@ impl Flush<'_> {
             for &(seq, place) in places {
                 block.set(rows::block_of(seq).1, place);
             }
-            if !block.is_full() {
+            if known && !block.is_full() {
                 block.merge(&self.index.block(id, number)?);
             }
             self.put(rows::block_key(id, number), block.encode());
         }
         for sender in &recent.senders {
-            let mut filter = self.index.filter(id, sender.key)?;
+            let mut filter = if known { self.index.filter(id, sender.key)? } else { Vec::new() };
             for &accepted in newest(&sender.filter) {
                 remember(&mut filter, accepted);
             }

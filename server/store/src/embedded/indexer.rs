@@ -3,17 +3,19 @@
 //! One plain thread a shard; everything that blocks happens here. Jobs are done in the order they were sent, so an answer
 //! sees every record whose commit was announced before the question. The log itself is the queue: what is announced is
 //! only how far it reaches, the records are read back from the page cache, the same way as at recovery. So memory here
-//! does not grow with the backlog, and live and recovered records take one path.
+//! does not grow with the backlog, and live and recovered records take one path. Rows are written by a thread of their
+//! own ([`super::flusher`]); this one waits for it only when the next generation is full before the last is written.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use crossbeam_channel::{Receiver, RecvError, Sender, TryRecvError, at, never, select};
 use ringline_schema::disk::{self, Indexed};
 use ringline_schema::record::{Answer, Query};
 
+use super::flusher::Flusher;
 use super::format::{Framed, Kind, Place, Position};
 use super::index::IndexError;
 use super::query;
@@ -69,34 +71,48 @@ pub(super) struct Indexer {
     /// What the log is read into: each commit is, so taking it anew every time would be the dearest part.
     pub scan: Vec<u8>,
     pub flush_due: Option<Instant>,
+    pub flusher: Flusher,
     pub failed: bool,
 }
 
 /// Added to the nice value: about a quarter of a reactor's share where both must use one core.
-const NICENESS: i32 = 5;
+pub(super) const NICENESS: i32 = 5;
 
 impl Indexer {
     /// The thread's body. Ends at `Close`, or without flushing when the shard's handle is gone.
     pub fn run(mut self) {
         // On Linux the nice value is a thread's own.
         let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), NICENESS);
-        loop {
-            // Without room a flush waits for it.
-            let flush_due = self.flush_due.filter(|_| !self.space.is_full());
-            let job = match flush_due.into_iter().chain(self.space.due()).min() {
-                None => self.jobs.recv().map_err(|_| RecvTimeoutError::Disconnected),
-                Some(due) => self.jobs.recv_timeout(due.saturating_duration_since(Instant::now())),
-            };
+        while let Some(job) = self.next_job() {
             match job {
-                Ok(Job::Close) => return self.close(),
-                Ok(job) => self.work(job),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return,
+                Some(Job::Close) => return self.close(),
+                Some(job) => self.work(job),
+                None => {}
             }
             self.look_for_room();
-            if self.flush_due.is_some_and(|due| due <= Instant::now()) {
+            if self.flush_due.is_some_and(|due| due <= Instant::now()) && !self.flusher.busy {
                 self.flush(false);
             }
+        }
+    }
+
+    /// The next job; `Some(None)`: it is time for something else. `None`: the shard's handle is gone.
+    fn next_job(&mut self) -> Option<Option<Job>> {
+        match self.jobs.try_recv() {
+            Ok(job) => return Some(Some(job)),
+            Err(TryRecvError::Disconnected) => return None,
+            Err(TryRecvError::Empty) => {}
+        }
+        // Without room a flush waits for it, and for the one before.
+        let flush_due = self.flush_due.filter(|_| !self.space.is_full() && !self.flusher.busy);
+        let due = flush_due.into_iter().chain(self.space.due()).min().map_or_else(never, at);
+        select! {
+            recv(self.jobs) -> job => job.ok().map(Some),
+            recv(self.flusher.done) -> flushed => {
+                self.flushed(flushed);
+                Some(None)
+            }
+            recv(due) -> _ => Some(None),
         }
     }
 
@@ -182,7 +198,7 @@ impl Indexer {
     /// is full. What is read meanwhile was just written, so it comes from memory.
     fn take_in(&mut self, scanner: &mut Scanner, segment: &Segment, to: Position) -> Result<bool, IndexError> {
         let Some(overlay) = self.node.overlays.get(usize::from(self.log)) else { return Ok(false) };
-        let mut overlay = overlay.write().unwrap_or_else(PoisonError::into_inner);
+        let mut overlay = overlay.young_mut();
         for _ in 0..APPLY_RECORDS_MAX {
             if self.at >= to || self.at.segment != segment.header.number {
                 break;
@@ -206,6 +222,7 @@ impl Indexer {
         Ok(full)
     }
 
+    /// Begins to move what is in memory into the index, when what was begun before is done.
     fn flush(&mut self, closed: bool) {
         // The index must not meet a full disk: its library would take nothing more. The log has it all, and while the
         // disk is full little is added.
@@ -213,20 +230,33 @@ impl Indexer {
             self.say_full(true);
             return;
         }
+        self.await_flush();
         self.flush_due = None;
         let Some(overlay) = self.node.overlays.get(usize::from(self.log)).filter(|_| !self.failed) else { return };
-        // This thread is the only writer: between the two locks nothing is added. Others may read meanwhile.
-        let reading = overlay.read().unwrap_or_else(PoisonError::into_inner);
-        let flushed = self.node.index.flush(&reading, self.log, Watermark { at: self.at, run: reading.run, closed });
-        drop(reading);
+        let overlay = overlay.age();
+        let watermark = Watermark { at: self.at, run: overlay.run, closed };
+        self.flusher.begin(overlay, watermark);
+    }
+
+    fn await_flush(&mut self) {
+        if self.flusher.busy {
+            let flushed = self.flusher.done.recv();
+            self.flushed(flushed);
+        }
+    }
+
+    fn flushed(&mut self, flushed: Result<Result<(), IndexError>, RecvError>) {
+        self.flusher.busy = false;
         match flushed {
-            Ok(()) => overlay.write().unwrap_or_else(PoisonError::into_inner).clear(),
-            Err(error) => self.fail(&error),
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => self.fail(&error),
+            Err(RecvError) => self.fail(&IndexError::FlushEnded),
         }
     }
 
     fn close(mut self) {
         self.flush(true);
+        self.await_flush();
     }
 
     fn fail(&mut self, error: &IndexError) {

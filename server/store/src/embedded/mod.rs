@@ -2,8 +2,9 @@
 //!
 //! - [`format`], [`segments`], [`scan`]: the log on disk: its bytes, its files, reading it. [`log`], [`ring`]: writing it,
 //!   by the shard's own thread, one synced write a batch. [`shard`]: the handle.
-//! - [`rows`], [`index`], [`overlay`]: what is derived: rows in a key-value library, and the newest ones in memory.
-//!   [`indexer`]: the plain thread of each shard that derives them, behind the acknowledgement; [`query`]: what it answers.
+//! - [`rows`], [`index`], [`overlay`], [`generations`]: what is derived: rows in a key-value library, and the newest ones in
+//!   memory. [`indexer`]: the plain thread of each shard that derives them, behind the acknowledgement; [`flusher`]: the one
+//!   that writes them; [`query`]: what is answered.
 //! - [`retain`]: what may go, and how; [`checkpoint`]: what is written before; [`keeper`]: the thread that does it.
 //! - [`recovery`]: what a start does with what it finds. [`offline`]: what a person does while nobody runs: check, repair,
 //!   export; [`survey`], [`salvage`], [`sweep`]: its parts. [`backup`]: a copy, also of a folder in use. [`space`]: a full disk.
@@ -21,7 +22,9 @@
 
 pub mod backup;
 mod checkpoint;
+mod flusher;
 mod format;
+mod generations;
 mod index;
 mod indexer;
 mod keeper;
@@ -46,19 +49,20 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Arc, RwLock};
 use std::time::Instant;
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{FlockOperation, flock};
 
+use self::flusher::Flusher;
 use self::format::Position;
+use self::generations::Generations;
 use self::index::{Index, IndexError};
 use self::indexer::Indexer;
 use self::keeper::{Alarm, Keeper};
 use self::log::{BATCH_BYTES_MIN, Log, LogEnd};
-use self::overlay::Overlay;
 use self::recovery::{Recovered, RecoveryError, recover_with};
 use self::retain::Retainer;
 pub use self::retain::Retention;
@@ -104,7 +108,7 @@ pub struct EmbeddedOptions {
     /// that is busy all the time are written once a flush. What a crash replays is at most this much.
     pub flush_records_max: usize,
     /// Memory of recent rows, about, at which they are moved too: what bounds it where each message is of another
-    /// conversation, 131,072 of them by default.
+    /// conversation, 78,643 of them by default. While they are moved, as much again is taken in.
     pub flush_bytes_max: usize,
     pub flush_interval_ms: u64,
     /// With less room on the disk than this, [`crate::Store::is_disk_full`] says so and rows stay in memory: what is left
@@ -132,7 +136,7 @@ impl Default for EmbeddedOptions {
             index_lag_bytes_max: 64 * MIB,
             loads_max: 4096,
             flush_records_max: 1_048_576,
-            flush_bytes_max: 80 * MIB as usize,
+            flush_bytes_max: 48 * MIB as usize,
             flush_interval_ms: 5_000,
             free_bytes_min: 64 * MIB,
             retention: Retention::default(),
@@ -162,7 +166,7 @@ pub fn memory_budget(options: &EmbeddedOptions, shards: u16) -> Vec<(&'static st
     vec![
         ("store log buffers", shards * 2 * options.batch_bytes_max.max(BATCH_BYTES_MIN) as u64),
         ("store index readers", shards * scan_bytes),
-        ("store recent rows", shards * options.flush_bytes_max as u64),
+        ("store recent rows", shards * 2 * options.flush_bytes_max as u64),
         ("store questions", shards * options.loads_max as u64 * QUESTION_BYTES),
         ("store retention", retain::MEMORY_BYTES),
         ("store index cache", options.index_cache_bytes),
@@ -236,7 +240,7 @@ impl From<ReadError> for OpenError {
 pub(crate) struct Node {
     index: Index,
     /// One a shard, by number.
-    overlays: Vec<RwLock<Overlay>>,
+    overlays: Vec<Generations>,
     segments: Segments,
     folder: PathBuf,
     /// Of the data folder.
@@ -253,6 +257,7 @@ impl Node {
             IndexError::Library(_)
             | IndexError::Row(_)
             | IndexError::Foreign
+            | IndexError::FlushEnded
             | IndexError::Missing(..)
             | IndexError::Wrong(..) => {
                 tracing::error!(%error, "the index is damaged: the next start makes it anew from the logs");
@@ -303,7 +308,7 @@ impl EmbeddedStore {
         let run = ends.iter().map(|(_, end)| end.run).max().unwrap_or(0).saturating_add(1);
         let watermarks: Vec<_> = ends.iter().map(|(log, end)| (*log, end.watermark(*log >= shards))).collect();
         index.set_watermarks(&watermarks).map_err(|error| index_error(dir, &error))?;
-        let overlays = (0..shards).map(|_| RwLock::new(Overlay::new(run))).collect();
+        let overlays = (0..shards).map(|_| Generations::new(run)).collect();
         let node = Arc::new(Node { index, overlays, segments, folder: dir.to_owned(), identity, _lock: lock });
         let mut retainer = Retainer::new(Arc::clone(&node), options.retention, (kept, checkpoint));
         if mend {
@@ -407,6 +412,7 @@ fn start_shard(
         at: end.watermark(false).at,
         scan: Vec::new(),
         flush_due: None,
+        flusher: Flusher::start(node, log)?,
         failed: false,
     };
     let name = format!("index-{log}");
@@ -506,6 +512,8 @@ fn index_error(dir: &Path, error: &IndexError) -> OpenError {
 
 #[cfg(test)]
 mod backup_tests;
+#[cfg(test)]
+mod flush_tests;
 #[cfg(test)]
 mod offline_tests;
 #[cfg(test)]

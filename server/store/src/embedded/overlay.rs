@@ -4,7 +4,7 @@
 //! conversations of other shards. Bounded: whoever fills it flushes when it [is full](Overlay::is_full).
 //!
 //! Who reads both must read the overlay *before* the index: a flush makes rows visible in the index first and only then
-//! removes them here, so the other order could miss them in both.
+//! removes them here, so the other order could miss them in both. A shard has two of them; see [`super::generations`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::BuildHasher;
@@ -40,6 +40,8 @@ pub(super) struct Overlay {
     pub bytes: usize,
     /// The run whose records are being taken in; stays when the rest is cleared.
     pub run: u64,
+    /// Read from the log by a start: the index may have any of it, so a conversation that begins here may be known there.
+    pub replayed: bool,
     /// Of the senders.
     hasher: RandomState,
 }
@@ -74,6 +76,11 @@ impl Overlay {
     /// An empty one; records of this run follow.
     pub fn new(run: u64) -> Self {
         Self { run, ..Self::default() }
+    }
+
+    /// One of a start, that reads what the index may have.
+    pub fn of_replay(run: u64) -> Self {
+        Self { replayed: true, ..Self::new(run) }
     }
 
     /// Takes a record in. Errors: the sender of its message is no name, and nothing was taken in.
@@ -160,7 +167,7 @@ impl Overlay {
     /// Forgets all rows. Only after a flush made it all visible in the index.
     pub fn clear(&mut self) {
         // New tables, because the old ones keep the room of the largest burst.
-        *self = Self::new(self.run);
+        *self = Self { replayed: self.replayed, ..Self::new(self.run) };
     }
 
     /// Conversations of a user above `cursor`, rising, at most `limit`.
@@ -172,6 +179,12 @@ impl Overlay {
 }
 
 impl Recent {
+    /// It began since the last flush, its first message with it: the index knows nothing of it. A repair makes the record
+    /// of a conversation anew, but no first message.
+    pub fn is_new(&self) -> bool {
+        self.head.created.is_some() && self.head.lowest == Seq(1)
+    }
+
     /// Gives the memory that it takes more.
     fn add(&mut self, message: &IndexedMessage<'_>, place: Place, hasher: &RandomState) -> Result<usize, DiskError> {
         let (name, device, accepted) = (message.from_bytes, message.device, message.accepted);

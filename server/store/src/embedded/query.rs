@@ -3,7 +3,6 @@
 //! On the index thread of the shard that asks. Reads overlays before the index; see [`super::overlay`].
 
 use std::collections::BTreeMap;
-use std::sync::{PoisonError, RwLockReadGuard};
 
 use ringline_schema::ids::{ConversationId, ConversationKind, DeviceKey, Seq, UserName};
 use ringline_schema::message::Standing;
@@ -12,8 +11,8 @@ use ringline_schema::rows::{GroupRow, MarkRow, MemberRow, ReceiptRow, Row, RowKe
 
 use super::Node;
 use super::format::Place;
+use super::generations::{Generations, Held};
 use super::index::IndexError;
-use super::overlay::Overlay;
 use super::rows::{self, HeadRow};
 use crate::shown::Reader;
 use crate::{newest, readable, remember, span};
@@ -46,9 +45,9 @@ pub(super) fn answer(node: &Node, query: &Query) -> Answer {
 }
 
 impl Node {
-    fn overlays(&self) -> impl Iterator<Item = RwLockReadGuard<'_, Overlay>> {
-        // A panic of the writer leaves whole records behind; reading on is safe.
-        self.overlays.iter().map(|overlay| overlay.read().unwrap_or_else(PoisonError::into_inner))
+    /// In the order in which rows move; see [`super::generations`].
+    fn overlays(&self) -> impl Iterator<Item = Held<'_>> {
+        self.overlays.iter().flat_map(Generations::both)
     }
 
     fn user(&self, name: &UserName) -> Result<Option<User>, IndexError> {
@@ -278,7 +277,7 @@ impl Node {
         let mut found: Option<Row> = None;
         for overlay in self.overlays() {
             if let Some(row) = overlay.rows.get(&bytes)
-                && found.as_ref().is_none_or(|kept| kept.stamp <= row.stamp)
+                && found.as_ref().is_none_or(|kept| kept.stamp < row.stamp)
             {
                 found = Some(row.clone());
             }
@@ -316,23 +315,24 @@ impl Node {
         // Every key of the list is longer than its prefix.
         let after = after.map_or_else(|| prefix.clone(), RowKey::encode).max(prefix.clone());
         let mut found: BTreeMap<Vec<u8>, Row> = BTreeMap::new();
-        let mut keep = |key: Vec<u8>, row: Row| match found.get_mut(&key) {
+        let keep = |found: &mut BTreeMap<Vec<u8>, Row>, key: Vec<u8>, row: Row| match found.get_mut(&key) {
             Some(kept) if kept.stamp >= row.stamp => {}
             Some(kept) => *kept = row,
             None => drop(found.insert(key, row)),
         };
         for overlay in self.overlays() {
-            overlay.rows_above(&prefix, &after, limit).into_iter().for_each(|(key, row)| keep(key, row));
+            // What is gone in a younger one makes no room for what follows in an older one.
+            let gone = found.values().filter(|row| row.value.is_none()).count();
+            overlay
+                .rows_above(&prefix, &after, limit + gone)
+                .into_iter()
+                .for_each(|(key, row)| keep(&mut found, key, row));
         }
         let gone: Vec<_> = found.iter().filter(|(_, row)| row.value.is_none()).map(|(key, _)| key.clone()).collect();
         let mut values = 0;
         self.index.keyed_above((&prefix, &after), &mut |key, row| {
             values += usize::from(row.value.is_some() && gone.binary_search(&key).is_err());
-            match found.get_mut(&key) {
-                Some(kept) if kept.stamp >= row.stamp => {}
-                Some(kept) => *kept = row,
-                None => drop(found.insert(key, row)),
-            }
+            keep(&mut found, key, row);
             values < limit
         })?;
         Ok(found.into_values().filter(|row| row.value.is_some()).take(limit).collect())
@@ -356,7 +356,11 @@ impl Node {
         let (mut recent, mut dropped) = (Seq::ZERO, false);
         for overlay in self.overlays() {
             recent = recent.max(overlay.cursors.get(&(device, conversation)).copied().unwrap_or_default());
-            dropped |= overlay.dropped.contains(&device);
+            dropped = overlay.dropped.contains(&device);
+            if dropped {
+                // What is older counts no more.
+                break;
+            }
         }
         Ok(if dropped { recent } else { self.index.cursor(device, conversation)?.max(recent) })
     }

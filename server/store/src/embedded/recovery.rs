@@ -48,6 +48,7 @@ impl From<IndexError> for RecoveryError {
             IndexError::Library(_)
             | IndexError::Row(_)
             | IndexError::Foreign
+            | IndexError::FlushEnded
             | IndexError::Missing(..)
             | IndexError::Wrong(..) => Self::Index(error),
         }
@@ -252,7 +253,7 @@ impl Recovery<'_> {
         let Some(&newest) = numbers.last() else { return Ok(None) };
         let start = watermark.map_or(Position::start_of(kept.segment), |watermark| watermark.at);
         let run = watermark.map_or(kept.run, |watermark| watermark.run);
-        let mut replay = Replay { log, overlay: Overlay::new(run), at: start };
+        let mut replay = Replay { log, overlay: Overlay::of_replay(run), at: start };
         let found_end = self.replay(&mut replay)?;
         self.flush(&mut replay)?;
 

@@ -17,7 +17,7 @@ use super::keeper::Keeper;
 use super::log::{Committed, Log};
 use super::{EmbeddedOptions, Node};
 use crate::write::FileWrite;
-use crate::{LoadToken, Lsn, RetentionStats, Store, StoreError, StoreEvent, StoreStats};
+use crate::{LoadToken, Lsn, Refused, RetentionStats, Store, StoreError, StoreEvent, StoreStats};
 
 /// The embedded store's handle of one shard; see [`Store`].
 pub struct EmbeddedShard {
@@ -161,19 +161,25 @@ impl Store for EmbeddedShard {
         self.log.submit(Instant::now());
     }
 
-    fn load(&mut self, token: LoadToken, query: Query) -> Result<(), StoreError> {
+    fn load(&mut self, token: LoadToken, query: Query) -> Result<(), Refused> {
         self.tell();
-        let Some(jobs) = &self.jobs else { return Err(StoreError::Poisoned) };
+        let refused = |error, query| Err(Refused { error, query: Box::new(query) });
+        let Some(jobs) = &self.jobs else { return refused(StoreError::Poisoned, query) };
         if self.loads_open >= self.options.loads_max || self.untold.is_some() {
-            return Err(StoreError::Full);
+            return refused(StoreError::Full, query);
         }
-        match jobs.try_send(Job::Load(token, query)) {
+        let (error, job) = match jobs.try_send(Job::Load(token, query)) {
             Ok(()) => {
                 self.loads_open += 1;
-                Ok(())
+                return Ok(());
             }
-            Err(TrySendError::Full(_)) => Err(StoreError::Full),
-            Err(TrySendError::Disconnected(_)) => Err(StoreError::Poisoned),
+            Err(TrySendError::Full(job)) => (StoreError::Full, job),
+            Err(TrySendError::Disconnected(job)) => (StoreError::Poisoned, job),
+        };
+        match job {
+            Job::Load(_, query) => refused(error, query),
+            // What comes back is what was sent.
+            Job::Committed { .. } | Job::Prepare(_) | Job::Close => Ok(()),
         }
     }
 

@@ -97,7 +97,7 @@ fn passes_the_conformance_suite() {
 }
 
 /// A node of each kind, fed and asked the same.
-struct Twins {
+pub(super) struct Twins {
     rng: SmallRng,
     model: memory::MemoryStore,
     pairs: Vec<Pair>,
@@ -105,7 +105,7 @@ struct Twins {
 }
 
 impl Twins {
-    fn new(seed: u64) -> Self {
+    pub(super) fn new(seed: u64) -> Self {
         let pairs: Vec<_> = (0..12)
             .map(|number| Pair::new(&format!("user {}", number % 4), &format!("user {}", number * 5 % 7)))
             .collect();
@@ -156,7 +156,7 @@ impl Twins {
         records
     }
 
-    fn feed(&mut self, node: &mut Shards) {
+    pub(super) fn feed(&mut self, node: &mut Shards) {
         let records = self.records();
         for record in &records {
             self.model.append(record).unwrap();
@@ -190,7 +190,7 @@ impl Twins {
         answers(&mut self.model, 1).remove(0).1
     }
 
-    fn compare(&mut self, node: &mut Shards, lists: bool) {
+    pub(super) fn compare(&mut self, node: &mut Shards, lists: bool) {
         for _ in 0..40 {
             let (partition, query) = self.query();
             let wanted = self.model_answer(query.clone());
@@ -537,7 +537,7 @@ fn an_index_that_lags_pushes_back_and_recovers() {
     let mut store = handles.remove(0);
     // Hold the overlay, as a slow flush would hold the index thread.
     let node = Arc::clone(&store.node);
-    let held = node.overlays[0].read().unwrap();
+    let held = node.overlays[0].young();
     let lsn = store.append(&Record::Message(pair.message(1).into())).unwrap();
     committed(&mut store, lsn);
     assert!(store.stats().index_lag_bytes > 0);
@@ -560,7 +560,7 @@ fn a_segment_that_comes_late_is_taken_into_use() {
     let (mut handles, _) = EmbeddedStore::open(dir.path(), 1, options).unwrap();
     let mut store = handles.remove(0);
     let node = Arc::clone(&store.node);
-    let held = node.overlays[0].read().unwrap();
+    let held = node.overlays[0].young();
     let message = |seq| {
         let mut message = pair.message(seq);
         message.body = vec![b'x'; 100_000].into();
