@@ -22,6 +22,7 @@ use ringline_schema::rows::{AmendedRow, Row, RowKey, RowValue};
 use crate::conversation::Stage;
 use crate::event::Effects;
 use crate::peer::{Origin, Submit, SubmitMore};
+use crate::planted::Bug;
 use crate::shard::{Question, Shard};
 
 /// Amendments of one conversation that are on their way to the disk; one more is BUSY.
@@ -136,10 +137,11 @@ impl Shard {
         };
         let in_flight = self.conversations.peek(&submit.message.conversation).map_or(&[][..], |known| &known.amends);
         let gone = |amend: &AmendOut| amend.of == amending.refers && amend.state != MessageState::Edited;
-        if !shows_a_body(&original) || in_flight.iter().any(gone) {
+        let is_gone = !shows_a_body(&original) || in_flight.iter().any(gone);
+        if is_gone && !self.planted.is(Bug::GoneIsAmended) {
             return Err(ErrorCode::NoSuchMessage);
         }
-        if original.from != submit.message.from {
+        if original.from != submit.message.from && !self.planted.is(Bug::AnyoneAmends) {
             let deletes = amending.state == MessageState::Deleted;
             return if deletes && self.outranks(submit, &original.from) { Ok(()) } else { Err(ErrorCode::NotAllowed) };
         }

@@ -34,6 +34,8 @@ pub(crate) enum Whose {
     /// Any member of the group but one, at the shard of the members; then the owner's wait is over.
     Member {
         but: UserName,
+        /// Who was given it, in order of name: who joins later has a place behind it and was not.
+        of: Arc<[UserName]>,
         owner: ShardIndex,
         wait: u64,
     },
@@ -154,7 +156,9 @@ impl Shard {
     fn counts(&self, number: u64, user: &UserName) -> bool {
         self.delivery_waits.get(&number).is_some_and(|wait| match &wait.whose {
             Whose::User(whose) => whose == user,
-            Whose::Member { but, .. } => but != user,
+            Whose::Member { but, of, .. } => {
+                of.binary_search(user).is_ok() && (but != user || self.planted.is(Bug::OwnAckCounts))
+            }
             Whose::Relayed => false,
         })
     }

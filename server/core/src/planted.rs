@@ -1,6 +1,12 @@
 //! Planted bugs: faults that the feature `planted-bugs` can switch on, to prove that the checker of the simulator sees
 //! them. For tests only; without the feature [`Planted`] has no size and every question to it is `false` at compile time.
 
+#[cfg(feature = "planted-bugs")]
+use ringline_schema::message::MessageState;
+use ringline_schema::record::Record;
+#[cfg(feature = "planted-bugs")]
+use ringline_schema::rows::{AmendedRow, RowKey, RowValue};
+
 /// A fault of the shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bug {
@@ -32,6 +38,38 @@ pub enum Bug {
     LostGroupPush,
     /// The page after a page of SYNC begins one too late.
     SyncSkipsOne,
+    /// Whoever asks amends a message.
+    AnyoneAmends,
+    /// An amendment is written without the row that says what its original is now.
+    AmendForgotten,
+    /// What was taken back is edited.
+    GoneIsAmended,
+    /// What a user deletes for himself is answered and not written.
+    HideForgotten,
+    /// What a user deletes for himself is deleted for the other one.
+    HiddenForOthers,
+    /// A page that begins below what is kept leaves out what is not there and does not say so.
+    BelowTheFloor,
+    /// A transient message of a group is given twice.
+    TransientTwice,
+    /// A transient message or signal of a group is given to everyone online.
+    StrangersHear,
+    /// A signal goes to somebody else.
+    SignalAstray,
+    /// Who watches is not told that somebody goes.
+    LeaveNotTold,
+    /// A status is answered and not written.
+    StatusForgotten,
+    /// A sender's own device acknowledges a message of a group.
+    OwnAckCounts,
+    /// A list of receipts counts the sender.
+    SenderIsCounted,
+    /// Who writes is told that the other one has one message more than he has.
+    HasOneMore,
+    /// A page that does not begin at the beginning is said to be gone.
+    AllIsTruncated,
+    /// A page says that it begins one later than it does.
+    FirstOneHigh,
 }
 
 impl Bug {
@@ -50,6 +88,22 @@ impl Bug {
         Self::StrangersWrite,
         Self::LostGroupPush,
         Self::SyncSkipsOne,
+        Self::AnyoneAmends,
+        Self::AmendForgotten,
+        Self::GoneIsAmended,
+        Self::HideForgotten,
+        Self::HiddenForOthers,
+        Self::BelowTheFloor,
+        Self::TransientTwice,
+        Self::StrangersHear,
+        Self::SignalAstray,
+        Self::LeaveNotTold,
+        Self::StatusForgotten,
+        Self::OwnAckCounts,
+        Self::SenderIsCounted,
+        Self::HasOneMore,
+        Self::AllIsTruncated,
+        Self::FirstOneHigh,
     ];
 }
 
@@ -69,6 +123,34 @@ impl Planted {
     #[cfg(feature = "planted-bugs")]
     pub(crate) fn is(&self, bug: Bug) -> bool {
         self.bug == Some(bug)
+    }
+
+    /// The record as it is written: without a row that is forgotten, or with one that says too much.
+    #[cfg(feature = "planted-bugs")]
+    pub(crate) fn spoiled(&self, mut record: Record) -> Record {
+        let (Some(bug), Record::Change(change)) = (self.bug, &mut record) else { return record };
+        change.rows.retain(|row| {
+            let forgotten = match row.key {
+                RowKey::Amended(..) => bug == Bug::AmendForgotten,
+                RowKey::Hidden(..) => bug == Bug::HideForgotten,
+                RowKey::Setting(_) => bug == Bug::StatusForgotten,
+                _ => false,
+            };
+            !forgotten
+        });
+        for row in change.rows.iter_mut().filter(|_| bug == Bug::HiddenForOthers) {
+            if let RowKey::Hidden(_, conversation, seq) = row.key {
+                let amended = AmendedRow { state: MessageState::Deleted, by: seq, at_ms: 0 };
+                (row.key, row.value) = (RowKey::Amended(conversation, seq), Some(RowValue::Amended(amended)));
+            }
+        }
+        record
+    }
+
+    #[cfg(not(feature = "planted-bugs"))]
+    #[inline(always)]
+    pub(crate) fn spoiled(&self, record: Record) -> Record {
+        record
     }
 
     #[cfg(not(feature = "planted-bugs"))]

@@ -106,6 +106,7 @@ impl Shard {
         {
             login.show(id, last.seq);
         }
+        let first = Seq(first.0.saturating_add(self.planted.is(Bug::FirstOneHigh).into()));
         let messages = messages.iter().map(|message| message.as_wire()).collect();
         let reply = Reply::FetchOk { conversation: id, first, head, messages };
         self.sessions.answer(origin.conn, origin.request_id, &reply, fx);

@@ -17,6 +17,7 @@ use ringline_schema::rows::{ReceiptRow, Row, RowKey, RowList, RowValue};
 use crate::config::RECEIPT_LISTS_MAX;
 use crate::event::{Effects, ShardMessage};
 use crate::peer::Origin;
+use crate::planted::Bug;
 use crate::shard::{Question, Shard};
 
 /// Rows asked of the store at once.
@@ -169,7 +170,13 @@ impl Shard {
         let conversation = list.ask.conversation;
         let next = match answer {
             Answer::Messages { first, mut messages, .. } => match messages.pop() {
-                Some(message) => list.message(message).map(|list| (list, None)),
+                Some(message) => {
+                    let rows = list.message(message).map(|rows| (rows, None));
+                    if self.planted.is(Bug::SenderIsCounted) {
+                        list.sender = None;
+                    }
+                    rows
+                }
                 None if list.ask.seq < first => Err(NoReceipts::Truncated { conversation, first }),
                 None => refused(ErrorCode::NoSuchMessage),
             },

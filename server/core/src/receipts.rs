@@ -450,7 +450,7 @@ impl Shard {
             conversation: news.conversation,
             with: news.with.as_str(),
             user: news.user.as_ref().map_or("", UserName::as_str),
-            delivered: news.row.delivered,
+            delivered: Seq(news.row.delivered.0.saturating_add(self.planted.is(Bug::HasOneMore).into())),
             read: news.row.read,
         });
         for &conn in conns {

@@ -379,7 +379,8 @@ impl Shard {
             Some(Question::KnowUser(asker, ask)) => self.user_loaded(asker, ask, answer, fx),
             Some(Question::Social(question)) => self.social_loaded(question, answer, fx),
             Some(Question::Fetch(origin, id, range)) => {
-                let truncated = is_truncated(id, &range, &answer);
+                let mut truncated = is_truncated(id, &range, &answer) && !self.planted.is(Bug::BelowTheFloor);
+                truncated |= range.after != Seq::ZERO && self.planted.is(Bug::AllIsTruncated);
                 self.fetched(origin, (id, truncated), answer, fx);
             }
             Some(Question::Group(question)) => self.group_loaded(question, answer, fx),
@@ -427,7 +428,7 @@ impl Shard {
     pub(crate) fn append(&mut self, record: Record, fx: &mut Effects) -> u64 {
         debug_assert!(!self.poisoned, "append after the store failed");
         self.appended += 1;
-        fx.list.push(Effect::Append(record));
+        fx.list.push(Effect::Append(self.planted.spoiled(record)));
         self.appended
     }
 

@@ -129,7 +129,7 @@ impl Shard {
         fx: &mut Effects,
     ) {
         if self.goes_in_slices(message.conversation, members) {
-            self.await_relay(message, relay);
+            self.await_relay(message, members, relay);
             let cargo = Cargo::Stored { message: Arc::clone(message), skip };
             return self.send_round(message.conversation, members, cargo, fx);
         }
@@ -139,7 +139,7 @@ impl Shard {
             conns.sort_unstable();
         }
         conns.retain(|conn| Some(*conn) != skip);
-        self.await_relay(message, relay.filter(|_| !conns.is_empty()));
+        self.await_relay(message, members, relay.filter(|_| !conns.is_empty()));
         let mut shared = Shared::default();
         for conn in conns {
             self.sessions.deliver_shared(conn, message, &mut shared, fx);
@@ -148,13 +148,13 @@ impl Shard {
     }
 
     /// The sender wants to hear of the first device that has it.
-    fn await_relay(&mut self, message: &StoredMessage, relay: Option<Relay>) {
+    fn await_relay(&mut self, message: &StoredMessage, members: &Arc<[UserName]>, relay: Option<Relay>) {
         let Some(relay) = relay else { return };
         let (conversation, seq, none) = (message.conversation, message.seq, ConnId { slot: u32::MAX, generation: 0 });
         // The owner knows the origin; here only who does not count does.
         let origin = Origin { shard: relay.owner, conn: none, request_id: 0 };
         let place = (conversation, seq, message.client_seq);
-        let number = self.await_member(relay, (origin, &message.from), place);
+        let number = self.await_member(relay, (origin, &message.from, members), place);
         if number != 0 {
             self.delivery_index.insert((conversation, None, seq), number);
         }

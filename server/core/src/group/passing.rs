@@ -18,6 +18,7 @@ use crate::event::{Effects, ShardMessage};
 use crate::group::scan::Cargo;
 use crate::group::state::Targets;
 use crate::peer::{Origin, Submit, Wanted};
+use crate::planted::Bug;
 use crate::session::Shared;
 use crate::shard::Shard;
 use crate::social::{Gathered, SocialMessage};
@@ -174,16 +175,16 @@ impl Shard {
         Ok(Relay { owner: self.config.shard, wait, timeout_ms: wanted.timeout_ms })
     }
 
-    /// Waits here for a device of any member but `from`. The number of the wait; 0: too many are open, and the owner's
+    /// Waits here for a device of any of these members but `from`. The number of the wait; 0: too many are open, and the owner's
     /// time runs out.
     pub(crate) fn await_member(
         &mut self,
         relay: Relay,
-        (origin, from): (Origin, &UserName),
+        (origin, from, members): (Origin, &UserName, &Arc<[UserName]>),
         (conversation, seq, client_seq): (ConversationId, Seq, u64),
     ) -> u64 {
         let Relay { owner, wait, timeout_ms } = relay;
-        let whose = Whose::Member { but: from.clone(), owner, wait };
+        let whose = Whose::Member { but: from.clone(), of: Arc::clone(members), owner, wait };
         let wanted = Wanted { origin, timeout_ms };
         let wait = DeliveryWait { wanted, whose, conversation, seq, client_seq };
         let waits = (&mut self.delivery_waits, &mut self.next_delivery);
@@ -209,11 +210,18 @@ impl Shard {
     ) {
         let submit = &pass.submit;
         let in_slices = self.goes_in_slices(submit.message.conversation, members);
-        let conns = if in_slices { Vec::new() } else { self.online_members(members, Some(&submit.message.from)) };
+        let mut conns = if in_slices { Vec::new() } else { self.online_members(members, Some(&submit.message.from)) };
+        if self.planted.is(Bug::StrangersHear) {
+            conns = self.online.iter().flat_map(|(_, devices)| devices.iter().copied()).collect();
+            conns.sort_unstable();
+        }
+        if self.planted.is(Bug::TransientTwice) {
+            conns.extend_from_within(..);
+        }
         let delivery = match pass.relay.filter(|_| in_slices || !conns.is_empty()) {
             Some(relay) => {
                 let place = (NO_CONVERSATION, Seq::ZERO, submit.message.client_seq);
-                self.await_member(relay, (submit.origin, &submit.message.from), place)
+                self.await_member(relay, (submit.origin, &submit.message.from, members), place)
             }
             None => 0,
         };

@@ -24,6 +24,7 @@ use smallvec::SmallVec;
 use super::settings::Parked;
 use super::{Gathered, SocialMessage};
 use crate::event::{ConnId, Effects};
+use crate::planted::Bug;
 use crate::shard::Shard;
 use crate::timers::Timer;
 
@@ -231,6 +232,9 @@ impl Shard {
                 continue;
             }
             watched.last = Some(row.clone());
+            if !row.online && self.planted.is(Bug::LeaveNotTold) {
+                continue;
+            }
             for conn in watched.sessions.iter().filter(|&&conn| Some(conn) != asking) {
                 pushes.entry(*conn).or_default().push(at);
             }

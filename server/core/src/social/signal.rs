@@ -16,6 +16,7 @@ use super::settings::Parked;
 use crate::event::{ConnId, Effects};
 use crate::group::passing::Passing;
 use crate::peer::{Origin, Submit, SubmitMore};
+use crate::planted::Bug;
 use crate::shard::Shard;
 
 /// Signals of a session that are remembered, to drop their repeats; with more of them at once a repeat may pass.
@@ -128,7 +129,11 @@ impl Shard {
 
     /// To every device of the receiver but the one that it comes from.
     pub(crate) fn give_signal(&mut self, signal: &SignalSend, fx: &mut Effects) {
-        let Some(conns) = self.online.get(&signal.to) else {
+        let mut to = &signal.to;
+        if self.planted.is(Bug::SignalAstray) {
+            to = self.online.listed_after(None).find(|name| **name != signal.from).unwrap_or(to);
+        }
+        let Some(conns) = self.online.get(to) else {
             return self.refuse_signal(signal, ErrorCode::NotOnline, fx);
         };
         let reply = Reply::Chat(ChatReply::Signalled {

@@ -7,7 +7,7 @@ use ringline_schema::message::chat::{SIGNAL_APPLICATION, SIGNAL_TYPING};
 use ringline_schema::message::*;
 
 use crate::town::{Seat, Town, decode, name};
-use crate::{TEAM, team};
+use crate::{TEAM, join, team};
 
 const SHARD_COUNTS: [u16; 3] = [1, 2, 5];
 
@@ -193,4 +193,24 @@ fn a_transient_message_leaves_no_deadline_behind() {
     assert_eq!(town.levels().timers, timers, "one for all of them");
     town.elapse(6_000);
     assert!(pass(&mut town, ann, 500, None).is_ok() && passed(&mut town, seats[0]).len() == 500);
+}
+
+#[test]
+fn who_joins_later_does_not_acknowledge_what_was_said_before() {
+    for shards in SHARD_COUNTS {
+        let (mut town, ann, _) = team(shards, &["bob"]);
+        // On whichever shard: many, of whom some are where a device of a member waits to be heard of.
+        let late = ["cid", "dora", "emil", "finn", "gus", "hal"].map(|user| town.login(user));
+        let ann_2 = town.login_as("ann", 2);
+        let id = ConversationId::group(&name(TEAM));
+        let Reply::SendAck(sent) = decode(&town.answer(ann, send(Class::Durable, 1, Some(5_000)))) else { panic!() };
+        for (seat, seq) in late.into_iter().zip(sent.seq.0 + 1..) {
+            assert_eq!(town.act(seat, TEAM, join()).unwrap().0, Seq(seq));
+            town.ask(seat, Request::Ack(Ack::Upto { conversation: id, seq: Seq(seq) }));
+        }
+        town.ask(ann_2, Request::Ack(Ack::Upto { conversation: id, seq: Seq(sent.seq.0 + 1) }));
+        assert!(receipts(&mut town, ann).is_empty(), "it was for bob alone");
+        town.elapse(6_000);
+        assert_eq!(receipts(&mut town, ann), [(Outcome::DeliveryTimeout, 1, 0)]);
+    }
 }
