@@ -4,20 +4,24 @@
 //! users are numbers, conversations are opaque, and a [`History`] is a plain list of what happened to devices, in the
 //! order of each device. Invariant of its input: no two sends have the same body, so a body names a send.
 //!
-//! A rule never asks *when* something happened at another device, so that histories of real machines, which have no
-//! common clock, are judged as those of the simulator are.
-
+//! A history is in the order in which things were noted: what a device notes before it asks was noted before anything that
+//! follows from the answer. Of the order between devices no rule uses more than that.
 //!
 //! - [`Rule`]s and the [`History`] here; `judge`: every device's own stream and the logs; `members`: who may see what of a
-//!   group, which is worked out from its log; `account`: reading, SYNC, lists.
+//!   group, which is worked out from its log; `account`: reading, SYNC, lists; `amended`: what messages have become;
+//!   `kept`: what was let go; `passing`: what is not stored; `presence`: who is there.
 
 use std::fmt;
 
 use judge::Checker;
 
 mod account;
+mod amended;
 mod judge;
+mod kept;
 mod members;
+mod passing;
+mod presence;
 #[cfg(test)]
 mod tests;
 
@@ -56,6 +60,20 @@ pub enum Change {
     Other,
 }
 
+/// What has become of a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum State {
+    AsSent,
+    /// Its sender has given it another body.
+    Edited,
+    /// Its sender has taken it back.
+    Recalled,
+    /// Deleted for all.
+    Deleted,
+    /// Deleted by the reader for himself.
+    Hidden,
+}
+
 /// A message as a device was shown it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shown {
@@ -69,6 +87,10 @@ pub struct Shown {
     pub body: String,
     /// Of a row that the server wrote, which has no body and was sent by no device.
     pub change: Option<Change>,
+    /// The seq of the message that this row amends.
+    pub of: Option<u64>,
+    /// What it has become; of an amendment, what it makes of the other: `AsSent` when a later one has taken its place.
+    pub state: State,
 }
 
 /// Where a device learned how far somebody has read.
@@ -82,8 +104,46 @@ pub enum Source {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Listed {
     pub conversation: u128,
+    /// The first that is kept for this user.
+    pub first: u64,
     pub head: u64,
     pub read: u64,
+}
+
+/// What a FETCH asks for: of what is above `after` and below `before` the oldest, or the newest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    pub after: u64,
+    pub before: Option<u64>,
+    pub newest: bool,
+}
+
+/// What a FETCH brought.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Page {
+    Truncated,
+    Messages { first: u64, head: u64, messages: Vec<Shown> },
+}
+
+/// How a user is, as others see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Presence {
+    pub user: u32,
+    pub online: bool,
+    /// Unix milliseconds; 0: not told.
+    pub last_seen_ms: u64,
+    pub status: String,
+}
+
+/// Who has one message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Receipts {
+    pub place: Place,
+    pub members: u32,
+    pub delivered: u32,
+    pub read: u32,
+    /// Every member, and how far it was delivered to him and read.
+    pub rows: Vec<(u32, u64, u64)>,
 }
 
 /// One thing that happened to a device. `number` is the device's own number of a send, rising.
@@ -96,6 +156,14 @@ pub enum Happening {
         to: Peer,
         body: String,
         durable: bool,
+    },
+    /// As `Sent`, to make something of the message at `of`. An edit has a body that nothing else has, others have none.
+    Amended {
+        number: u64,
+        to: Peer,
+        of: Place,
+        what: State,
+        body: String,
     },
     Accepted {
         number: u64,
@@ -155,8 +223,78 @@ pub enum Happening {
         user: u32,
         place: Place,
     },
+    /// This device's user deletes that message for himself …
+    HideAsked(Place),
+    /// … and was told that this is kept; …
+    HideKept(Place),
+    /// … or another device of his was told of it.
+    HideTold(Place),
+    /// The answer to a FETCH in this conversation.
+    Fetched {
+        asked: Moment,
+        with: Peer,
+        conversation: u128,
+        range: Range,
+        page: Page,
+    },
+    /// The conversation list said that this is the first that is kept for this user.
+    FloorShown {
+        asked: Moment,
+        first: Place,
+    },
+    /// Asks to bring these users into a group; until that is answered they may count as members.
+    ComingAsked {
+        number: u64,
+        group: u32,
+        users: Vec<u32>,
+    },
+    ComingAnswered {
+        number: u64,
+    },
+    /// Signals somebody; `number` as of a send, and nothing else has this body.
+    Signalled {
+        number: u64,
+        to: Peer,
+        body: String,
+    },
+    /// A signal has arrived.
+    SawSignal {
+        from: u32,
+        to: Peer,
+        body: String,
+    },
+    /// Somebody has so much of a conversation; `None`: at least one other member of the group.
+    HasShown {
+        user: Option<u32>,
+        conversation: u128,
+        delivered: u64,
+        read: u64,
+    },
+    /// Who has a message, while nothing is sent.
+    ReceiptsShown(Receipts),
+    /// This device watches these users, and goes on doing so on its next connections.
+    Watches(Vec<u32>),
+    /// How somebody is, as it came on a connection.
+    PresenceShown {
+        connection: u64,
+        presence: Presence,
+    },
+    /// This device's user says something of himself, or that he is not to be seen …
+    StatusAsked {
+        status: String,
+        visible: bool,
+    },
+    /// … and was told that the last of these is kept.
+    StatusKept,
+    /// For so long that everybody has to know, this device has been online, or gone since `left_ms` (Unix milliseconds).
+    /// Noted for one device after the other, and nothing in between.
+    Rested {
+        left_ms: Option<u64>,
+    },
     /// A SYNC, all its pages one after the other. `behind`: what it asked for in each conversation that it named.
     Synced {
+        /// When it was asked for.
+        asked: Moment,
         behind: Vec<Place>,
         messages: Vec<Shown>,
         /// It came to its end, nothing was sent meanwhile, and it named every conversation.
@@ -225,6 +363,34 @@ pub enum Rule {
     ListIsTrue,
     /// Every device of a user is in the list of devices.
     DevicesAreListed,
+    /// A message is shown as its last amendment has made it, with the body that this has given it.
+    AmendmentsShow,
+    /// Only its sender edits a message or takes it back; in a group who made the group deletes too.
+    OnlyWhoMayAmends,
+    /// What was taken back or deleted is shown to nobody who asks after that was answered, and not amended again.
+    GoneStaysGone,
+    /// What a user deleted for himself he is not shown again.
+    HiddenStaysHidden,
+    /// Others are shown it, and what he did not delete so is shown to him.
+    OnlyAskedIsHidden,
+    /// The first that is kept of a conversation never goes back.
+    FloorRises,
+    /// Nothing below it is shown.
+    NothingBelowTheFloor,
+    /// Who asks for what is not kept any more is told so, and given no page with a hole.
+    TruncatedIsSaid,
+    /// Nobody is told so of what is kept.
+    TruncatedIsTrue,
+    /// Transient messages and signals from one device to one device are in the order in which they were sent.
+    PassingOrder,
+    /// A signal that is shown was signalled, to whom it is shown, once.
+    OnlyWhatWasSignalled,
+    /// Nobody is said to have what was not given to him.
+    HasIsTrue,
+    /// A list of receipts names every member but the sender, and counts right.
+    ReceiptsAreTrue,
+    /// Who watches somebody knows how he is, a while after the last change.
+    PresenceConverges,
 }
 
 /// One broken promise.
@@ -257,6 +423,19 @@ pub struct Counts {
     pub reads: u64,
     /// Messages in pages of SYNCs.
     pub synced: u64,
+    /// Amendments that were accepted.
+    pub amended: u64,
+    /// Messages that users have deleted for themselves.
+    pub hidden: u64,
+    /// Pages of FETCHes, and how many were TRUNCATED.
+    pub pages: u64,
+    pub truncated: u64,
+    /// Transient messages and signals that arrived.
+    pub passed: u64,
+    /// Rows of presence that arrived.
+    pub presence: u64,
+    /// Groups of which too much was let go to know their members.
+    pub unjudged: u64,
     /// Processes of devices.
     pub processes: u64,
 }
@@ -272,6 +451,13 @@ impl std::ops::AddAssign for Counts {
         self.changes += other.changes;
         self.reads += other.reads;
         self.synced += other.synced;
+        self.amended += other.amended;
+        self.hidden += other.hidden;
+        self.pages += other.pages;
+        self.truncated += other.truncated;
+        self.passed += other.passed;
+        self.presence += other.presence;
+        self.unjudged += other.unjudged;
         self.processes += other.processes;
     }
 }
@@ -298,7 +484,11 @@ impl Verdict {
     }
 }
 
-/// What happened, in the order of each device.
+/// A place in a history: what was noted before it had happened then.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Moment(usize);
+
+/// What happened, in the order in which it was noted.
 #[derive(Clone, Debug, Default)]
 pub struct History {
     happenings: Vec<(Device, Happening)>,
@@ -307,6 +497,10 @@ pub struct History {
 impl History {
     pub fn push(&mut self, device: Device, happening: Happening) {
         self.happenings.push((device, happening));
+    }
+
+    pub fn now(&self) -> Moment {
+        Moment(self.happenings.len())
     }
 
     pub fn len(&self) -> usize {
@@ -325,7 +519,10 @@ impl History {
     /// Judges a run that has ended: faults are over, clients had the time to finish, logs were read back.
     pub fn check(&self) -> Verdict {
         let mut checker = Checker::default();
-        self.happenings.iter().for_each(|(device, happening)| checker.take(*device, happening));
+        for (at, (device, happening)) in self.happenings.iter().enumerate() {
+            checker.now = Moment(at);
+            checker.take(*device, happening);
+        }
         checker.finish()
     }
 }

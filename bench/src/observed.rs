@@ -2,9 +2,76 @@
 //!
 //! Pure. Names of users and groups are their numbers, so that a name can be told from a number and back.
 
-use ringline_client::{Accepted, Conversation, Message, SendError, UserName, What};
+use std::collections::{BTreeMap, VecDeque};
 
-use crate::checker::{Change, Happening, Listed, Peer, Place, Shown};
+use ringline_client::{
+    Accepted, CallError, Conversation, ErrorCode, Event, History, Message, MessageState, ReadUpto, ReceiptPage,
+    SendError, Signal, UserName, What,
+};
+
+use crate::checker::{Change, Happening, Listed, Page, Peer, Place, Receipts, Shown, Source, State};
+
+/// Messages that an application remembers to amend them.
+const REMEMBERED_MAX: usize = 32;
+
+/// What an application of a user remembers of what it was handed. Forgotten with its process, or not.
+#[derive(Default)]
+pub struct Memory {
+    /// The last of each conversation.
+    pub seen: BTreeMap<u128, u64>,
+    /// With whom, where, by whom.
+    messages: VecDeque<(Peer, Place, u32)>,
+}
+
+impl Memory {
+    /// The application of `user` is handed something.
+    pub fn saw(&mut self, user: u32, shown: &Shown) {
+        let place = shown.place;
+        if place.seq == 0 {
+            return;
+        }
+        self.seen.insert(place.conversation, place.seq);
+        if shown.change.is_none() && shown.of.is_none() {
+            if self.messages.len() >= REMEMBERED_MAX {
+                self.messages.pop_front();
+            }
+            let with = if shown.to == Peer::User(user) { Peer::User(shown.from) } else { shown.to };
+            self.messages.push_back((with, place, shown.from));
+        }
+    }
+
+    /// The `number`th of the messages that it remembers, counted round and round: with whom, where, by whom.
+    pub fn message(&self, number: usize) -> Option<(Peer, Place, u32)> {
+        self.messages.get(number.checked_rem(self.messages.len())?).copied()
+    }
+}
+
+/// What an event tells of messages and of others; nothing for news of the connection, and for presence, which counts as it
+/// comes on its connection.
+pub fn happenings(event: &Event) -> Vec<Happening> {
+    match event {
+        Event::Message(message) => vec![Happening::Saw(shown(message))],
+        Event::Skipped { conversation, from, to, .. } => {
+            vec![Happening::Skipped { conversation: conversation.0, from: from.0, to: to.0 }]
+        }
+        Event::Hidden { conversation, seq } => {
+            vec![Happening::HideTold(Place { conversation: conversation.0, seq: seq.0 })]
+        }
+        Event::ReadUpto(read) => read_upto(read),
+        Event::Signal(signal) => vec![self::signal(signal)],
+        Event::Connected { .. }
+        | Event::CaughtUp { .. }
+        | Event::Receipt(_)
+        | Event::SignalRefused { .. }
+        | Event::Presence(_)
+        | Event::Notice(_)
+        | Event::GroupChanged(_)
+        | Event::Missed { .. }
+        | Event::Goaway { .. }
+        | Event::Reconnecting { .. }
+        | Event::Closed { .. } => Vec::new(),
+    }
+}
 
 /// The name of a user or a group.
 pub fn name(peer: Peer) -> UserName {
@@ -55,6 +122,50 @@ pub fn shown(message: &Message) -> Shown {
         client_seq: message.client_seq,
         body: message.text().into_owned(),
         change,
+        of: message.amendment().map(|amendment| amendment.of.0),
+        state: state(message.state()),
+    }
+}
+
+fn state(state: MessageState) -> State {
+    match state {
+        MessageState::AsSent => State::AsSent,
+        MessageState::Edited => State::Edited,
+        MessageState::Recalled => State::Recalled,
+        MessageState::Deleted => State::Deleted,
+        MessageState::Hidden => State::Hidden,
+    }
+}
+
+/// How far somebody has a conversation.
+fn read_upto(read: &ReadUpto) -> Vec<Happening> {
+    let (conversation, delivered, read_to) = (read.conversation.0, read.delivered.0, read.read.0);
+    let user = read.user.as_ref().map(user);
+    let has = Happening::HasShown { user, conversation, delivered, read: read_to };
+    let place = Place { conversation, seq: read_to };
+    let read = user.map(|user| Happening::ReadShown { source: Source::Push, user, place });
+    std::iter::once(has).chain(read).collect()
+}
+
+fn signal(signal: &Signal) -> Happening {
+    let body = String::from_utf8_lossy(&signal.body).into_owned();
+    Happening::SawSignal { from: user(&signal.from), to: peer(&signal.to), body }
+}
+
+pub fn receipts(place: Place, page: &ReceiptPage) -> Receipts {
+    let rows = page.rows.iter().map(|row| (user(&row.user), row.delivered.0, row.read.0)).collect();
+    Receipts { place, members: page.members, delivered: page.delivered, read: page.read, rows }
+}
+
+/// The answer to a FETCH; `None`: it was refused for another reason.
+pub fn page(answer: Result<&History, &CallError>) -> Option<Page> {
+    match answer {
+        Ok(History { first, head, messages, .. }) => {
+            let messages = messages.iter().map(shown).collect();
+            Some(Page::Messages { first: first.0, head: head.0, messages })
+        }
+        Err(CallError::Refused { code: ErrorCode::Truncated, .. }) => Some(Page::Truncated),
+        Err(_) => None,
     }
 }
 
@@ -77,5 +188,5 @@ pub fn end_of_send(number: u64, result: Result<Accepted, SendError>) -> Happenin
 }
 
 pub fn listed(row: &Conversation) -> Listed {
-    Listed { conversation: row.conversation.0, head: row.head.0, read: row.read.0 }
+    Listed { conversation: row.conversation.0, first: row.first.0, head: row.head.0, read: row.read.0 }
 }

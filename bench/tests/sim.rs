@@ -27,4 +27,6 @@ fn a_few_seeds_hold_and_do_something() {
     assert!(counts.accepted > 1_000 && counts.seen > 3 * counts.accepted && counts.receipts > 20, "{counts:?}");
     assert!(counts.unknown > 0, "some sends have an unknown end: {counts:?}");
     assert!(counts.changes > 50 && counts.reads > 100 && counts.synced > 1_000, "{counts:?}");
+    assert!(counts.amended > 50 && counts.hidden > 30, "{counts:?}");
+    assert!(counts.passed > 200 && counts.presence > 50 && counts.pages > 30, "{counts:?}");
 }

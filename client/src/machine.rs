@@ -9,10 +9,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
+use ringline_schema::message::chat::AmendAction;
 use ringline_schema::message::group::JoinPolicy;
 use ringline_schema::message::{Credential, DeviceKind, Place, Secret};
 
-use crate::account::{AccountAnswer, AccountQuery, Device, SyncPage};
+use crate::account::{AccountAnswer, AccountQuery, Device, ReceiptPage, SyncPage};
+use crate::amend::Amends;
 use crate::group::{Act, GroupAnswer, GroupDone};
 use crate::pending::{
     Accepted, Answer, CallError, ConversationPage, Delivery, Done, History, HistoryRange, Outgoing, Query, SendError,
@@ -20,6 +22,7 @@ use crate::pending::{
 };
 pub use crate::session::Cut;
 use crate::session::{Config, Event, Session};
+use crate::social::{Presence, SignalOut, SocialAnswer, SocialQuery};
 use crate::streams::{CatchUp, Taken};
 
 /// Who a machine is.
@@ -54,6 +57,10 @@ pub enum Ask {
     Read { conversation: ConversationId, seq: Seq },
     Devices,
     DropDevice(DeviceId),
+    DeleteForMe { with: UserName, seq: Seq },
+    Receipts { conversation: ConversationId, seq: Seq, limit: u16 },
+    Watch(Vec<UserName>),
+    SetStatus { status: String, visible: bool },
     CreateGroup { group: UserName, join: JoinPolicy, users: Vec<UserName> },
     JoinGroup(UserName),
     LeaveGroup(UserName),
@@ -74,6 +81,14 @@ impl Ask {
             Self::Read { conversation, seq } => Query::Account(AccountQuery::Read { conversation, seq }),
             Self::Devices => Query::Account(AccountQuery::Devices),
             Self::DropDevice(device) => Query::Account(AccountQuery::Drop(device)),
+            Self::DeleteForMe { with, seq } => Query::Account(AccountQuery::Hide { with, seq }),
+            Self::Receipts { conversation, seq, limit } => {
+                Query::Account(AccountQuery::Receipts { conversation, seq, cursor: String::new(), limit })
+            }
+            Self::Watch(users) => Query::Social(SocialQuery::Watch(users)),
+            Self::SetStatus { status, visible } => {
+                Query::Social(SocialQuery::PresenceSet { status: Some(status), visible: Some(visible) })
+            }
             Self::CreateGroup { group: name, join, users } => {
                 let title = name.as_str().to_owned();
                 group(name, Act::Create { title, join, users })
@@ -97,6 +112,8 @@ pub enum Told {
     Sync(SyncPage),
     Devices(Vec<Device>),
     Group(GroupDone),
+    Receipts(ReceiptPage),
+    Presence(Vec<Presence>),
     Done,
 }
 
@@ -107,12 +124,14 @@ fn told(answer: Answer) -> Option<Told> {
         Answer::Conversations(page) => Some(Told::Conversations(page)),
         Answer::Account(AccountAnswer::Sync(page)) => Some(Told::Sync(page)),
         Answer::Account(AccountAnswer::Devices(devices)) => Some(Told::Devices(devices)),
-        Answer::Account(AccountAnswer::Done) => Some(Told::Done),
+        Answer::Account(AccountAnswer::Done) | Answer::Social(SocialAnswer::Done) => Some(Told::Done),
+        Answer::Account(AccountAnswer::Receipts(page)) => Some(Told::Receipts(page)),
+        Answer::Social(SocialAnswer::Presence(rows)) => Some(Told::Presence(rows)),
         Answer::Group(GroupAnswer::Done(done)) => Some(Told::Group(done)),
-        Answer::Account(AccountAnswer::Receipts(_) | AccountAnswer::Export(_))
+        Answer::Account(AccountAnswer::Export(_))
         | Answer::Group(GroupAnswer::Info(_) | GroupAnswer::Members(_))
         | Answer::Online(_)
-        | Answer::Social(_) => None,
+        | Answer::Social(SocialAnswer::Blocks(_) | SocialAnswer::Broadcast { .. }) => None,
     }
 }
 
@@ -141,6 +160,23 @@ impl Machine {
     /// Numbers a send: its client_seq. Errors: `QueueFull` keeps nothing.
     pub fn send(&mut self, now_ms: u64, (to, body): (UserName, Bytes), options: SendOptions) -> Result<u64, SendError> {
         self.session.send(now_ms, Outgoing { to, body, options, amends: None })
+    }
+
+    /// Edits a message, takes it back or deletes it for all, under a number as a send has it; `body` counts for an edit.
+    /// Who deletes for himself asks. Errors: `QueueFull` keeps nothing.
+    pub fn amend(
+        &mut self,
+        now_ms: u64,
+        (with, seq): (UserName, Seq),
+        (action, body): (AmendAction, Bytes),
+    ) -> Result<u64, SendError> {
+        let (options, amends) = (SendOptions::default(), Some(Amends { seq, action }));
+        self.session.send(now_ms, Outgoing { to: with, body, options, amends })
+    }
+
+    /// Signals a user or a group, as [`Client::signal`](crate::Client::signal).
+    pub fn signal(&mut self, now_ms: u64, to: UserName, (kind, body): (u8, Bytes)) {
+        self.session.signal(now_ms, &SignalOut { to, kind, body });
     }
 
     /// Asks for something, and gives the number of its answer. Errors: `QueueFull` asks nothing.

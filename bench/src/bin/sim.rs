@@ -122,7 +122,8 @@ fn main() -> ExitCode {
     let Totals { counts, steps, faults, millis } = totals;
     println!(
         "{played} seeds, {failed} failed: {} virtual s, {steps} steps, {faults} faults, {} processes; {} sends, {} accepted, \
-         {} unknown, {} in logs, {} handed to applications, {} receipts; {} changes of groups, {} READs, {} synced",
+         {} unknown, {} in logs, {} handed to applications, {} receipts; {} changes of groups, {} READs, {} synced; \
+         {} amended, {} hidden, {} pages, {} truncated, {} transient, {} of presence, {} groups not judged",
         millis / 1_000,
         counts.processes,
         counts.sends,
@@ -133,7 +134,14 @@ fn main() -> ExitCode {
         counts.receipts,
         counts.changes,
         counts.reads,
-        counts.synced
+        counts.synced,
+        counts.amended,
+        counts.hidden,
+        counts.pages,
+        counts.truncated,
+        counts.passed,
+        counts.presence,
+        counts.unjudged
     );
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::judge::Checker;
 use super::members::{Hop, Members};
-use super::{Device, Listed, Place, Rule, Shown, Source, Verdict};
+use super::{Device, Listed, Moment, Place, Receipts, Rule, Shown, Source, Verdict};
 
 /// A user's place in a conversation.
 type Reader = (u128, u32);
@@ -14,11 +14,14 @@ type Reader = (u128, u32);
 pub struct Account<'a> {
     asked: HashMap<Reader, u64>,
     kept: HashMap<Reader, u64>,
+    /// READs that were answered.
+    pub reads: u64,
     /// What a device was told last.
     shown: BTreeMap<(Device, Source, Reader), u64>,
     whole: Vec<(Device, BTreeMap<u128, u64>)>,
     pub lists: Vec<(Device, &'a [Listed])>,
     pub devices: Vec<(Device, &'a [u64])>,
+    pub receipts: Vec<(Device, &'a Receipts)>,
 }
 
 fn raise(places: &mut HashMap<Reader, u64>, reader: Reader, seq: u64) {
@@ -32,6 +35,7 @@ impl Account<'_> {
     }
 
     pub fn read_kept(&mut self, device: Device, place: Place) {
+        self.reads += 1;
         raise(&mut self.kept, (place.conversation, device.user), place.seq);
     }
 
@@ -51,12 +55,18 @@ impl Account<'_> {
 }
 
 impl<'a> Checker<'a> {
-    pub fn synced(&mut self, device: Device, (behind, whole): (&[Place], bool), messages: &'a [Shown]) {
+    pub fn synced(
+        &mut self,
+        (device, asked): (Device, Moment),
+        (behind, whole): (&[Place], bool),
+        messages: &'a [Shown],
+    ) {
         self.verdict.counts.synced += messages.len() as u64;
         let mut places: BTreeMap<u128, u64> = behind.iter().map(|place| (place.conversation, place.seq)).collect();
         let mut before: Option<Place> = None;
         for shown in messages {
             self.look_at(device, shown);
+            self.not_gone(device, asked, shown);
             let Place { conversation, seq } = shown.place;
             if before.is_some_and(|before| before >= shown.place) {
                 let text = format!("{device:?} got {:?} after {before:?}", shown.place);
@@ -86,13 +96,52 @@ impl<'a> Checker<'a> {
         for (device, places) in &self.account.whole {
             for (conversation, head) in members.of_user(device.user) {
                 let reached = places.get(&conversation).copied().unwrap_or(0);
-                if reached != head {
+                if !members.reaches(conversation, reached, head) {
                     let text = format!("{device:?} got {conversation:032x} up to {reached} of {head}");
                     self.verdict.broken(Rule::SyncIsWhole, text);
                 }
             }
         }
         self.check_lists(members);
+        for (device, receipts) in std::mem::take(&mut self.account.receipts) {
+            if let Some(text) = self.wrong_receipts(device, receipts, members) {
+                self.verdict.broken(Rule::ReceiptsAreTrue, text);
+            }
+        }
+    }
+
+    /// Somebody is said to have so much: then one of his devices was handed it, and he said that he has read so far.
+    pub fn has_shown(&mut self, device: Device, user: Option<u32>, (conversation, delivered, read): (u128, u64, u64)) {
+        let counts = |other: u32| user.map_or(other != device.user, |user| user == other);
+        let given = self.handed(conversation).filter(|(other, _)| counts(*other)).map(|(_, seq)| seq).max();
+        let asked = self.account.asked.iter().filter(|((of, other), _)| *of == conversation && counts(*other));
+        let asked = asked.map(|(_, seq)| *seq).max();
+        // Who reads has it, on whatever way.
+        if delivered > given.max(asked).unwrap_or(0) || read > asked.unwrap_or(0) {
+            let text = format!(
+                "{device:?} was told that {user:?} has {delivered} of {conversation:032x} and has read {read}: given \
+                 {given:?}, said {asked:?}"
+            );
+            self.verdict.broken(Rule::HasIsTrue, text);
+        }
+    }
+
+    fn wrong_receipts(&self, device: Device, receipts: &Receipts, members: &Members) -> Option<String> {
+        let Receipts { place, rows, .. } = receipts;
+        let sender = self.shown.get(place)?.from;
+        let users: BTreeSet<u32> = members.now(place.conversation)?.filter(|user| *user != sender).collect();
+        let said = |told: &HashMap<Reader, u64>, user| told.get(&(place.conversation, user)).copied().unwrap_or(0);
+        let row_is_wrong = |&(user, delivered, read): &(u32, u64, u64)| {
+            let (kept, asked) = (said(&self.account.kept, user), said(&self.account.asked, user));
+            let given = self.handed(place.conversation).filter(|(other, _)| *other == user).map(|(_, seq)| seq).max();
+            !(kept..=asked).contains(&read) || delivered < read || delivered > given.unwrap_or(0).max(asked)
+        };
+        let count = |seq: fn(&(u32, u64, u64)) -> u64| rows.iter().filter(|row| seq(row) >= place.seq).count();
+        let counts = (receipts.members as usize, receipts.delivered as usize, receipts.read as usize);
+        let right = counts == (rows.len(), count(|row| row.1), count(|row| row.2));
+        let named: BTreeSet<u32> = rows.iter().map(|(user, ..)| *user).collect();
+        let wrong = !right || named != users || named.len() != rows.len() || rows.iter().any(row_is_wrong);
+        wrong.then(|| format!("{device:?} was shown {receipts:?}, sent by user {sender}, members {users:?}"))
     }
 
     fn check_lists(&mut self, members: &Members) {

@@ -31,6 +31,10 @@ pub struct Members {
     /// First and last seq of each time that a user was a member.
     ranges: BTreeMap<(u128, u32), Ranges>,
     groups: BTreeSet<u128>,
+    /// Groups of which so much was let go that nobody knows who came and went.
+    unknown: BTreeSet<u128>,
+    /// The first that is kept in the end.
+    firsts: BTreeMap<u128, u64>,
 }
 
 impl Members {
@@ -39,7 +43,7 @@ impl Members {
         firsts: &BTreeMap<u128, u64>,
         pairs: &BTreeMap<u128, BTreeSet<u32>>,
     ) -> Self {
-        let mut members = Self::default();
+        let mut members = Self { firsts: firsts.clone(), ..Self::default() };
         for (&conversation, log) in logs {
             let Some((&head, _)) = log.last_key_value() else { continue };
             match pairs.get(&conversation) {
@@ -48,6 +52,9 @@ impl Members {
                     for &user in pair {
                         members.ranges.insert((conversation, user), vec![(first, head)]);
                     }
+                }
+                None if members.first(conversation) > 1 && !is_whole(log) => {
+                    members.unknown.insert(conversation);
                 }
                 None => {
                     members.groups.insert(conversation);
@@ -79,7 +86,32 @@ impl Members {
         }
     }
 
-    fn all(&self, conversation: u128, user: u32) -> &[(u64, u64)] {
+    /// The first that is kept.
+    fn first(&self, conversation: u128) -> u64 {
+        self.firsts.get(&conversation).copied().unwrap_or(1)
+    }
+
+    /// Whether nobody knows who its members were.
+    pub fn is_unknown(&self, conversation: u128) -> bool {
+        self.unknown.contains(&conversation)
+    }
+
+    pub fn unknown(&self) -> usize {
+        self.unknown.len()
+    }
+
+    /// Who is a member in the end; `None`: not known.
+    pub fn now(&self, conversation: u128) -> Option<impl Iterator<Item = u32>> {
+        let head = self.users(conversation).filter_map(|user| self.head(conversation, user)).max()?;
+        Some(self.users(conversation).filter(move |user| self.head(conversation, *user) == Some(head)))
+    }
+
+    /// All who ever were members.
+    pub fn users(&self, conversation: u128) -> impl Iterator<Item = u32> {
+        self.ranges.range((conversation, 0)..=(conversation, u32::MAX)).map(|((_, user), _)| *user)
+    }
+
+    pub fn all(&self, conversation: u128, user: u32) -> &[(u64, u64)] {
         self.ranges.get(&(conversation, user)).map_or(&[], Vec::as_slice)
     }
 
@@ -89,7 +121,7 @@ impl Members {
         all.get(all.len().saturating_sub(RANGES_KEPT_MAX)..).unwrap_or(all)
     }
 
-    fn may_see(&self, conversation: u128, user: u32, seq: u64) -> bool {
+    pub fn may_see(&self, conversation: u128, user: u32, seq: u64) -> bool {
         self.all(conversation, user).iter().any(|(first, last)| (*first..=*last).contains(&seq))
     }
 
@@ -101,8 +133,14 @@ impl Members {
     /// The first that a device may see and a hop left out.
     pub fn left_out(&self, hop: &Hop) -> Option<u64> {
         let kept = self.kept(hop.conversation, hop.device.user);
-        let parts = kept.iter().map(|(first, last)| ((*first).max(hop.after + 1), *last));
+        let lowest = self.first(hop.conversation).max(hop.after.saturating_add(1));
+        let parts = kept.iter().map(|(first, last)| ((*first).max(lowest), *last));
         parts.filter(|(first, last)| first <= last && *first < hop.before).map(|(first, _)| first).next()
+    }
+
+    /// Whether a user reached all of a conversation up to its head that is still kept.
+    pub fn reaches(&self, conversation: u128, reached: u64, head: u64) -> bool {
+        reached == head || (reached < head && self.first(conversation) > head)
     }
 
     /// Conversations of a user, with the head of each.
@@ -112,13 +150,18 @@ impl Members {
     }
 }
 
+fn is_whole(log: &Log<'_>) -> bool {
+    (1..).zip(log.keys()).all(|(expected, seq)| *seq == expected)
+}
+
 impl Checker<'_> {
     /// What members were given of a group is what was said while they were members: no more, and no less.
     pub fn check_groups(&mut self, members: &Members) {
         for conversation in &members.groups {
             let Some(log) = self.logs.get(conversation) else { continue };
+            // What was let go is there too as somebody saw it: the whole log is known.
             let begins = log.first_key_value().is_some_and(|(_, row)| row.change == Some(Change::Created));
-            if !begins || !(1..).zip(log.keys()).all(|(expected, seq)| *seq == expected) {
+            if !begins || !is_whole(log) {
                 let text = format!("{conversation:032x} has a hole, or does not begin with its creation");
                 self.verdict.broken(Rule::Dense, text);
             }
@@ -136,10 +179,15 @@ impl Checker<'_> {
                 self.verdict.broken(Rule::OnlyToItsMembers, text);
             }
         }
-        for (reader, conversation, head, messages) in &self.readings {
+        for (reader, conversation, (_, head), messages) in &self.readings {
             let read: BTreeSet<u64> = messages.iter().map(|shown| shown.place.seq).collect();
             let kept = members.kept(*conversation, reader.user);
-            let missing = kept.iter().flat_map(|(first, last)| *first..=*last).find(|seq| !read.contains(seq));
+            if members.is_unknown(*conversation) {
+                continue;
+            }
+            let lowest = members.first(*conversation);
+            let mut kept = kept.iter().flat_map(|(first, last)| (*first).max(lowest)..=*last);
+            let missing = kept.find(|seq| !read.contains(seq));
             let rises = messages.is_sorted_by(|one, other| one.place.seq < other.place.seq);
             let own_head = members.head(*conversation, reader.user).unwrap_or(0);
             if missing.is_some() || !rises || *head != own_head {
@@ -147,7 +195,7 @@ impl Checker<'_> {
                 self.verdict.broken(Rule::MembersReadAll, text);
             }
         }
-        for hop in &self.hops {
+        for hop in self.hops.iter().filter(|hop| !members.is_unknown(hop.conversation)) {
             if let Some(seq) = members.left_out(hop) {
                 let Hop { device, conversation, after, before, .. } = hop;
                 let text = format!("{device:?} was given {before} of {conversation:032x} after {after}, without {seq}");

@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 
 use super::*;
 
+mod more;
+
 const TALK: u128 = 7;
 const ANN: Device = Device { user: 0, number: 1 };
 const BOB: Device = Device { user: 1, number: 1 };
@@ -14,7 +16,17 @@ fn place(seq: u64) -> Place {
 
 fn shown(seq: u64) -> Shown {
     let (to, body) = (Peer::User(1), format!("m{seq}"));
-    Shown { place: place(seq), from: 0, to, device: 1, client_seq: seq, body, change: None }
+    Shown {
+        place: place(seq),
+        from: 0,
+        to,
+        device: 1,
+        client_seq: seq,
+        body,
+        change: None,
+        of: None,
+        state: State::AsSent,
+    }
 }
 
 fn sent(number: u64) -> Happening {
@@ -186,7 +198,7 @@ fn at(seq: u64) -> Place {
 
 fn row(seq: u64, from: u32, change: Change) -> Shown {
     let (place, to, body) = (at(seq), Peer::Group(0), String::new());
-    Shown { place, from, to, device: 0, client_seq: 0, body, change: Some(change) }
+    Shown { place, from, to, device: 0, client_seq: 0, body, change: Some(change), of: None, state: State::AsSent }
 }
 
 fn said(seq: u64) -> Shown {
@@ -290,7 +302,7 @@ fn what_was_read_rises_is_kept_and_was_asked_for() {
     assert_eq!(and(vec![asked(2), seen(Source::Push, 2), seen(Source::Push, 1)]), [Rule::ReadRises]);
     assert_eq!(and(vec![asked(2), seen(Source::Push, 2), seen(Source::List, 1)]), [], "a list may be a moment late");
     assert_eq!(and(vec![asked(1), seen(Source::Push, 2)]), [Rule::ReadWasAsked]);
-    let listed = |head, read| (BOB, Happening::Listed(vec![Listed { conversation: TALK, head, read }]));
+    let listed = |head, read| (BOB, Happening::Listed(vec![Listed { conversation: TALK, first: 1, head, read }]));
     let kept = (BOB, Happening::ReadKept(place(2)));
     assert_eq!(and(vec![asked(2), kept.clone(), listed(2, 2)]), []);
     assert_eq!(and(vec![asked(2), kept, listed(2, 1)]), [Rule::ReadIsKept]);
@@ -304,13 +316,17 @@ fn what_was_read_rises_is_kept_and_was_asked_for() {
 fn a_sync_is_whole_and_its_pages_follow_each_other() {
     let sync = |after, seqs: &[u64], whole| {
         let messages = seqs.iter().map(|seq| shown(*seq)).collect();
-        (BOB, Happening::Synced { behind: vec![place(after)], messages, whole })
+        let (asked, behind) = (Moment::default(), vec![place(after)]);
+        (BOB, Happening::Synced { asked, behind, messages, whole })
     };
     assert_eq!(and(vec![sync(0, &[1, 2], true), sync(1, &[2], true), sync(2, &[], true)]), []);
     assert_eq!(and(vec![sync(0, &[1], false)]), [], "it was cut short");
     assert_eq!(and(vec![sync(0, &[2], false)]), [Rule::SyncHasNoGap]);
     assert_eq!(and(vec![sync(0, &[2, 1], false)]), [Rule::SyncHasNoGap]);
     assert_eq!(and(vec![sync(0, &[1], true)]), [Rule::SyncIsWhole]);
-    let elsewhere = (BOB, Happening::Synced { behind: Vec::new(), messages: vec![shown(2)], whole: false });
+    let elsewhere = (
+        BOB,
+        Happening::Synced { asked: Moment::default(), behind: Vec::new(), messages: vec![shown(2)], whole: false },
+    );
     assert_eq!(and(vec![elsewhere]), [], "where it begins elsewhere is up to what was acknowledged");
 }

@@ -8,9 +8,10 @@ use std::time::Duration;
 use rand::RngExt;
 use ringline_client::machine::Ask;
 use ringline_client::{Class, JoinPolicy, SendOptions};
+use ringline_schema::message::chat::AmendAction;
 
 use super::world::{Action, USERS, World};
-use crate::checker::{Peer, Place};
+use crate::checker::{Peer, Place, Range};
 use crate::observed;
 
 /// At most one a user.
@@ -36,6 +37,10 @@ impl World {
         self.after(pause, Action::Act { client });
         if self.chance(30) {
             self.ask_something(client);
+        } else if self.chance(15) {
+            self.amend_something(client);
+        } else if self.chance(10) {
+            self.pass_something(client);
         } else if self.clients[client].open_sends <= OPEN_SENDS_MAX {
             self.send_some(client);
         }
@@ -53,18 +58,60 @@ impl World {
             };
             let padding = if self.chance(5) { self.rng.random_range(200..3_000) } else { 0 };
             let timeout = Duration::from_millis(self.rng.random_range(1..1_500));
-            let class = if !to_group && self.chance(15) { Class::Transient } else { Class::Durable };
+            let class = if self.chance(15) { Class::Transient } else { Class::Durable };
             // A false receipt shows best on a message that never arrives, which only a transient one may.
             let wanted_percent = if class == Class::Transient { 80 } else { 20 };
             let options = SendOptions {
                 class,
-                delivery_timeout: (!to_group && self.chance(wanted_percent)).then_some(timeout),
+                delivery_timeout: self.chance(wanted_percent).then_some(timeout),
                 give_up_after: self.chance(10).then_some(Duration::from_secs(2)),
                 ..SendOptions::default()
             };
             let now_ms = self.now_ms();
             self.clients[client].send((now_ms, to), (options, padding), &mut self.history);
         }
+    }
+
+    /// Signals, watches others, says how it is.
+    fn pass_something(&mut self, client: usize) {
+        let (now_ms, other) = (self.now_ms(), self.rng.random_range(0..USERS));
+        let to = if self.chance(50) { Peer::Group(other % GROUPS) } else { Peer::User(other) };
+        let (what, visible) = (self.rng.random_range(0..100), self.chance(80));
+        let device = &mut self.clients[client];
+        match what {
+            0..60 => device.signal(now_ms, to, &mut self.history),
+            60..85 if other != device.name.user => device.watch(now_ms, &[other]),
+            // The first device of a user speaks for him, so that what was said last is known.
+            85..100 if device.name.number == 1 => device.say(now_ms, visible, &mut self.history),
+            _ => {}
+        }
+    }
+
+    /// A part of a history: from anywhere, to anywhere, from either end.
+    fn fetch_something(&mut self, client: usize) {
+        let (now_ms, number) = (self.now_ms(), self.rng.random_range(0..1_024));
+        let Some((with, place, _)) = self.clients[client].asked.memory.message(number) else { return };
+        // Often far back, where something may be gone.
+        let most = if self.chance(50) { place.seq.min(5) } else { place.seq };
+        let after = self.rng.random_range(0..=most);
+        let before = self.chance(50).then(|| self.rng.random_range(after.max(1)..=place.seq + 2));
+        let range = Range { after, before, newest: self.chance(50) };
+        self.clients[client].fetch(now_ms, (with, place.conversation), range, &self.history);
+    }
+
+    /// Mostly what is allowed.
+    fn amend_something(&mut self, client: usize) {
+        use AmendAction::{DeleteForAll, DeleteForMe, Edit, Recall};
+        let (now_ms, number) = (self.now_ms(), self.rng.random_range(0..1_024));
+        let Some((with, place, by)) = self.clients[client].asked.memory.message(number) else { return };
+        let own = self.clients[client].name.user;
+        let what = self.rng.random_range(0..100);
+        let action = match with {
+            _ if by == own => [Edit, Edit, Edit, Recall, DeleteForAll, DeleteForMe][what % 6],
+            Peer::Group(group) if group == own => [DeleteForAll, DeleteForMe, Edit][what % 3],
+            Peer::User(_) | Peer::Group(_) => [DeleteForMe, DeleteForMe, Edit, Recall, DeleteForAll][what % 5],
+        };
+        self.clients[client].amend(now_ms, (with, place), action, &mut self.history);
     }
 
     fn ask_something(&mut self, client: usize) {
@@ -80,9 +127,10 @@ impl World {
             }
             65..82 => {
                 let behind = place.map(|place| Place { seq: self.rng.random_range(0..=place.seq), ..place });
-                self.clients[client].sync(now_ms, behind.into_iter().collect());
+                self.clients[client].sync(now_ms, behind.into_iter().collect(), &self.history);
             }
-            82..99 => self.clients[client].list(now_ms),
+            82..90 => self.clients[client].list(now_ms, &self.history),
+            90..99 => self.fetch_something(client),
             _ => {
                 let number = self.rng.random_range(1..=2);
                 self.clients[client].drop_device(now_ms, number, &mut self.history);
@@ -96,7 +144,7 @@ impl World {
         let users = (0..USERS).filter(|user| (user + group).is_multiple_of(2)).map(Peer::User).map(observed::name);
         let ask = Ask::CreateGroup { group: observed::name(Peer::Group(group)), join, users: users.collect() };
         let now_ms = self.now_ms();
-        self.clients[client].ask_group(now_ms, ask);
+        self.clients[client].ask_group(now_ms, ask, &mut self.history);
     }
 
     fn act_in_group(&mut self, client: usize) {
@@ -118,6 +166,6 @@ impl World {
             _ => Ask::AnswerRequest { group, user: observed::name(Peer::User(own)), approve: what % 2 == 0 },
         };
         let now_ms = self.now_ms();
-        self.clients[client].ask_group(now_ms, ask);
+        self.clients[client].ask_group(now_ms, ask, &mut self.history);
     }
 }

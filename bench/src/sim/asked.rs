@@ -11,8 +11,8 @@ use ringline_client::{CallError, ConversationId, ConversationPage, HistoryRange,
 use ringline_client::{History as Page, Place as WirePlace};
 
 use super::device::Device;
-use crate::checker::{Happening, History, Listed, Peer, Place, Shown, Source};
-use crate::observed;
+use crate::checker::{Happening, History, Listed, Moment, Peer, Place, Range, Shown, Source};
+use crate::observed::{self, Memory};
 
 /// Rows of a page: few, so that there are several.
 const PAGE_ROWS: u16 = 20;
@@ -27,11 +27,17 @@ enum Purpose {
     List,
     Devices,
     Drop,
+    Hide(Place),
+    Fetch(Moment, (Peer, u128), Range),
+    Watch,
+    Status,
+    Receipts(Place),
 }
 
 /// A SYNC, page by page.
 #[derive(Clone, Debug, Default)]
 struct Syncing {
+    asked: Moment,
     behind: Vec<Place>,
     messages: Vec<Shown>,
     /// Nothing is sent meanwhile.
@@ -42,14 +48,18 @@ struct Syncing {
 #[derive(Default)]
 pub struct Asked {
     open: BTreeMap<u64, Purpose>,
-    /// What the application was handed last of each conversation.
-    seen: BTreeMap<u128, u64>,
+    pub memory: Memory,
     reading: VecDeque<Peer>,
     read: Vec<Shown>,
     syncing: Option<Syncing>,
-    listing: Option<(Vec<Listed>, bool)>,
-    /// Every conversation of the user.
-    listed: Vec<u128>,
+    listing: Option<(Moment, Vec<Listed>, bool)>,
+    /// Every conversation of the user, and its head.
+    listed: Vec<Place>,
+    /// Receipts that are still to be asked for.
+    receipts: Vec<Place>,
+    /// A status is on its way.
+    saying: bool,
+    statuses: u32,
     /// What has to be asked when nothing is sent any more.
     last: VecDeque<Last>,
 }
@@ -60,18 +70,13 @@ enum Last {
     Sync,
     List,
     Devices,
+    Receipts,
 }
 
 impl Asked {
-    pub fn saw(&mut self, place: Place) {
-        if place.seq > 0 {
-            self.seen.insert(place.conversation, place.seq);
-        }
-    }
-
     /// Where the application is in the `number`th of the conversations it knows, counted round and round.
     pub fn place(&self, number: usize) -> Option<Place> {
-        let (&conversation, &seq) = self.seen.iter().nth(number.checked_rem(self.seen.len())?)?;
+        let (&conversation, &seq) = self.memory.seen.iter().nth(number.checked_rem(self.memory.seen.len())?)?;
         Some(Place { conversation, seq })
     }
 
@@ -93,8 +98,22 @@ impl Device {
         }
     }
 
-    pub fn ask_group(&mut self, now_ms: u64, ask: Ask) {
-        self.ask(now_ms, Purpose::Group, ask);
+    pub fn ask_group(&mut self, now_ms: u64, ask: Ask, history: &mut History) {
+        let comes = match &ask {
+            Ask::JoinGroup(group) => Some((group.clone(), vec![self.name.user])),
+            Ask::Invite { group, users } | Ask::CreateGroup { group, users, .. } => {
+                Some((group.clone(), users.iter().map(observed::user).collect()))
+            }
+            Ask::AnswerRequest { group, user, .. } => Some((group.clone(), vec![observed::user(user)])),
+            _ => None,
+        };
+        let Ok(number) = self.machine.ask(now_ms, ask) else { return };
+        self.asked.open.insert(number, Purpose::Group);
+        if let Some((group, users)) = comes
+            && let Peer::Group(group) = observed::peer(&group)
+        {
+            history.push(self.name, Happening::ComingAsked { number, group, users });
+        }
     }
 
     pub fn read(&mut self, now_ms: u64, place: Place, history: &mut History) {
@@ -108,10 +127,46 @@ impl Device {
         self.ask(now_ms, Purpose::Drop, Ask::DropDevice(ringline_client::DeviceId(number)));
     }
 
+    /// The user deletes a message for himself.
+    pub fn hide(&mut self, now_ms: u64, (with, place): (Peer, Place), history: &mut History) {
+        history.push(self.name, Happening::HideAsked(place));
+        let (with, seq) = (observed::name(with), Seq(place.seq));
+        self.ask(now_ms, Purpose::Hide(place), Ask::DeleteForMe { with, seq });
+    }
+
+    /// Asks for a part of the history.
+    pub fn fetch(&mut self, now_ms: u64, (with, conversation): (Peer, u128), range: Range, history: &History) {
+        let Range { after, before, newest } = range;
+        let wanted = HistoryRange { after: Seq(after), before: before.map(Seq), limit: PAGE_ROWS, newest };
+        let ask = Ask::History { with: observed::name(with), range: wanted };
+        self.ask(now_ms, Purpose::Fetch(history.now(), (with, conversation), range), ask);
+    }
+
+    /// Watches these users from now on.
+    pub fn watch(&mut self, now_ms: u64, users: &[u32]) {
+        let names = users.iter().map(|user| observed::name(Peer::User(*user))).collect();
+        self.ask(now_ms, Purpose::Watch, Ask::Watch(names));
+    }
+
+    /// Says something else of its user, one thing after the other.
+    pub fn say(&mut self, now_ms: u64, visible: bool, history: &mut History) {
+        if self.asked.saying || !self.machine.is_online() {
+            return;
+        }
+        self.asked.statuses += 1;
+        let status = format!("{}.{}.{}", self.name.user, self.process, self.asked.statuses);
+        let ask = Ask::SetStatus { status: status.clone(), visible };
+        if let Ok(number) = self.machine.ask(now_ms, ask) {
+            self.asked.saying = true;
+            self.asked.open.insert(number, Purpose::Status);
+            history.push(self.name, Happening::StatusAsked { status, visible });
+        }
+    }
+
     /// Asks for what is behind these places.
-    pub fn sync(&mut self, now_ms: u64, behind: Vec<Place>) {
+    pub fn sync(&mut self, now_ms: u64, behind: Vec<Place>, history: &History) {
         if self.asked.syncing.is_none() {
-            self.asked.syncing = Some(Syncing { behind, ..Syncing::default() });
+            self.asked.syncing = Some(Syncing { asked: history.now(), behind, ..Syncing::default() });
             self.sync_on(now_ms, WirePlace::default());
         }
     }
@@ -122,9 +177,9 @@ impl Device {
         self.ask(now_ms, Purpose::Sync, Ask::Sync { places, from, limit: PAGE_ROWS });
     }
 
-    pub fn list(&mut self, now_ms: u64) {
+    pub fn list(&mut self, now_ms: u64, history: &History) {
         if self.asked.listing.is_none() {
-            self.asked.listing = Some((Vec::new(), false));
+            self.asked.listing = Some((history.now(), Vec::new(), false));
             self.list_on(now_ms, ConversationId(0));
         }
     }
@@ -134,33 +189,49 @@ impl Device {
     }
 
     /// Nothing is sent any more: everything is asked once, one thing after the other.
-    pub fn ask_all(&mut self, now_ms: u64, with: impl Iterator<Item = Peer>) {
-        self.asked = Asked { seen: std::mem::take(&mut self.asked.seen), ..Asked::default() };
+    pub fn ask_all(&mut self, now_ms: u64, with: impl Iterator<Item = Peer>, history: &History) {
+        self.asked = Asked { memory: std::mem::take(&mut self.asked.memory), ..Asked::default() };
         self.asked.reading = with.collect();
-        self.asked.last = VecDeque::from([Last::ReadBack, Last::List, Last::Sync, Last::Devices]);
-        self.ask_last(now_ms);
+        self.asked.last = VecDeque::from([Last::ReadBack, Last::List, Last::Sync, Last::Devices, Last::Receipts]);
+        self.ask_last(now_ms, history);
     }
 
-    fn ask_last(&mut self, now_ms: u64) {
+    fn ask_last(&mut self, now_ms: u64, history: &History) {
         match self.asked.last.front() {
             None => {}
-            Some(Last::ReadBack) => self.read_next(now_ms, Seq::ZERO),
+            Some(Last::ReadBack) => self.read_next(now_ms, Seq::ZERO, history),
             Some(Last::Sync) => {
-                let behind = self.asked.listed.iter().map(|&conversation| Place { conversation, seq: 0 }).collect();
-                self.asked.syncing = Some(Syncing { behind, messages: Vec::new(), at_rest: true });
+                let behind = self.asked.listed.iter().map(|place| Place { seq: 0, ..*place }).collect();
+                self.asked.syncing =
+                    Some(Syncing { asked: history.now(), behind, messages: Vec::new(), at_rest: true });
                 self.sync_on(now_ms, WirePlace::default());
             }
             Some(Last::List) => {
-                self.asked.listing = Some((Vec::new(), true));
+                self.asked.listing = Some((history.now(), Vec::new(), true));
                 self.list_on(now_ms, ConversationId(0));
             }
             Some(Last::Devices) => self.ask(now_ms, Purpose::Devices, Ask::Devices),
+            Some(Last::Receipts) => {
+                self.asked.receipts = self.asked.listed.iter().copied().filter(|place| place.seq > 0).collect();
+                self.receipts_next(now_ms, history);
+            }
         }
     }
 
-    fn last_done(&mut self, now_ms: u64) {
+    fn last_done(&mut self, now_ms: u64, history: &History) {
         self.asked.last.pop_front();
-        self.ask_last(now_ms);
+        self.ask_last(now_ms, history);
+    }
+
+    fn receipts_next(&mut self, now_ms: u64, history: &History) {
+        match self.asked.receipts.last() {
+            Some(&place) => {
+                let WirePlace { conversation, seq } = wire(place);
+                let ask = Ask::Receipts { conversation, seq, limit: PAGE_ROWS };
+                self.ask(now_ms, Purpose::Receipts(place), ask);
+            }
+            None => self.last_done(now_ms, history),
+        }
     }
 
     pub(super) fn answered(
@@ -170,17 +241,20 @@ impl Device {
         history: &mut History,
     ) {
         let Some(purpose) = self.asked.open.remove(&number) else { return };
+        if matches!((purpose, &answer), (Purpose::Group, Ok(_) | Err(CallError::Refused { .. }))) {
+            history.push(self.name, Happening::ComingAnswered { number });
+        }
         match (purpose, answer) {
             (Purpose::Reading, Ok(Told::History(page))) => self.read_page(now_ms, page, history),
             (Purpose::Reading, Err(CallError::Refused { .. })) => {
                 // Of no group that this user was ever in.
                 self.asked.reading.pop_front();
                 self.asked.read.clear();
-                self.read_next(now_ms, Seq::ZERO);
+                self.read_next(now_ms, Seq::ZERO, history);
             }
             (Purpose::Reading, _) => {
                 self.asked.read.clear();
-                self.read_next(now_ms, Seq::ZERO);
+                self.read_next(now_ms, Seq::ZERO, history);
             }
             (Purpose::Group, Ok(Told::Group(done))) if done.seq > Seq::ZERO => {
                 let place = Place { conversation: done.conversation.0, seq: done.seq.0 };
@@ -194,15 +268,46 @@ impl Device {
             (Purpose::Devices, Ok(Told::Devices(devices))) => {
                 let numbers = devices.iter().map(|device| device.device.0).collect();
                 history.push(self.name, Happening::Devices(numbers));
-                self.last_done(now_ms);
+                self.last_done(now_ms, history);
             }
-            (Purpose::Devices, _) => self.ask_last(now_ms),
-            (Purpose::Group | Purpose::Read(_) | Purpose::Drop, _) => {}
+            (Purpose::Devices, _) => self.ask_last(now_ms, history),
+            (Purpose::Fetch(asked, (with, conversation), range), answer) => {
+                let page = match &answer {
+                    Ok(Told::History(page)) => observed::page(Ok(page)),
+                    Ok(_) => None,
+                    Err(error) => observed::page(Err(error)),
+                };
+                if let Some(page) = page {
+                    history.push(self.name, Happening::Fetched { asked, with, conversation, range, page });
+                }
+            }
+            (Purpose::Watch, Ok(Told::Presence(rows))) => {
+                let users = rows.iter().map(|row| observed::user(&row.user)).collect();
+                history.push(self.name, Happening::Watches(users));
+            }
+            (Purpose::Status, answer) => {
+                self.asked.saying = false;
+                if answer.is_ok() {
+                    history.push(self.name, Happening::StatusKept);
+                }
+            }
+            (Purpose::Receipts(place), answer) => {
+                if let Ok(Told::Receipts(page)) = &answer {
+                    history.push(self.name, Happening::ReceiptsShown(observed::receipts(place, page)));
+                }
+                // What is refused is none of ours any more, or let go.
+                if matches!(answer, Ok(_) | Err(CallError::Refused { .. })) {
+                    self.asked.receipts.pop();
+                }
+                self.receipts_next(now_ms, history);
+            }
+            (Purpose::Hide(place), Ok(_)) => history.push(self.name, Happening::HideKept(place)),
+            (Purpose::Group | Purpose::Read(_) | Purpose::Drop | Purpose::Hide(_) | Purpose::Watch, _) => {}
         }
     }
 
-    fn read_next(&mut self, now_ms: u64, after: Seq) {
-        let Some(&with) = self.asked.reading.front() else { return self.last_done(now_ms) };
+    fn read_next(&mut self, now_ms: u64, after: Seq, history: &History) {
+        let Some(&with) = self.asked.reading.front() else { return self.last_done(now_ms, history) };
         let range = HistoryRange { after, before: None, limit: PAGE_ROWS, newest: false };
         self.ask(now_ms, Purpose::Reading, Ask::History { with: observed::name(with), range });
     }
@@ -210,14 +315,14 @@ impl Device {
     fn read_page(&mut self, now_ms: u64, page: Page, history: &mut History) {
         self.asked.read.extend(page.messages.iter().map(observed::shown));
         if let Some(last) = page.messages.last() {
-            return self.read_next(now_ms, last.seq);
+            return self.read_next(now_ms, last.seq, history);
         }
         let messages = std::mem::take(&mut self.asked.read);
         let (conversation, first, head) = (page.conversation.0, page.first.0, page.head.0);
         if let Some(with) = self.asked.reading.pop_front() {
             history.push(self.name, Happening::ReadBack { conversation, with, first, head, messages });
         }
-        self.read_next(now_ms, Seq::ZERO);
+        self.read_next(now_ms, Seq::ZERO, history);
     }
 
     fn sync_page(&mut self, now_ms: u64, page: SyncPage, history: &mut History) {
@@ -230,22 +335,25 @@ impl Device {
     }
 
     fn sync_ends(&mut self, now_ms: u64, complete: bool, history: &mut History) {
-        let Some(Syncing { behind, messages, at_rest }) = self.asked.syncing.take() else { return };
-        history.push(self.name, Happening::Synced { behind, messages, whole: complete && at_rest });
+        let Some(Syncing { asked, behind, messages, at_rest }) = self.asked.syncing.take() else { return };
+        history.push(self.name, Happening::Synced { asked, behind, messages, whole: complete && at_rest });
         match (at_rest, complete) {
-            (true, true) => self.last_done(now_ms),
-            (true, false) => self.ask_last(now_ms),
+            (true, true) => self.last_done(now_ms, history),
+            (true, false) => self.ask_last(now_ms, history),
             (false, _) => {}
         }
     }
 
     fn list_page(&mut self, now_ms: u64, page: &ConversationPage, history: &mut History) {
+        let asked = self.asked.listing.as_ref().map_or_else(|| history.now(), |(asked, ..)| *asked);
         for row in &page.conversations {
+            let first = Place { conversation: row.conversation.0, seq: row.first.0 };
+            history.push(self.name, Happening::FloorShown { asked, first });
             let place = Place { conversation: row.conversation.0, seq: row.read.0 };
             let (source, user) = (Source::List, self.name.user);
             history.push(self.name, Happening::ReadShown { source, user, place });
         }
-        let Some((rows, _)) = &mut self.asked.listing else { return };
+        let Some((_, rows, _)) = &mut self.asked.listing else { return };
         rows.extend(page.conversations.iter().map(observed::listed));
         match page.next {
             Some(next) => self.list_on(now_ms, next),
@@ -254,14 +362,15 @@ impl Device {
     }
 
     fn listing_ends(&mut self, now_ms: u64, complete: bool, history: &mut History) {
-        let Some((rows, at_rest)) = self.asked.listing.take() else { return };
+        let Some((_, rows, at_rest)) = self.asked.listing.take() else { return };
         match (at_rest, complete) {
             (true, true) => {
-                self.asked.listed = rows.iter().map(|row| row.conversation).collect();
+                self.asked.listed =
+                    rows.iter().map(|row| Place { conversation: row.conversation, seq: row.head }).collect();
                 history.push(self.name, Happening::Listed(rows));
-                self.last_done(now_ms);
+                self.last_done(now_ms, history);
             }
-            (true, false) => self.ask_last(now_ms),
+            (true, false) => self.ask_last(now_ms, history),
             (false, _) => {}
         }
     }

@@ -7,14 +7,15 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use ringline_client::machine::{Finished, Machine, MachineConfig};
-use ringline_client::{CatchUp, Class, DeviceId, DeviceKind, Event, Outcome, SendOptions, Seq};
+use ringline_client::{CatchUp, Class, DeviceId, DeviceKind, Event, Outcome, SendOptions, Seq, UserName};
 use ringline_schema::codec::{decode_reply, decode_request};
 use ringline_schema::frame::FrameDecoder;
 use ringline_schema::limits;
-use ringline_schema::message::{Reply, Request};
+use ringline_schema::message::chat::{Amend, AmendAction, PresenceRow, SIGNAL_APPLICATION};
+use ringline_schema::message::{ChatReply, ChatRequest, Reply, Request};
 
 use super::asked::Asked;
-use crate::checker::{Device as Name, Happening, History, Peer, Place, Source};
+use crate::checker::{Device as Name, Happening, History, Peer, Place, Presence, State};
 use crate::observed;
 
 /// Unix microseconds at which the simulation begins.
@@ -47,6 +48,8 @@ pub struct Device {
     /// When the machine is woken next; 0: not planned.
     pub wake_us: u64,
     pub taking: bool,
+    /// Stays without a connection.
+    pub away: bool,
     pub open_sends: u32,
     bodies: u64,
     /// What the application has asked beside its sends.
@@ -65,6 +68,7 @@ impl Device {
             stalled_until_us: 0,
             wake_us: 0,
             taking: false,
+            away: false,
             open_sends: 0,
             bodies: 0,
             asked: Asked::default(),
@@ -89,24 +93,48 @@ impl Device {
         }
     }
 
+    /// The application edits a message, takes it back, or deletes it for all.
+    pub fn amend(&mut self, now_ms: u64, (with, of): (Peer, Place), action: AmendAction, history: &mut History) {
+        let what = match action {
+            AmendAction::Edit => State::Edited,
+            AmendAction::Recall => State::Recalled,
+            AmendAction::DeleteForAll => State::Deleted,
+            AmendAction::DeleteForMe => return self.hide(now_ms, (with, of), history),
+        };
+        self.bodies += 1;
+        let edits = what == State::Edited;
+        let body = if edits {
+            format!("{}.{} edits {}", self.name.user, self.name.number, self.bodies)
+        } else {
+            String::new()
+        };
+        let (to, message) = (with, (observed::name(with), Seq(of.seq)));
+        if let Ok(number) = self.machine.amend(now_ms, message, (action, body.clone().into())) {
+            self.open_sends += 1;
+            history.push(self.name, Happening::Amended { number, to, of, what, body });
+        }
+    }
+
+    /// The application signals something of its own; without a connection nobody hears it.
+    pub fn signal(&mut self, now_ms: u64, to: Peer, history: &mut History) {
+        if self.machine.is_online() {
+            self.bodies += 1;
+            let (number, body) =
+                (self.bodies, format!("{}.{} signals {}", self.name.user, self.name.number, self.bodies));
+            self.machine.signal(now_ms, observed::name(to), (SIGNAL_APPLICATION, body.clone().into()));
+            history.push(self.name, Happening::Signalled { number, to, body });
+        }
+    }
+
     /// The application takes up to `count` events.
     pub fn take(&mut self, count: usize, history: &mut History) {
         for _ in 0..count {
             let Some(event) = self.inbox.pop_front() else { return };
-            // The rest is told again or can be asked for: no promise of a stream.
-            if let Event::Message(message) = &event {
-                let shown = observed::shown(message);
-                self.asked.saw(shown.place);
-                history.push(self.name, Happening::Saw(shown));
-            } else if let Event::Skipped { conversation, from, to, .. } = &event {
-                let (conversation, from, to) = (conversation.0, from.0, to.0);
-                history.push(self.name, Happening::Skipped { conversation, from, to });
-            } else if let Event::ReadUpto(read) = &event
-                && let Some(user) = &read.user
-            {
-                let place = Place { conversation: read.conversation.0, seq: read.read.0 };
-                let (source, user) = (Source::Push, observed::user(user));
-                history.push(self.name, Happening::ReadShown { source, user, place });
+            for happening in observed::happenings(&event) {
+                if let Happening::Saw(shown) = &happening {
+                    self.asked.memory.saw(self.name.user, shown);
+                }
+                history.push(self.name, happening);
             }
             self.machine.take(&event);
         }
@@ -142,13 +170,25 @@ fn machine(name: Name, now_us: u64) -> Machine {
     })
 }
 
+fn presence(row: &PresenceRow<'_>) -> Presence {
+    let user = UserName::new(row.user).map_or(u32::MAX, |name| observed::user(&name));
+    Presence { user, online: row.online, last_seen_ms: row.last_seen_ms, status: row.status.to_owned() }
+}
+
 impl Tap {
     /// Bytes that the client wrote.
     pub fn wrote(&mut self, mut bytes: &[u8]) {
         while let Ok(Some(frame)) = self.from_client.next(&mut bytes, limits::FRAME_BYTES_CEILING) {
-            if let Ok(Request::Send(send)) = decode_request(&frame.header, frame.body) {
-                self.asked.insert(frame.header.request_id, send.client_seq);
-            }
+            let client_seq = match decode_request(&frame.header, frame.body) {
+                Ok(Request::Send(send)) => send.client_seq,
+                Ok(Request::Chat(ChatRequest::Amend(Amend { action, client_seq, .. })))
+                    if action != AmendAction::DeleteForMe =>
+                {
+                    client_seq
+                }
+                _ => continue,
+            };
+            self.asked.insert(frame.header.request_id, client_seq);
         }
     }
 
@@ -174,6 +214,12 @@ impl Tap {
                 Ok(Reply::Failure { code, .. }) if code.retryable() => {
                     if let Some(number) = self.asked.remove(&frame.header.request_id) {
                         history.push(device, Happening::Passed { number });
+                    }
+                }
+                Ok(Reply::Chat(ChatReply::PresenceOk { users } | ChatReply::PresenceChanged { users })) => {
+                    for row in &users {
+                        let presence = presence(row);
+                        history.push(device, Happening::PresenceShown { connection, presence });
                     }
                 }
                 Ok(Reply::SendAck(_)) => {

@@ -9,7 +9,8 @@ use std::collections::VecDeque;
 
 use rand::RngExt;
 use rand::rngs::SmallRng;
-use ringline_schema::record::{Answer, Query, Record};
+use ringline_schema::ids::{ConversationId, DeviceKey, Seq};
+use ringline_schema::record::{Answer, Query, Range, Record};
 use ringline_store::memory::{self, MemoryStore};
 use ringline_store::{LoadToken, Store, StoreEvent};
 
@@ -42,12 +43,14 @@ struct Log {
 pub struct Disk {
     durable: Vec<MemoryStore>,
     logs: Vec<Log>,
+    /// Messages that retention let go, which come back with the next life; only with a planted bug.
+    zombies: Vec<Record>,
     bug: Option<Bug>,
 }
 
 impl Disk {
     pub fn new(shards: u16, bug: Option<Bug>) -> Self {
-        Self { durable: memory::open(shards), logs: logs(shards), bug }
+        Self { durable: memory::open(shards), logs: logs(shards), zombies: Vec::new(), bug }
     }
 
     /// Queues a record. False: the log has failed.
@@ -115,6 +118,30 @@ impl Disk {
         answer.unwrap_or(Answer::Failed)
     }
 
+    /// First and last of a conversation, as they are durable.
+    pub fn bounds(&mut self, conversation: ConversationId) -> Option<(Seq, Seq)> {
+        match self.answer(0, Query::Head { conversation, device: DeviceKey(0) }, true) {
+            Answer::Head(head) if head.head > Seq::ZERO => Some((head.first, head.head)),
+            _ => None,
+        }
+    }
+
+    /// The checkpoint that lets go of a conversation's messages below `floor` is durable.
+    pub fn let_go(&mut self, conversation: ConversationId, floor: Seq) {
+        if self.bug == Some(Bug::FloorForgotten) {
+            let range =
+                Range { after: Seq::ZERO, before: Some(floor), limit: u16::MAX, bytes_max: u32::MAX, newest: false };
+            if let Answer::Messages { messages, .. } =
+                self.answer(0, Query::Messages { conversation, range, reader: None }, true)
+            {
+                self.zombies.extend(messages.into_iter().map(Record::from));
+            }
+        }
+        if let Some(store) = self.durable.first() {
+            store.let_go(conversation, floor);
+        }
+    }
+
     /// The node dies and comes back with `shards`. `orderly`: everything that was queued is written before.
     pub fn restart(&mut self, (shards, orderly): (u16, bool), rng: &mut SmallRng) {
         for shard in 0..self.logs.len() {
@@ -138,6 +165,8 @@ impl Disk {
             }
             self.keep(shard, writing);
         }
+        let zombies = std::mem::take(&mut self.zombies);
+        self.keep(0, zombies);
         self.durable = self.durable.first().map_or_else(Vec::new, |store| store.reopen(shards));
         self.logs = logs(shards);
     }

@@ -5,8 +5,12 @@
 use rand::RngExt;
 use ringline_cluster::placement::ShardIndex;
 use ringline_core::event::Event;
+use ringline_schema::ids::{ConversationId, Seq};
 
-use super::world::{Action, World};
+use super::acts::GROUPS;
+use super::world::{Action, USERS, World};
+use crate::checker::Peer;
+use crate::observed;
 
 /// The longest time that a client hangs, in microseconds.
 const STALL_US_MAX: u64 = 3_000_000;
@@ -21,6 +25,9 @@ impl World {
         self.after(pause, Action::Fault);
         self.faults += 1;
         let client = self.rng.random_range(0..self.clients.len());
+        if self.lets_go && self.chance(60) {
+            self.begin_checkpoint();
+        }
         match self.rng.random_range(0..100) {
             0..15 if self.up => self.crash(),
             15..20 if self.up => self.stop(),
@@ -41,6 +48,22 @@ impl World {
             92..96 => self.unreadable_percent = if self.chance(50) { self.rng.random_range(1..10) } else { 0 },
             _ => self.slow_disk_percent = self.rng.random_range(0..40),
         }
+    }
+
+    /// Retention picks what one conversation may let go of; that happens when its checkpoint is written, if the node lives
+    /// so long.
+    fn begin_checkpoint(&mut self) {
+        let (one, other) = (self.rng.random_range(0..USERS), self.rng.random_range(0..USERS));
+        let name = |user| observed::name(Peer::User(user));
+        let conversation = match self.chance(20) {
+            true => ConversationId::group(&observed::name(Peer::Group(one % GROUPS))),
+            false => ConversationId::direct(&name(one), &name(other)),
+        };
+        let Some((first, head)) = self.disk.bounds(conversation) else { return };
+        let all = self.chance(10);
+        let floor = if all { head.0 + 1 } else { self.rng.random_range(first.0..=head.0.max(first.0)) };
+        let (delay, epoch) = (self.random_us(1_000, 200_000), self.epoch);
+        self.after(delay, Action::Checkpoint { epoch, conversation, floor: Seq(floor) });
     }
 
     /// A connection breaks, at whatever byte it was.

@@ -2,7 +2,7 @@
 //! seed.
 //!
 //! One thread, virtual time, no clock, socket or randomness but the seed's: an equal seed gives an equal run, which its
-//! trace hash shows. Simulated are the disk (delays, torn writes, lost unsynced data, failing writes), the lanes between
+//! trace hash shows. Simulated are the disk (delays, torn writes, lost unsynced data, failing writes, retention), the lanes between
 //! shards (any delay; in order and without loss, as the real ones), connections (bytes in pieces of any size, cut at any
 //! byte, slow readers), clocks of deadlines, crashes and orderly stops of the node at any step with another number of
 //! shards afterwards, and processes of clients that hang or die. What clients saw goes to the [`checker`](crate::checker).
@@ -32,6 +32,10 @@ pub enum Bug {
     SwappedDeliveries,
     /// A crash keeps a change of a group and loses the rows that say who its members are.
     TornChange,
+    /// What retention let go is there again after a restart.
+    FloorForgotten,
+    /// A lane gives two transient messages of a group in the wrong order.
+    SwappedPasses,
     /// One of the shard's own; without the feature `planted-bugs` it does nothing.
     Shard(ringline_core::planted::Bug),
 }
@@ -40,7 +44,8 @@ impl Bug {
     /// All of them.
     pub fn all() -> impl Iterator<Item = Self> {
         let outside = [Self::SkippedSync, Self::TornMiddle, Self::SwappedDeliveries, Self::TornChange];
-        outside.into_iter().chain(ringline_core::planted::Bug::ALL.iter().copied().map(Self::Shard))
+        let outside = outside.into_iter().chain([Self::FloorForgotten, Self::SwappedPasses]);
+        outside.chain(ringline_core::planted::Bug::ALL.iter().copied().map(Self::Shard))
     }
 }
 

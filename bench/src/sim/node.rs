@@ -149,8 +149,14 @@ impl World {
 
     pub(super) fn lane_moves(&mut self, lane: (u16, u16)) {
         let swap = self.bug == Some(Bug::SwappedDeliveries) && self.chance(30);
+        let swap_passes = self.bug == Some(Bug::SwappedPasses);
         let Some(waiting) = self.lanes.get_mut(&lane) else { return };
-        if swap && waiting.iter().take(2).all(|message| matches!(message, ShardMessage::Deliver { .. })) {
+        let swaps = |message: &ShardMessage| match message {
+            ShardMessage::Deliver { .. } => swap,
+            ShardMessage::PassGroup { .. } => swap_passes,
+            _ => false,
+        };
+        if waiting.iter().take(2).all(swaps) {
             waiting.make_contiguous();
             if waiting.len() > 1 {
                 waiting.swap(0, 1);

@@ -11,11 +11,12 @@ use rand::{RngExt, SeedableRng};
 use ringline_client::machine::Cut;
 use ringline_core::event::{ConnId, ShardMessage, Token, Work};
 use ringline_schema::frame::FrameDecoder;
+use ringline_schema::ids::{ConversationId, Seq};
 use ringline_schema::record::Query;
 
 use super::Bug;
 use super::acts;
-use super::device::{Device, Tap};
+use super::device::{Device, EPOCH_US, Tap};
 use super::disk::Disk;
 use super::node::Side;
 use crate::checker::{Device as Name, Happening, History};
@@ -28,6 +29,10 @@ const STEPS_MAX: u64 = 3_000_000;
 const HEAL_US: u64 = 180_000_000;
 /// A moved cursor is written within a second; this is longer.
 const CURSOR_TIME_US: u64 = 5_000_000;
+/// Chance in percent that retention is at work in a run.
+const LETS_GO_PERCENT: u32 = 50;
+/// Longer than a watching shard waits before it asks again how everyone is.
+const REST_US: u64 = 35_000_000;
 /// As the SDK's shell: a random time up to a bound that doubles from here …
 const BACK_OFF_US_MIN: u64 = 200_000;
 /// … to here (the SDK's is 30 s; shorter, so that more happens in a run).
@@ -99,6 +104,12 @@ pub enum Action {
         client: usize,
     },
     Fault,
+    /// The disk has written that it lets go of these messages.
+    Checkpoint {
+        epoch: u32,
+        conversation: ConversationId,
+        floor: Seq,
+    },
     Restart {
         epoch: u32,
         orderly: bool,
@@ -172,6 +183,8 @@ pub struct World {
     pub(super) slow_disk_percent: u32,
     /// … and that a question to the disk fails.
     pub(super) unreadable_percent: u32,
+    /// Retention is at work.
+    pub(super) lets_go: bool,
     ends_us: u64,
     pub trace: u64,
     pub steps: u64,
@@ -202,6 +215,7 @@ impl World {
             lively: true,
             slow_disk_percent: rng.random_range(0..10),
             unreadable_percent: 0,
+            lets_go: rng.random_range(0..100) < LETS_GO_PERCENT,
             ends_us: rng.random_range(4_000_000..10_000_000),
             trace: seed,
             steps: 0,
@@ -279,10 +293,11 @@ impl World {
         });
         // Whoever is behind catches up, and acknowledges.
         self.run_until(self.now_us + CURSOR_TIME_US, |_| false);
+        self.rest();
         let now_ms = self.now_ms();
         for client in 0..self.clients.len() {
             if self.clients[client].name.number == 1 {
-                self.clients[client].ask_all(now_ms, acts::peers());
+                self.clients[client].ask_all(now_ms, acts::peers(), &self.history);
                 self.pump(client);
             }
         }
@@ -297,6 +312,37 @@ impl World {
         }
         self.run_until(self.now_us + CURSOR_TIME_US, |_| false);
         self.sides.iter().for_each(|side| side.shard.check_invariants());
+    }
+
+    /// Nothing changes for a while; then somebody is gone for a while, and comes back.
+    fn rest(&mut self) {
+        self.run_until(self.now_us + REST_US, |_| false);
+        self.note_rest(None);
+        let user = self.rng.random_range(0..USERS);
+        let left_ms = (EPOCH_US + self.now_us) / 1_000;
+        let away: Vec<usize> = (0..self.clients.len()).filter(|at| self.clients[*at].name.user == user).collect();
+        for &client in &away {
+            self.restart_process(client);
+            self.clients[client].away = true;
+        }
+        self.run_until(self.now_us + REST_US, |_| false);
+        self.note_rest(Some((user, left_ms)));
+        for &client in &away {
+            self.clients[client].away = false;
+            let process = self.clients[client].process;
+            self.after(0, Action::Connect { client, process });
+        }
+        self.run_until(self.now_us + CURSOR_TIME_US, |_| false);
+    }
+
+    /// `away`: who is gone, and since when.
+    fn note_rest(&mut self, away: Option<(u32, u64)>) {
+        for client in &self.clients {
+            let left_ms = away.filter(|(user, _)| client.name.user == *user).map(|(_, at_ms)| at_ms);
+            if left_ms.is_some() || client.machine.is_online() {
+                self.history.push(client.name, Happening::Rested { left_ms });
+            }
+        }
     }
 
     fn run_until(&mut self, deadline_us: u64, done: impl Fn(&Self) -> bool) {
@@ -341,6 +387,11 @@ impl World {
             Action::Take { client, process } => self.take(client, process),
             Action::Act { client } => self.act(client),
             Action::Fault => self.fault(),
+            Action::Checkpoint { epoch, conversation, floor } => {
+                if epoch == self.epoch {
+                    self.disk.let_go(conversation, floor);
+                }
+            }
             Action::Restart { epoch, orderly } => {
                 if epoch == self.epoch {
                     self.restart(orderly);
@@ -400,6 +451,9 @@ impl World {
     }
 
     fn connect(&mut self, client: usize) {
+        if self.clients[client].away {
+            return;
+        }
         if !self.up {
             return self.try_again(client);
         }

@@ -14,7 +14,7 @@ use ringline_client::{
 };
 
 use super::traffic::{DEVICES_PER_USER, GROUPS, USERS};
-use crate::checker::{Happening, Peer, Place, Source};
+use crate::checker::{Happening, Moment, Peer, Place, Source};
 use crate::observed;
 
 const PAGE_ROWS: u16 = 200;
@@ -71,8 +71,8 @@ impl Wish {
         }
     }
 
-    /// Asks, and says what happened.
-    pub async fn ask(self, client: Client) -> Vec<Happening> {
+    /// Asks, and says what happened. `asked`: when.
+    pub async fn ask(self, client: Client, asked: Moment) -> Vec<Happening> {
         let name = |peer| observed::name(peer).as_str().to_owned();
         let (user, group) = (|user| name(Peer::User(user)), |group| name(Peer::Group(group)));
         let done = match self {
@@ -91,7 +91,7 @@ impl Wish {
                 let read = client.read(ConversationId(place.conversation), Seq(place.seq)).await;
                 return read.map(|()| Happening::ReadKept(place)).into_iter().collect();
             }
-            Self::Sync(behind) => return sync(&client, behind, false).await.into_iter().collect(),
+            Self::Sync(behind) => return sync(&client, (asked, behind), false).await.into_iter().collect(),
             Self::List => return list(&client).await.map(|pages| reads_of(&client, &pages)).unwrap_or_default(),
             Self::DropDevice(number) => {
                 // Whether it was this device itself, its session ends then.
@@ -109,7 +109,7 @@ fn changed(done: Result<GroupDone, CallError>) -> Option<Happening> {
 }
 
 /// A whole SYNC; without its end if a page can't be had.
-async fn sync(client: &Client, behind: Vec<Place>, at_rest: bool) -> Result<Happening, CallError> {
+async fn sync(client: &Client, (asked, behind): (Moment, Vec<Place>), at_rest: bool) -> Result<Happening, CallError> {
     let wire = |place: &Place| WirePlace { conversation: ConversationId(place.conversation), seq: Seq(place.seq) };
     let places: Vec<WirePlace> = behind.iter().map(wire).collect();
     let (mut messages, mut from) = (Vec::new(), None);
@@ -118,7 +118,7 @@ async fn sync(client: &Client, behind: Vec<Place>, at_rest: bool) -> Result<Happ
         messages.extend(page.messages.iter().map(observed::shown));
         match page.next {
             Some(next) => from = Some(next),
-            None => return Ok(Happening::Synced { behind, messages, whole: at_rest }),
+            None => return Ok(Happening::Synced { asked, behind, messages, whole: at_rest }),
         }
     }
 }
@@ -146,7 +146,7 @@ fn reads_of(client: &Client, pages: &[ConversationPage]) -> Vec<Happening> {
 }
 
 /// Everything once, when nothing is sent any more. Errors: a page can't be had.
-pub async fn read_all(client: &Client) -> Result<Vec<Happening>, CallError> {
+pub async fn read_all(client: &Client, asked: Moment) -> Result<Vec<Happening>, CallError> {
     let mut happenings = Vec::new();
     for with in (0..USERS).map(Peer::User).chain((0..GROUPS).map(Peer::Group)) {
         match read_log(client, with).await {
@@ -161,7 +161,7 @@ pub async fn read_all(client: &Client) -> Result<Vec<Happening>, CallError> {
     let rows = || pages.iter().flat_map(|page| &page.conversations);
     happenings.push(Happening::Listed(rows().map(observed::listed).collect()));
     let behind = rows().map(|row| Place { conversation: row.conversation.0, seq: 0 }).collect();
-    happenings.push(sync(client, behind, true).await?);
+    happenings.push(sync(client, (asked, behind), true).await?);
     let devices = client.devices().await?;
     happenings.push(Happening::Devices(devices.iter().map(|device| device.device.0).collect()));
     Ok(happenings)

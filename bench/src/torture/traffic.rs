@@ -138,8 +138,10 @@ impl Traffic {
                 }
             };
             drop(events);
-            let all =
-                asks::read_all(&client).await.map_err(|error| failed("what was sent can't be read back", &error))?;
+            let asked = with_history(&self.record, |history| history.now());
+            let all = asks::read_all(&client, asked)
+                .await
+                .map_err(|error| failed("what was sent can't be read back", &error))?;
             let reader = Device { user, number: READER };
             with_history(&self.record, |history| all.into_iter().for_each(|one| history.push(reader, one)));
             client.close(Duration::from_secs(1)).await;
@@ -233,7 +235,8 @@ impl Life {
                     if self.phase() == Phase::Load && asks.len() < OPEN_ASKS_MAX {
                         let wish = Wish::any(self.name.user, &self.seen, &mut self.rng);
                         wish.before().into_iter().for_each(|happening| self.note(happening));
-                        asks.spawn(wish.ask(client.clone()));
+                        let asked = with_history(&self.parts.0, |history| history.now());
+                        asks.spawn(wish.ask(client.clone(), asked));
                     }
                 }
             }
