@@ -500,7 +500,9 @@ impl Reactor {
         // What is due a microsecond after this turn is work for the next one, as slices of what goes to many are: the
         // kernel rounds so short a sleep up to fifty.
         let until = |at_us: Option<u64>| at_us.map_or(SLEEP_US_MAX, |at_us| at_us.saturating_sub(now_us + 1));
-        let own = until(self.parts.shard.next_deadline_us()).min(until(self.edge.next_deadline_us()));
+        let Parts { shard, net, .. } = &self.parts;
+        let own = until(shard.next_deadline_us()).min(until(self.edge.next_deadline_us()));
+        let own = own.min(until(net.next_deadline_us()));
         let peers_ms = self.parts.peers.as_ref().and_then(PeerLinks::next_ms);
         let own = own.min(until(peers_ms.map(|at_ms| at_ms.saturating_mul(1_000))));
         let blocked = self.parts.lanes.is_blocked() || !self.backlog.is_empty() || !self.questions.is_empty();

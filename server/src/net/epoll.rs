@@ -376,6 +376,10 @@ impl Net for EpollNet {
         }
     }
 
+    fn next_deadline_us(&self) -> Option<u64> {
+        self.accept_again_us
+    }
+
     fn connections(&self) -> usize {
         self.slots.len() - self.free.len()
     }

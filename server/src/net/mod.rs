@@ -167,6 +167,9 @@ pub trait Net {
     /// Sleeps on this thread until `poll` has something, or for `timeout`.
     fn wait(&mut self, timeout: Duration);
 
+    /// When `poll` has something to do by itself, in monotonic microseconds: sockets are accepted again after a pause.
+    fn next_deadline_us(&self) -> Option<u64>;
+
     fn connections(&self) -> usize;
 
     fn counters(&self) -> NetCounters;

@@ -9,6 +9,7 @@
 
 #![allow(unsafe_code, reason = "the one place for it: each block has its proof")]
 
+use std::collections::VecDeque;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -112,6 +113,12 @@ pub struct RingNet {
     /// Connections whose receive has to be armed again.
     rearm: Vec<ConnId>,
     reaped: Vec<Completion>,
+    /// Entries that found no room, because the kernel took none at that moment: before any newer one. At most one of
+    /// each kind a connection, as in the ring.
+    left_over: VecDeque<squeue::Entry>,
+    /// Entries to treat so.
+    #[cfg(test)]
+    refusals: usize,
     counters: NetCounters,
     logged_us: u64,
 }
@@ -168,6 +175,9 @@ impl RingNet {
             ended: Vec::new(),
             rearm: Vec::new(),
             reaped: Vec::with_capacity(COMPLETIONS_PER_TURN_MAX),
+            left_over: VecDeque::new(),
+            #[cfg(test)]
+            refusals: 0,
             counters: NetCounters::default(),
             logged_us: 0,
         };
@@ -185,22 +195,46 @@ impl RingNet {
         if slot.generation == conn.generation { slot.tenant.as_mut() } else { None }
     }
 
-    /// Queues an entry; calls the kernel first when the queue is full.
+    /// Queues an entry; calls the kernel first when the queue is full. One that the kernel leaves no room for waits.
     ///
     /// Only called with entries whose pointers stay valid until their completion: sends point into the `Outgoing` of a
     /// tenant and a file write into `file_write`, both on the heap and neither dropped nor touched before; no other
     /// operation carries a pointer.
     fn queue(&mut self, entry: &squeue::Entry) {
-        for _ in 0..2 {
-            let Some(ring) = &mut self.ring else { return };
-            // SAFETY: see above; the descriptors are open until the operation ends, because a tenant keeps its socket
-            // while `is_free` is false, a file write its file, and listener and watched descriptors live as long as the ring.
-            if unsafe { ring.submission().push(entry) }.is_ok() {
+        if self.left_over.is_empty() {
+            if self.push(entry) {
                 return;
             }
             self.enter(false);
+            if self.push(entry) {
+                return;
+            }
+            tracing::warn!("the submission queue stays full: what is left waits for the next call");
         }
-        tracing::error!("the submission queue stays full");
+        self.left_over.push_back(entry.clone());
+    }
+
+    /// Only called by `queue`, and for what it has left over.
+    fn push(&mut self, entry: &squeue::Entry) -> bool {
+        #[cfg(test)]
+        if self.refusals > 0 {
+            self.refusals -= 1;
+            return false;
+        }
+        let Some(ring) = &mut self.ring else { return true };
+        // SAFETY: see `queue`; the descriptors are open until the operation ends, because a tenant keeps its socket while
+        // `is_free` is false, a file write its file, and listener and watched descriptors live as long as the ring.
+        unsafe { ring.submission().push(entry) }.is_ok()
+    }
+
+    /// Queues what found no room before.
+    fn push_left_over(&mut self) {
+        while let Some(entry) = self.left_over.pop_front() {
+            if !self.push(&entry) {
+                self.left_over.push_front(entry);
+                return;
+            }
+        }
     }
 
     /// Submits what is queued and lets the kernel post completions; with `only_if_needed` only when there is a reason.
@@ -486,6 +520,7 @@ impl Net for RingNet {
             self.arm_accept();
         }
         let ended = std::mem::take(&mut self.ended);
+        self.push_left_over();
         self.enter(true);
         self.reap();
         let reaped = std::mem::take(&mut self.reaped);
@@ -608,11 +643,11 @@ impl Net for RingNet {
         // One call runs only some of what is due, or may be refused; nothing would ring again for the rest.
         let left = !queue.is_empty() || queue.taskrun() || queue.cq_overflow();
         drop(queue);
-        !left && self.ended.is_empty() && ring.completion().is_empty()
+        !left && self.left_over.is_empty() && self.ended.is_empty() && ring.completion().is_empty()
     }
 
     fn wait(&mut self, timeout: Duration) {
-        if !self.ended.is_empty() {
+        if !self.ended.is_empty() || !self.left_over.is_empty() {
             return;
         }
         let Some(ring) = &mut self.ring else { return };
@@ -621,6 +656,10 @@ impl Net for RingNet {
         if let Err(error) = ring.submitter().submit_with_args(1, &arguments) {
             report_enter(&error);
         }
+    }
+
+    fn next_deadline_us(&self) -> Option<u64> {
+        self.accept_again_us
     }
 
     fn connections(&self) -> usize {

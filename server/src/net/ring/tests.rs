@@ -341,3 +341,49 @@ fn an_accept_that_is_shut_down_is_not_armed_again() {
     assert_eq!(ended, 1, "{:?}", scene.completions);
     assert!(TcpStream::connect(scene.address).is_err());
 }
+
+#[test]
+fn what_the_kernel_has_no_room_for_is_done_later_and_in_order() {
+    let folder = tempfile::tempdir().unwrap();
+    let (listener, address) = listener();
+    let options = NetOptions { listener, admission: Arc::new(Admission::new(8)), refusal: Vec::new() };
+    let (mut net, mut store) = (RingNet::new(options).unwrap(), store(folder.path()));
+    store.lend_writes();
+    let mut client = TcpStream::connect(address).unwrap();
+    client.write_all(b"question").unwrap();
+    // Each entry is refused before and behind the call that makes room: the receive, the answer, the file write.
+    net.refusals = 2;
+    let (mut conn, mut heard, started) = (None, Vec::new(), Instant::now());
+    while heard != b"question" {
+        net.wait(Duration::from_millis(5));
+        net.poll(0, &mut |event| {
+            match event {
+                NetEvent::Accepted { conn: accepted } => conn = Some(accepted),
+                NetEvent::Received { bytes, .. } => heard.extend_from_slice(bytes),
+                other => panic!("{other:?}"),
+            }
+            Flow::Continue
+        });
+        assert!(started.elapsed() < Duration::from_secs(30), "a receive was forgotten");
+    }
+    assert_eq!(net.refusals, 0);
+    net.refusals = 2;
+    assert!(matches!(net.send(conn.unwrap(), b"answer".to_vec()), Sending::Done(_) | Sending::InFlight { .. }));
+    store.append(&user(1)).unwrap();
+    hand_over(&mut net, &mut store);
+    bring_back(&mut net, &mut store);
+    let mut answer = [0; 6];
+    client.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"answer");
+    assert!(net.left_over.is_empty());
+}
+
+#[test]
+fn a_pause_of_accepting_ends_by_itself() {
+    let mut net = net();
+    assert_eq!(net.next_deadline_us(), None);
+    net.on_accept((-libc::EMFILE, 0), 7, &mut |_| Flow::Continue);
+    assert_eq!(net.next_deadline_us(), Some(7 + ACCEPT_PAUSE_US));
+    net.poll(7 + ACCEPT_PAUSE_US, &mut |_| Flow::Continue);
+    assert!(net.next_deadline_us().is_none() && net.accepting, "the reactor wakes for it and it goes on");
+}
