@@ -111,6 +111,8 @@ pub const SPARE_BUFFERS_MAX: usize = 1_024;
 pub const SPARE_BUFFER_BYTES_MAX: usize = 16 * 1024;
 /// How often cursors that moved are written: a crash repeats at most this much.
 pub const CURSOR_FLUSH_MS: u64 = 1_000;
+/// Of these, how many in one turn; the others follow in the next ones.
+pub const CURSORS_PER_TURN_MAX: usize = 256;
 /// EXPORTs under way, per shard; over it BUSY. Each holds a page.
 pub const EXPORTS_IN_FLIGHT_MAX: usize = 64;
 /// Questions to the store that one page of an EXPORT may take; then it is answered with what there is.

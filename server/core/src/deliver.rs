@@ -9,7 +9,7 @@ use ringline_schema::ids::{ConversationId, ConversationKind, DeviceId, Seq, User
 use ringline_schema::message::{Ack, Outcome, Receipt, Reply};
 use ringline_schema::record::{Record, StoredMessage};
 
-use crate::config::DELIVERY_ACKS_MAX;
+use crate::config::{CURSORS_PER_TURN_MAX, DELIVERY_ACKS_MAX};
 use crate::event::{ConnId, Effects, ShardMessage};
 use crate::peer::{Origin, Wanted};
 use crate::planted::Bug;
@@ -231,6 +231,20 @@ impl Shard {
     pub(crate) fn receipt(&mut self, origin: Origin, receipt: Receipt, fx: &mut Effects) {
         self.sessions.counters.receipts += 1;
         self.sessions.push(origin.conn, &Reply::Receipt(receipt), fx);
+    }
+
+    /// Writes cursors that moved since the last time, a part of them a turn: after a message to a large group there are
+    /// as many as devices.
+    pub(crate) fn cursors_due(&mut self, fx: &mut Effects) {
+        self.cursors_armed = false;
+        let later = self.dirty_cursors.split_off(self.dirty_cursors.len().min(CURSORS_PER_TURN_MAX));
+        self.flush_cursors(fx);
+        // What could not be told is tried again in its time, behind the others.
+        let failed = std::mem::replace(&mut self.dirty_cursors, later);
+        self.dirty_cursors.extend(failed);
+        if !self.dirty_cursors.is_empty() && !std::mem::replace(&mut self.cursors_armed, true) {
+            self.timers.arm(self.now.mono_us + 1, Timer::Cursors);
+        }
     }
 
     /// Writes the cursors that moved since the last time.

@@ -479,10 +479,7 @@ impl Shard {
                 Timer::Notice => self.notice_due(fx),
                 Timer::FanOut => self.fan_outs_due(fx),
                 Timer::Presence => self.presence_due(fx),
-                Timer::Cursors => {
-                    self.cursors_armed = false;
-                    self.flush_cursors(fx);
-                }
+                Timer::Cursors => self.cursors_due(fx),
                 Timer::Receipts => self.receipts_due(fx),
                 Timer::Deletions => self.deletions_due(fx),
             }

@@ -312,3 +312,27 @@ fn who_is_removed_hears_it_after_the_messages_before() {
     let removed = |reply: &Reply<'_>| matches!(reply, Reply::Group(GroupReply::Changed { change, .. }) if change.what == What::Kicked);
     assert!(removed(&told[1]) && told.len() == 2, "{told:?}");
 }
+
+#[test]
+fn many_cursors_are_written_a_part_a_turn() {
+    let mut town = Town::new(1);
+    let writers: Vec<_> = (0..300).map(|at| town.login(&format!("writer-{at}"))).collect();
+    let bob = town.login("bob");
+    for &writer in &writers {
+        town.pass(1);
+        town.send(writer, "bob", 1).unwrap();
+    }
+    for frame in town.told(bob) {
+        let Reply::Deliver(message) = decode(&frame) else { panic!() };
+        let (conversation, seq) = (message.conversation, message.seq);
+        town.ask(bob, Request::Ack(Ack::Upto { conversation, seq }));
+    }
+    town.pass(1_000);
+    let written = |town: &Town| town.count(|counters| counters.cursors_written);
+    let before = written(&town);
+    town.turn();
+    let part = written(&town) - before;
+    assert!(part > 0 && part < 300, "{part} in the first turn");
+    town.turn();
+    assert_eq!(written(&town) - before, 300);
+}
