@@ -9,14 +9,14 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use fjall::{Database, Keyspace, KeyspaceCreateOptions, PersistMode, Readable, Slice};
+use fjall::{Database, Keyspace, KeyspaceCreateOptions, OwnedWriteBatch, PersistMode, Readable};
 use ringline_schema::ids::{ConversationId, DeviceKey, Seq, UserName};
 use ringline_schema::record::{Accepted, User};
 use ringline_schema::rows::{Row, RowKey};
 
 use super::EmbeddedOptions;
 use super::overlay::{Overlay, Recent};
-use super::rows::{self, BadRow, Block, HeadRow, Kept, Watermark};
+use super::rows::{self, BadRow, Block, HeadRow, Kept, Watermark, Writer};
 use super::segments::ReadError;
 use crate::{newest, remember};
 
@@ -271,34 +271,33 @@ impl Index {
             return Err(fjall::Error::Io(std::io::Error::from_raw_os_error(error)).into());
         }
         let _writing = self.lock();
-        let rows_about =
-            overlay.conversations.len() * 4 + overlay.users.len() + overlay.cursors.len() + overlay.rows.len();
-        let mut flush = Flush { index: self, replayed: overlay.replayed, rows: Vec::with_capacity(rows_about) };
+        let batch = self.database.batch().durability(Some(PersistMode::SyncData));
+        let mut flush = Flush { index: self, replayed: overlay.replayed, batch, block: Writer::default() };
         for (&conversation, recent) in &overlay.conversations {
             flush.conversation(conversation, recent)?;
         }
         for (name, user) in &overlay.users {
             // Logs may be replayed in an order that is not the order of time.
             if self.user(name)?.is_none_or(|(run, _)| run <= user.0) {
-                flush.put(rows::user_key(name), rows::encode_user(user));
+                flush.put(&rows::user_key(name), &rows::encode_user(user));
             }
         }
         for (user, conversation) in &overlay.lists {
-            flush.put(rows::list_key(user, *conversation), Vec::new());
+            flush.put(&rows::list_key(user, *conversation), &[]);
         }
         for (&(device, conversation), &seq) in &overlay.cursors {
             let new = !overlay.replayed && overlay.conversations.get(&conversation).is_some_and(Recent::is_new);
             if new || overlay.dropped.contains(&device) || seq > self.cursor(device, conversation)? {
-                flush.put(rows::cursor_key(device, conversation), rows::encode_seq(seq));
+                flush.put(&rows::cursor_key(device, conversation), &rows::encode_seq(seq));
             }
         }
         for row in overlay.rows.values() {
             if self.keyed(&row.key)?.is_none_or(|kept| kept.stamp <= row.stamp) {
-                flush.put(rows::keyed_key(&row.key.encode()), rows::encode_keyed(row));
+                flush.put(&rows::keyed_key(&row.key.encode()), &rows::encode_keyed(row));
             }
         }
-        flush.put(rows::watermark_key(log), watermark.encode());
-        let mut batch = self.database.batch().durability(Some(PersistMode::SyncData));
+        flush.put(&rows::watermark_key(log), &watermark.encode());
+        let mut batch = flush.batch;
         for device in &overlay.dropped {
             for row in self.rows.prefix(rows::cursor_prefix(*device)) {
                 let key = row.key()?;
@@ -308,9 +307,6 @@ impl Index {
                     batch.remove(&self.rows, key);
                 }
             }
-        }
-        for (key, value) in flush.rows {
-            batch.insert(&self.rows, key, value);
         }
         Ok(batch.commit()?)
     }
@@ -327,12 +323,14 @@ impl Index {
 struct Flush<'a> {
     index: &'a Index,
     replayed: bool,
-    rows: Vec<(Slice, Vec<u8>)>,
+    batch: OwnedWriteBatch,
+    /// For one block after the other: most rows are blocks, and what is gathered of them lives until the commit.
+    block: Writer,
 }
 
 impl Flush<'_> {
-    fn put(&mut self, key: impl AsRef<[u8]>, value: Vec<u8>) {
-        self.rows.push((Slice::from(key.as_ref()), value));
+    fn put(&mut self, key: &[u8], value: &[u8]) {
+        self.batch.insert(&self.index.rows, key, value);
     }
 
     fn conversation(&mut self, id: ConversationId, recent: &Recent) -> Result<(), IndexError> {
@@ -340,7 +338,7 @@ impl Flush<'_> {
         let known = self.replayed || !recent.is_new();
         let mut head = if known { self.index.head(id)?.unwrap_or_default() } else { HeadRow::default() };
         head.merge(&recent.head);
-        self.put(rows::head_key(id), head.encode());
+        self.put(&rows::head_key(id), &head.encode());
 
         let kept = recent.places.partition_point(|&(seq, _)| seq < head.floor);
         let places = recent.places.get(kept..).unwrap_or(&[]);
@@ -354,14 +352,16 @@ impl Flush<'_> {
             if known && !block.is_full() {
                 block.merge(&self.index.block(id, number)?);
             }
-            self.put(rows::block_key(id, number), block.encode());
+            self.block.0.clear();
+            block.encode(&mut self.block);
+            self.batch.insert(&self.index.rows, &rows::block_key(id, number)[..], &self.block.0[..]);
         }
         for sender in &recent.senders {
             let mut filter = if known { self.index.filter(id, sender.key)? } else { Vec::new() };
             for &accepted in newest(&sender.filter) {
                 remember(&mut filter, accepted);
             }
-            self.put(rows::filter_key(id, sender.key), rows::encode_filter(newest(&filter)));
+            self.put(&rows::filter_key(id, sender.key), &rows::encode_filter(newest(&filter)));
         }
         Ok(())
     }

@@ -116,22 +116,30 @@ impl Scanner {
     }
 
     /// The bytes from `self.offset`, as many as wanted or as there are below the limit.
+    #[inline]
     fn read(&mut self, wanted: usize) -> io::Result<&[u8]> {
         let mut start = (u64::from(self.offset).saturating_sub(self.buffer_offset)) as usize;
         if self.filled.saturating_sub(start) < wanted {
-            let left = self.limit.saturating_sub(u64::from(self.offset));
-            let bytes = left.min(wanted.max(SCAN_BYTES) as u64) as usize;
-            if self.buffer.len() < bytes {
-                self.buffer.resize(bytes, 0);
-            }
-            let place = self.buffer.get_mut(..bytes).unwrap_or(&mut []);
-            self.filled = 0;
-            self.filled = read_full(&self.segment, place, u64::from(self.offset))?;
-            self.buffer_offset = u64::from(self.offset);
+            self.fill(wanted)?;
             start = 0;
         }
         let rest = self.buffer.get(start..self.filled).unwrap_or(&[]);
         Ok(rest.get(..wanted).unwrap_or(rest))
+    }
+
+    /// Fills the buffer from `self.offset` on, with at least as much as wanted if there is so much below the limit.
+    #[cold]
+    fn fill(&mut self, wanted: usize) -> io::Result<()> {
+        let left = self.limit.saturating_sub(u64::from(self.offset));
+        let bytes = left.min(wanted.max(SCAN_BYTES) as u64) as usize;
+        if self.buffer.len() < bytes {
+            self.buffer.resize(bytes, 0);
+        }
+        let place = self.buffer.get_mut(..bytes).unwrap_or(&mut []);
+        self.filled = 0;
+        self.filled = read_full(&self.segment, place, u64::from(self.offset))?;
+        self.buffer_offset = u64::from(self.offset);
+        Ok(())
     }
 }
 
