@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use ringline_schema::ids::ConversationId;
 use ringline_schema::message::{Reply, SendAck};
 use ringline_schema::record::StoredMessage;
@@ -18,6 +19,8 @@ use crate::shard::Shard;
 
 /// Messages that are looked at together, at most.
 const RUN_MESSAGES_MAX: usize = 256;
+/// Blocks of messages that are kept for the next ones, 160 bytes each.
+const SPARE_MESSAGES_MAX: usize = 4096;
 
 /// A message on its way to the disk, and who waits for it.
 #[derive(Debug)]
@@ -45,6 +48,32 @@ impl Sent {
     }
 }
 
+/// Memory of messages that were delivered, for those that come: at load none is taken and none is given back. Bounded.
+#[derive(Default)]
+pub(crate) struct SpareMessages(Vec<Arc<StoredMessage>>);
+
+impl SpareMessages {
+    /// The message, where another one was.
+    pub(crate) fn place(&mut self, message: StoredMessage) -> Arc<StoredMessage> {
+        let Some(mut block) = self.0.pop() else { return Arc::new(message) };
+        match Arc::get_mut(&mut block) {
+            Some(place) => *place = message,
+            None => return Arc::new(message),
+        }
+        block
+    }
+
+    /// Keeps the block of a message that nobody else has, and lets go of its body.
+    fn keep(&mut self, mut block: Arc<StoredMessage>) {
+        if self.0.len() < SPARE_MESSAGES_MAX
+            && let Some(message) = Arc::get_mut(&mut block)
+        {
+            (message.body, message.extra) = (Bytes::new(), None);
+            self.0.push(block);
+        }
+    }
+}
+
 impl Shard {
     /// Answers and delivers the run of messages that is first among those that wait, as far as it is durable.
     pub(crate) fn message_stored(&mut self, upto: u64, fx: &mut Effects) {
@@ -61,7 +90,9 @@ impl Shard {
             run.push(sent);
         }
         self.run_committed(&run, fx);
-        run.clear();
+        for Sent { message, .. } in run.drain(..) {
+            self.spare_messages.keep(message);
+        }
         self.run = run;
     }
 
@@ -128,5 +159,47 @@ impl Shard {
         for &conn in conns {
             self.sessions.deliver_run(conn, run, &message.from, fx);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ringline_schema::ids::{DeviceId, Seq, UserName};
+    use ringline_schema::message::BodyKind;
+
+    fn message(seq: u64) -> StoredMessage {
+        let [ann, bob] = ["ann", "bob"].map(|name| UserName::new(name).unwrap());
+        StoredMessage {
+            conversation: ConversationId::direct(&ann, &bob),
+            seq: Seq(seq),
+            from: ann,
+            to: bob,
+            device: DeviceId(1),
+            client_seq: seq,
+            time_ms: 1,
+            kind: BodyKind::Text,
+            body: Bytes::from(vec![seq as u8; 10]),
+            extra: None,
+        }
+    }
+
+    #[test]
+    fn a_block_is_used_again_only_when_nobody_has_its_message() {
+        let mut spare = SpareMessages::default();
+        let first = spare.place(message(1));
+        let (shared, place) = (Arc::clone(&first), Arc::as_ptr(&first));
+        spare.keep(first);
+        let second = spare.place(message(2));
+        assert_ne!(Arc::as_ptr(&second), place, "somebody still has it");
+        assert_eq!(*shared, message(1));
+        let (body, place) = (second.body.clone(), Arc::as_ptr(&second));
+        spare.keep(second);
+        assert!(body.is_unique(), "a body goes when its message does");
+        let third = spare.place(message(3));
+        assert_eq!((Arc::as_ptr(&third), &*third), (place, &message(3)));
+        let blocks: Vec<_> = (0..2 * SPARE_MESSAGES_MAX as u64).map(|seq| spare.place(message(seq))).collect();
+        blocks.into_iter().for_each(|block| spare.keep(block));
+        assert_eq!(spare.0.len(), SPARE_MESSAGES_MAX);
     }
 }

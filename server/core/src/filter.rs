@@ -58,13 +58,15 @@ impl Filter {
     /// Remembers a send that [`Filter::check`] called new.
     pub fn insert(&mut self, entry: Accepted) {
         // Nearly always the newest; then nothing has to move.
-        let at = if self.accepted.back().is_none_or(|newest| entry.client_seq > newest.client_seq) {
-            self.accepted.len()
-        } else {
-            match self.accepted.binary_search_by_key(&entry.client_seq, |known| known.client_seq) {
-                Ok(_) => return debug_assert!(false, "client_seq {} accepted twice", entry.client_seq),
-                Err(at) => at,
+        if self.accepted.back().is_none_or(|newest| entry.client_seq > newest.client_seq) {
+            if self.accepted.len() >= DUPLICATE_WINDOW {
+                self.accepted.pop_front();
             }
+            return self.accepted.push_back(entry);
+        }
+        let at = match self.accepted.binary_search_by_key(&entry.client_seq, |known| known.client_seq) {
+            Ok(_) => return debug_assert!(false, "client_seq {} accepted twice", entry.client_seq),
+            Err(at) => at,
         };
         if self.accepted.len() < DUPLICATE_WINDOW {
             self.accepted.insert(at, entry);
@@ -109,6 +111,21 @@ mod tests {
         assert_eq!(filter.check(8, 80), Seen::Stale);
         assert_eq!(filter.check(9, 90), Seen::Repeat(entry(9, 9)));
         assert!(filter.is_well_formed());
+    }
+
+    #[test]
+    fn a_late_one_in_a_full_window_takes_the_place_of_the_oldest() {
+        let mut filter = Filter::default();
+        for number in (1..=2 * DUPLICATE_WINDOW as u64).map(|number| 2 * number) {
+            filter.insert(entry(number, number));
+            assert!(filter.is_well_formed());
+        }
+        let (oldest, late) = (DUPLICATE_WINDOW as u64 * 2 + 2, DUPLICATE_WINDOW as u64 * 3 + 1);
+        assert_eq!(filter.check(oldest, oldest * 10), Seen::Repeat(entry(oldest, oldest)));
+        filter.insert(entry(late, 500));
+        assert!(filter.is_well_formed());
+        assert_eq!(filter.check(late, late * 10), Seen::Repeat(entry(late, 500)));
+        assert_eq!(filter.check(oldest, oldest * 10), Seen::Stale);
     }
 
     #[test]

@@ -106,7 +106,7 @@ impl Shard {
         let submit = Submit {
             origin,
             device_key: login.key(),
-            message: Arc::new(StoredMessage { client_seq: send.client_seq, extra, ..plain }),
+            message: self.spare_messages.place(StoredMessage { client_seq: send.client_seq, extra, ..plain }),
             ack_timeout_ms: send.ack_timeout_ms.map(|ms| ms.min(limits::ACK_TIMEOUT_MS_MAX)),
             more,
         };
@@ -318,6 +318,7 @@ impl Shard {
 }
 
 /// What a durable send carries beside its body. `None` for most.
+#[inline]
 fn extra_of(send: &Send<'_>) -> Result<Option<Box<StoredExtra>>, ErrorCode> {
     if send.mentions.is_empty() {
         return Ok(None);

@@ -13,7 +13,7 @@ use ringline_schema::ids::{ConversationId, DeviceKey, Seq, UserName};
 use ringline_schema::message::{Class, GoawayReason, Reply, Request, Send};
 use ringline_schema::record::{Answer, Query, Range, Record, User};
 
-use crate::committed::Sent;
+use crate::committed::{Sent, SpareMessages};
 use crate::config::{
     APPEND_BYTES_IN_FLIGHT_MAX, APPENDS_IN_FLIGHT_MAX, CURSOR_FLUSH_MS, CoreConfig, LOADS_IN_FLIGHT_MAX,
     WORK_IN_FLIGHT_MAX,
@@ -111,6 +111,7 @@ pub struct Shard {
     pub(crate) pending_bytes: usize,
     /// Used again for each run of messages that are answered together; empty between events.
     pub(crate) run: Vec<Sent>,
+    pub(crate) spare_messages: SpareMessages,
     /// The block that the next bodies go into.
     pub(crate) bodies: BytesMut,
     pub(crate) appended: u64,
@@ -168,6 +169,7 @@ impl Shard {
             pending: VecDeque::new(),
             pending_bytes: 0,
             run: Vec::new(),
+            spare_messages: SpareMessages::default(),
             bodies: BytesMut::new(),
             appended: 0,
             stored: 0,
