@@ -281,12 +281,15 @@ pub struct SettingRow {
     pub last_seen_ms: u64,
     /// When the user was deleted; 0: not.
     pub deleted_ms: u64,
+    /// Whether the user has ever deleted a message for itself alone.
+    pub hides: bool,
 }
 
 impl Default for SettingRow {
     fn default() -> Self {
         let status = String::new();
-        Self { messages_from: MessagesFrom::default(), visible: true, status, last_seen_ms: 0, deleted_ms: 0 }
+        let messages_from = MessagesFrom::default();
+        Self { messages_from, visible: true, status, last_seen_ms: 0, deleted_ms: 0, hides: false }
     }
 }
 
@@ -368,6 +371,7 @@ impl RowValue {
                 out.text(&setting.status);
                 out.number(setting.last_seen_ms);
                 out.number(setting.deleted_ms);
+                out.number(u64::from(setting.hides));
             }
             Self::Mark(mark) => {
                 out.number(u64::from(mark.pinned));
@@ -412,6 +416,8 @@ impl RowValue {
                 status: row.text()?.to_owned(),
                 last_seen_ms: row.number()?,
                 deleted_ms: row.number()?,
+                // Rows of before have no such field.
+                hides: !row.0.is_empty() && row.number()? != 0,
             }),
             RowKey::Mark(..) => Self::Mark(MarkRow { pinned: row.number()? != 0, muted_until_ms: row.number()? }),
             RowKey::Wrote(..) => Self::Wrote,

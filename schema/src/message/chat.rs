@@ -246,7 +246,7 @@ pub enum ChatReply<'a> {
         next: &'a str,
     },
     /// How far `user` has the conversation with `with`. In a group `user` is empty, and the places are those that at
-    /// least one other member has reached; told to who wrote there lately.
+    /// least one other member has reached, told to who wrote there lately; or the reader, told to its other devices.
     ReceiptUpto {
         conversation: ConversationId,
         with: &'a str,

@@ -4,6 +4,10 @@
 //! The store shows such a message to this user as one without a body, whose place is kept, so that no device takes it for
 //! a gap. The other devices of the user that are online are told by HIDDEN; those that are away find it so when they
 //! read. Nobody else hears of it. Asking twice is the same as once.
+//!
+//! What its sender makes of it later is not for this user either. So the settings of who has ever hidden something say so,
+//! written with the first such row, and the devices of such a user are not pushed edits: they are told LAGGED and fetch
+//! them, as the store shows them.
 
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, Seq, UserName};
@@ -25,6 +29,8 @@ pub(crate) struct Hiding {
     seq: Seq,
     /// The session was given messages up to there: they exist.
     shown: Seq,
+    /// It is the first of its user.
+    first: bool,
 }
 
 impl Shard {
@@ -45,13 +51,13 @@ impl Shard {
         let (after, before) = (Seq(seq.0.saturating_sub(1)), Some(Seq(seq.0.saturating_add(1))));
         let range = Range { after, before, limit: 1, bytes_max: 1, newest: false };
         let query = Query::Messages { conversation, range, reader: Some(user.clone()) };
-        let hiding = Hiding { origin, user, conversation, seq, shown };
+        let hiding = Hiding { origin, user, conversation, seq, shown, first: false };
         self.load(Question::Hide(Box::new(hiding)), query, fx);
         Ok(())
     }
 
     /// Whether there is such a message for this user.
-    pub(crate) fn hide_loaded(&mut self, hiding: Box<Hiding>, answer: Answer, fx: &mut Effects) {
+    pub(crate) fn hide_loaded(&mut self, mut hiding: Box<Hiding>, answer: Answer, fx: &mut Effects) {
         let found = match answer {
             Answer::Messages { head, messages, .. } => match messages.first() {
                 Some(message) if message.seq == hiding.seq && message.kind.is_for_clients() => Ok(()),
@@ -73,13 +79,36 @@ impl Shard {
             return self.tell_done(hiding.origin, Err(code), fx);
         }
         let key = RowKey::Hidden(hiding.user.clone(), hiding.conversation, hiding.seq);
-        let row = Row { key, stamp: 1, value: Some(RowValue::Hidden) };
-        let lsn = self.append(Record::Change(Box::new(Change { message: None, rows: vec![row] })), fx);
+        let mut rows = vec![Row { key, stamp: 1, value: Some(RowValue::Hidden) }];
+        let Some(settings) = self.settings_mut(&hiding.user) else {
+            // They are on their way, or the user has left.
+            return self.tell_done(hiding.origin, Err(ErrorCode::Busy), fx);
+        };
+        hiding.first = !settings.row.hides;
+        if hiding.first {
+            let (stamp, row) = settings.begin_hiding();
+            rows.push(Row { key: RowKey::Setting(hiding.user.clone()), stamp, value: Some(RowValue::Setting(row)) });
+            self.tell_hides(&hiding.user);
+        }
+        let lsn = self.append(Record::Change(Box::new(Change { message: None, rows })), fx);
         self.pending.push_back(Pending { lsn, weight: 0, work: PendingWork::Hidden(hiding) });
+    }
+
+    /// Tells the devices of a user that are here whether they are pushed edits.
+    pub(crate) fn tell_hides(&mut self, user: &UserName) {
+        let Some(hides) = self.settings(user).map(|settings| settings.row.hides) else { return };
+        for conn in self.online.get(user).cloned().unwrap_or_default() {
+            if let Some(login) = self.sessions.login_mut(conn) {
+                login.hides = hides;
+            }
+        }
     }
 
     /// It is on disk.
     pub(crate) fn hidden(&mut self, hiding: &Hiding, result: Result<(), ErrorCode>, fx: &mut Effects) {
+        if hiding.first {
+            self.settings_written(&hiding.user);
+        }
         self.tell_done(hiding.origin, result, fx);
         let Some(conns) = self.online.get(&hiding.user).filter(|_| result.is_ok()) else { return };
         let reply = Reply::Chat(ChatReply::Hidden { conversation: hiding.conversation, seq: hiding.seq });

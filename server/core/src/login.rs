@@ -323,7 +323,8 @@ impl Shard {
         }
         self.apply_device_policy(&user, (device, kind), fx);
         self.logins += 1;
-        let login = Login::new(user.clone(), device, kind);
+        let mut login = Login::new(user.clone(), device, kind);
+        login.hides = self.settings(&user).is_none_or(|settings| settings.row.hides);
         let Some(session) = self.sessions.get_mut(conn) else { return };
         self.users.pop(&user);
         session.state = State::LoggedIn(Box::new(login));

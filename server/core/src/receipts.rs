@@ -5,8 +5,9 @@
 //! here with the cursors of their session, at most once in `CURSOR_FLUSH_MS`; if the last of these is lost with a session
 //! whose lane was full, the next acknowledgement or READ repairs it. News goes to the other user (and of what was read, to
 //! the reader's own devices) only after it is on disk, so nobody sees it go back, and at most once in
-//! `RECEIPTS_INTERVAL_MS` a conversation. In a group those who wrote lately hear how far at least one other member is. It is
-//! a convenience: a device that reads too slowly goes without, and RECEIPTS tells the state at any time.
+//! `RECEIPTS_INTERVAL_MS` a conversation. In a group those who wrote lately hear how far at least one other member is, and
+//! who reads on one of several devices that are online, the others. It is a convenience: a device that reads too slowly
+//! goes without, and RECEIPTS tells the state at any time.
 //!
 //! Invariants: rows are kept in a bounded cache; those with something in flight are never evicted; `cooling` and `due` hold
 //! the same conversations.
@@ -49,6 +50,8 @@ pub struct ReceiptUp {
     pub read: Seq,
     /// The session was given messages up to there: they exist.
     pub shown: bool,
+    /// The reader has other devices here, which are told what was read.
+    pub others: bool,
 }
 
 /// What devices of `to` are told: how far `user` has the conversation that `to` has with `with`; `None`: somebody of a
@@ -158,7 +161,8 @@ impl Shard {
         let login = self.sessions.login_mut(origin.conn).ok_or(ErrorCode::NotLoggedIn)?;
         let shown = login.known().get(&conversation).is_some_and(|known| seq <= known.shown);
         let (user, origin, delivered) = (login.user.clone(), Some(origin), Seq::ZERO);
-        self.send_up(ReceiptUp { origin, conversation, user, delivered, read: seq, shown }, fx)
+        let others = self.online.get(&user).is_some_and(|devices| devices.len() > 1);
+        self.send_up(ReceiptUp { origin, conversation, user, delivered, read: seq, shown, others }, fx)
     }
 
     /// A device of `user` has acknowledged up to `seq`; not told for a chat with oneself. `BUSY`: later.
@@ -172,7 +176,10 @@ impl Shard {
             return Ok(());
         }
         let (user, read) = (user.clone(), Seq::ZERO);
-        self.send_up(ReceiptUp { origin: None, conversation, user, delivered: seq, read, shown: true }, fx)
+        self.send_up(
+            ReceiptUp { origin: None, conversation, user, delivered: seq, read, shown: true, others: false },
+            fx,
+        )
     }
 
     fn send_up(&mut self, up: ReceiptUp, fx: &mut Effects) -> Result<(), ErrorCode> {
@@ -299,7 +306,9 @@ impl Shard {
         let Some(entry) = self.receipts.rows.get_mut(&key) else { return };
         entry.row = row;
         entry.in_flight += 1;
-        let moved = Moved { user: key.1, with: entry.with.clone(), row, read_moved: row.read > old.read };
+        // Nobody is told of it in a group but who has other devices to be told.
+        let read_moved = row.read > old.read && (is_direct || up.others);
+        let moved = Moved { user: key.1, with: entry.with.clone(), row, read_moved };
         let write = ReceiptWrite { origin: up.origin, conversation: key.0, moved };
         self.write_receipt(write, fx);
     }
@@ -330,16 +339,10 @@ impl Shard {
             self.tell_done(origin, Ok(()), fx);
         }
         if moved.with.as_ref().is_some_and(UserName::is_group) {
-            return self.group_receipt(conversation, &moved, fx);
+            return self.group_receipt(conversation, moved, fx);
         }
         if let Some(changes) = self.receipts.cooling.get_mut(&conversation) {
-            match changes.iter_mut().find(|known| known.user == moved.user) {
-                Some(known) => {
-                    let read_moved = known.read_moved || moved.read_moved;
-                    *known = Moved { read_moved, ..moved };
-                }
-                None => changes.push(moved),
-            }
+            note_moved(changes, moved);
         } else if self.receipts.cooling.len() >= RECEIPTS_TOLD_MAX {
             self.sessions.counters.receipts_untold += 1;
         } else {
@@ -351,17 +354,27 @@ impl Shard {
     }
 
     /// A member of a group has more of it.
-    fn group_receipt(&mut self, conversation: ConversationId, moved: &Moved, fx: &mut Effects) {
-        // Nobody has written since this shard began, or not lately.
-        let Some(reached) = self.receipts.reached.get_mut(&conversation) else { return };
-        reached.raise(&moved.user, moved.row);
-        if self.receipts.cooling.contains_key(&conversation) {
+    fn group_receipt(&mut self, conversation: ConversationId, moved: Moved, fx: &mut Effects) {
+        // None: nobody has written since this shard began, or not lately.
+        let reached = self.receipts.reached.get_mut(&conversation).map(|reached| reached.raise(&moved.user, moved.row));
+        if let Some(changes) = self.receipts.cooling.get_mut(&conversation) {
+            if moved.read_moved {
+                note_moved(changes, moved);
+            }
+            return;
+        }
+        if reached.is_none() && !moved.read_moved {
             return;
         }
         if self.receipts.cooling.len() >= RECEIPTS_TOLD_MAX {
             self.sessions.counters.receipts_untold += 1;
-        } else if self.tell_writers(conversation, fx) {
-            self.receipts.cooling.insert(conversation, SmallVec::new());
+            return;
+        }
+        let told = self.tell_writers(conversation, fx);
+        if told || moved.read_moved {
+            let untold = moved.read_moved && !self.tell_news(conversation, &moved, fx);
+            let untold = if untold { SmallVec::from_iter([moved]) } else { SmallVec::new() };
+            self.receipts.cooling.insert(conversation, untold);
             self.cool(conversation);
         }
     }
@@ -421,7 +434,7 @@ impl Shard {
     fn tell_news(&mut self, conversation: ConversationId, moved: &Moved, fx: &mut Effects) -> bool {
         let Some(with) = moved.with.clone() else { return true };
         let (user, row) = (moved.user.clone(), moved.row);
-        let to_other = (with != user).then(|| (with.clone(), user.clone()));
+        let to_other = (with != user && !with.is_group()).then(|| (with.clone(), user.clone()));
         let to_own = moved.read_moved.then(|| (user.clone(), with));
         for (to, with) in to_other.into_iter().chain(to_own) {
             if !self.send_news(ReceiptNews { to, conversation, with, user: Some(user.clone()), row }, fx) {
@@ -469,5 +482,16 @@ impl Shard {
             Ok(()) => self.sessions.answer(origin.conn, origin.request_id, &Reply::Chat(ChatReply::Done), fx),
             Err(code) => self.sessions.fail(origin.conn, origin.request_id, code, fx),
         }
+    }
+}
+
+/// Of one user the newest counts.
+fn note_moved(changes: &mut SmallVec<[Moved; 2]>, moved: Moved) {
+    match changes.iter_mut().find(|known| known.user == moved.user) {
+        Some(known) => {
+            let read_moved = known.read_moved || moved.read_moved;
+            *known = Moved { read_moved, ..moved };
+        }
+        None => changes.push(moved),
     }
 }

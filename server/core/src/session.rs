@@ -11,7 +11,7 @@ use ringline_schema::codec::{Codec, Encoder};
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, DeviceId, DeviceKey, Seq, UserName};
 use ringline_schema::limits;
-use ringline_schema::message::{BodyKind, DeviceKind, Message, Reply};
+use ringline_schema::message::{BodyKind, DeviceKind, Message, MessageState, Reply};
 use ringline_schema::record::StoredMessage;
 
 use crate::committed::Sent;
@@ -45,6 +45,9 @@ pub struct Login {
     /// No other device of the user was here since this one came: nobody needs a copy of what it sends. False is always
     /// right, only slower.
     pub alone: bool,
+    /// The user has deleted messages for itself alone: it fetches edits, as the store shows them to it. True is always right,
+    /// only slower.
+    pub hides: bool,
     /// Durable sends without an answer.
     pub sends_in_flight: u32,
     /// What only a device has that does something: most connections of a server are idle, and pay for it with a word.
@@ -86,7 +89,7 @@ pub struct Lag {
 
 impl Login {
     pub fn new(user: UserName, device: DeviceId, kind: DeviceKind) -> Self {
-        Self { user, device, kind, alone: false, sends_in_flight: 0, active: None }
+        Self { user, device, kind, alone: false, hides: true, sends_in_flight: 0, active: None }
     }
 
     fn active(&mut self) -> &mut Active {
@@ -171,6 +174,11 @@ impl Login {
     /// Whether LAGGED has yet to tell of this conversation.
     fn lags(&self, conversation: ConversationId) -> bool {
         self.active.as_ref().is_some_and(|active| active.lagged.contains_key(&conversation))
+    }
+
+    /// Whether this message may say what the user does not want to see any more.
+    fn has_to_fetch(&self, message: &StoredMessage) -> bool {
+        self.hides && message.amends().is_some_and(|(_, state)| state == MessageState::Edited)
     }
 
     fn take_lagged(&mut self) -> BTreeMap<ConversationId, Lag> {
@@ -497,6 +505,9 @@ impl Sessions {
         let Some((session, pen)) = self.open_session(conn) else { return };
         let room = session.has_room(outbox_bytes_max);
         let Some(login) = session.login() else { return };
+        if login.has_to_fetch(message) {
+            return self.miss(conn, (conversation, with), (seq, seq), fx);
+        }
         if room && !login.lags(conversation) {
             pen.write(session, 0, &Reply::Deliver(message.as_wire()), fx);
             self.counters.delivered += 1;
@@ -508,6 +519,9 @@ impl Sessions {
 
     /// Queues a durable delivery that many devices get, or notes that the device lags.
     pub fn deliver_shared(&mut self, conn: ConnId, message: &StoredMessage, shared: &mut Shared, fx: &mut Effects) {
+        if self.login_mut(conn).is_some_and(|login| login.has_to_fetch(message)) {
+            return self.miss(conn, (message.conversation, &message.to), (message.seq, message.seq), fx);
+        }
         if self.may_deliver(conn, (message.conversation, message.seq), &message.to, fx) {
             self.copy(conn, || Reply::Deliver(message.as_wire()), shared, fx);
         }

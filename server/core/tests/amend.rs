@@ -439,3 +439,52 @@ fn a_device_that_was_away_learns_of_everything_in_order() {
         );
     }
 }
+
+/// How often a device was told to fetch, and what it was pushed.
+fn pushed(town: &mut Town, seat: Seat) -> (usize, Vec<String>) {
+    let (mut lagged, mut bodies) = (0, Vec::new());
+    for frame in town.told(seat) {
+        match decode(&frame) {
+            Reply::Lagged { .. } => lagged += 1,
+            Reply::Deliver(message) => bodies.push(String::from_utf8(message.body.to_vec()).unwrap()),
+            _ => {}
+        }
+    }
+    (lagged, bodies)
+}
+
+#[test]
+fn a_later_edit_of_what_a_user_deleted_for_himself_is_not_pushed_to_him() {
+    for shards in [1, 2, 5] {
+        let (mut town, [ann, bob, cid, _]) = team(shards);
+        let tablet = town.login_as("bob", 2, DeviceKind::Tablet);
+        for (with, client_seq) in [("bob", 1), (TEAM, 2)] {
+            let seq = town.send(ann, with, Class::Durable, client_seq).unwrap().seq;
+            let from = if with == "bob" { "ann" } else { TEAM };
+            [bob, tablet, cid].into_iter().for_each(|seat| drop(town.told(seat)));
+            let edit = (AmendAction::Edit, 10 + client_seq, "pushed");
+            amend(&mut town, ann, (with, seq.0), edit).unwrap();
+            let before = if client_seq == 1 { (0, vec!["pushed".to_owned()]) } else { (1, Vec::new()) };
+            assert_eq!(pushed(&mut town, bob), before, "to who has hidden nothing yet");
+            hide(&mut town, bob, (from, seq.0), None);
+            town.told(tablet);
+            amend(&mut town, ann, (with, seq.0), (AmendAction::Edit, 20 + client_seq, "secret")).unwrap();
+            for seat in [bob, tablet] {
+                assert_eq!(pushed(&mut town, seat), (1, Vec::new()), "both devices fetch it");
+            }
+            let hidden = history(&mut town, bob, from).into_iter().find(|row| row.0 == seq.0).unwrap();
+            assert_eq!((hidden.1, &hidden.3[..]), (MessageState::Hidden, ""));
+            assert!(history(&mut town, bob, from).iter().all(|row| row.3 != "secret"));
+            town.told(bob);
+            town.send(ann, with, Class::Durable, 30 + client_seq).unwrap();
+            assert_eq!(pushed(&mut town, bob).0, 0, "messages are pushed as ever");
+        }
+        assert_eq!(pushed(&mut town, cid).1.iter().filter(|body| *body == "secret").count(), 1);
+        town.restart(2);
+        let (ann, bob) = (town.login("ann"), town.login("bob"));
+        let seq = town.send(ann, "bob", Class::Durable, 90).unwrap().seq;
+        town.told(bob);
+        amend(&mut town, ann, ("bob", seq.0), (AmendAction::Edit, 91, "secret")).unwrap();
+        assert_eq!(pushed(&mut town, bob), (1, Vec::new()), "remembered");
+    }
+}

@@ -137,6 +137,7 @@ fn value_json(value: &RowValue) -> Value {
             "status": setting.status,
             "last_seen_ms": setting.last_seen_ms,
             "deleted_ms": setting.deleted_ms,
+            "hides": setting.hides,
         }),
         RowValue::Amended(amended) => json!({
             "state": choice(format!("{:?}", amended.state)),

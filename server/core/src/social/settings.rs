@@ -84,6 +84,15 @@ impl Settings {
         (self.stamp, blocked)
     }
 
+    /// The user deletes a message for itself alone, for the first time. The row that says so, and its stamp.
+    pub(crate) fn begin_hiding(&mut self) -> (u64, SettingRow) {
+        self.row.hides = true;
+        self.stamp += 1;
+        self.writes += 1;
+        self.last_seen_written_ms = self.row.last_seen_ms;
+        (self.stamp, self.row.clone())
+    }
+
     /// What somebody without a device is to who sends what is not stored.
     fn when_away(&self) -> ErrorCode {
         if self.row.deleted_ms == 0 { ErrorCode::NotOnline } else { ErrorCode::UserDeleted }
@@ -434,7 +443,10 @@ impl Shard {
             (Parked::Signal(signal), Err(code)) => self.refuse_signal(&signal, code, fx),
             (Parked::Shown { user, asker, gather }, _) => self.show_one(user, asker, gather, fx),
             (Parked::Moved(user), Ok(())) => self.presence_moved(&user),
-            (Parked::Arrived(user), Ok(())) => self.list_if_visible(&user),
+            (Parked::Arrived(user), Ok(())) => {
+                self.list_if_visible(&user);
+                self.tell_hides(&user);
+            }
             (Parked::Left(user, unix_ms), Ok(())) => self.note_last_seen(&user, unix_ms, fx),
             // What is not known now is asked for again by who watches.
             (Parked::Moved(_) | Parked::Arrived(_) | Parked::Left(..), Err(_)) => {}

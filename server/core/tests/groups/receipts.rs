@@ -163,3 +163,40 @@ fn sync_gives_of_a_group_what_its_reader_may_read_and_has_not() {
         assert_eq!(sync(&mut town, bob, 4, 200), [5, 6, 7, 8, 12, 13]);
     }
 }
+
+#[test]
+fn who_reads_in_a_group_is_told_so_on_the_other_devices() {
+    for shards in SHARD_COUNTS {
+        let (mut town, owner, seats) = team(shards, &["ann-2", "bob"]);
+        let (ann, bob) = (seats[0], seats[1]);
+        let tablet = town.login_as("bob", 2);
+        for number in 1..=3 {
+            town.send(owner, TEAM, number).unwrap();
+        }
+        let head = town.fetch(bob, TEAM, 0).unwrap().1;
+        [ann, bob, tablet].into_iter().for_each(|seat| drop(town.told(seat)));
+        let own = |town: &mut Town, seat: Seat| -> Vec<u64> {
+            let read = |frame: &Vec<u8>| match decode(frame) {
+                Reply::Chat(ChatReply::ReceiptUpto { with: TEAM, user: "bob", read, .. }) => Some(read.0),
+                _ => None,
+            };
+            town.told(seat).iter().filter_map(read).collect()
+        };
+        assert_eq!(read(&mut town, bob, head - 2), None);
+        assert_eq!(read(&mut town, bob, head - 1), None);
+        assert_eq!(read(&mut town, bob, head), None);
+        assert_eq!(own(&mut town, tablet), [head - 2], "once a second");
+        town.elapse(limits::RECEIPTS_INTERVAL_MS);
+        assert_eq!(own(&mut town, tablet), [head]);
+        assert_eq!(own(&mut town, ann), [0; 0], "nobody else's business");
+        town.leave(tablet);
+        assert_eq!(read(&mut town, bob, head), None);
+        town.elapse(limits::RECEIPTS_INTERVAL_MS);
+        town.told(bob);
+        town.send(owner, TEAM, 4).unwrap();
+        town.fetch(bob, TEAM, 0).unwrap();
+        assert_eq!(read(&mut town, bob, head + 1), None);
+        town.elapse(2 * limits::RECEIPTS_INTERVAL_MS);
+        assert_eq!(own(&mut town, bob), [0; 0], "who has one device is told nothing");
+    }
+}
