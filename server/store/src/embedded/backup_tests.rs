@@ -4,7 +4,7 @@ use std::fs;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use ringline_schema::ids::Seq;
-use ringline_schema::record::{Range, Record};
+use ringline_schema::record::{Query, Range, Record};
 
 use super::backup::backup;
 use super::offline::{Progress, check};
@@ -108,7 +108,7 @@ fn a_backup_that_meets_an_error_of_the_disk_says_so_and_is_not_started_from() {
     fs::create_dir(&path).unwrap();
     let to = tempfile::tempdir().unwrap();
     assert!(matches!(backup(dir.path(), to.path(), &mut quiet), Err(OpenError::Io { path: at, .. }) if at == path));
-    assert!(matches!(EmbeddedStore::open(to.path(), 1, small()), Err(OpenError::NotADataFolder { .. })));
+    assert!(matches!(EmbeddedStore::open(to.path(), 1, small()), Err(OpenError::UnfinishedBackup { .. })));
 }
 
 #[test]
@@ -127,5 +127,62 @@ fn a_backup_refuses_damage_and_an_unfinished_one_is_not_started_from() {
         Err(OpenError::Damaged { offset: at, .. }) => assert_eq!(at, offset),
         other => panic!("{other:?}"),
     }
-    assert!(matches!(EmbeddedStore::open(to.path(), 1, small()), Err(OpenError::NotADataFolder { .. })));
+    assert!(matches!(EmbeddedStore::open(to.path(), 1, small()), Err(OpenError::UnfinishedBackup { .. })));
+}
+
+/// Files below a folder that this process has open.
+fn open_below(folder: &Path) -> usize {
+    let links = fs::read_dir("/proc/self/fd").unwrap().filter_map(|entry| fs::read_link(entry.unwrap().path()).ok());
+    links.filter(|link| link.starts_with(folder)).count()
+}
+
+#[test]
+fn however_many_segments_there_are_few_are_open() {
+    let (dir, pair) = (tempfile::tempdir().unwrap(), Pair::new("ann", "bob"));
+    let (mut node, _) = open(dir.path(), 1, &small());
+    for records in pair.history(3_000).chunks(10) {
+        node.commit(records);
+        // The index thread makes the next file ready: a segment is as long as it should be once it has.
+        node.ask(pair.one.partition(), Query::User { name: pair.one.clone() });
+    }
+    node.close();
+    let folder = fs::canonicalize(dir.path()).unwrap();
+    let (to, mut most) = (tempfile::tempdir().unwrap(), 0);
+    let report = backup(dir.path(), to.path(), &mut |_| most = most.max(open_below(&folder))).unwrap();
+    assert!(report.segments > 20, "{report:?}");
+    assert!((1..=10).contains(&most), "{most} files were open at once");
+    let (mut node, _) = open(to.path(), 1, &small());
+    holds(&mut node, &[pair], 3_000);
+}
+
+#[test]
+fn a_disk_that_fails_under_a_backup_is_told_and_the_copy_is_not_started_from() {
+    let (dir, pair) = (tempfile::tempdir().unwrap(), Pair::new("ann", "bob"));
+    let (mut node, _) = open(dir.path(), 1, &small());
+    pair.history(500).chunks(9).for_each(|records| node.commit(records));
+    node.close();
+    for writes in 0.. {
+        let to = tempfile::tempdir().unwrap();
+        super::backup::WRITES_LEFT.set(Some(writes));
+        let made = backup(dir.path(), to.path(), &mut quiet);
+        super::backup::WRITES_LEFT.set(None);
+        let opened = EmbeddedStore::open(to.path(), 1, small());
+        match made {
+            Ok(_) => {
+                assert!(writes > 4 && opened.is_ok(), "{writes} writes");
+                break;
+            }
+            Err(OpenError::Io { path, source }) => {
+                assert_eq!(
+                    (path.as_path(), source.raw_os_error()),
+                    (to.path(), Some(rustix::io::Errno::IO.raw_os_error()))
+                );
+            }
+            Err(other) => panic!("{other:?}"),
+        }
+        assert!(matches!(opened, Err(OpenError::UnfinishedBackup { .. })), "{writes} writes");
+        let told = opened.err().unwrap().to_string();
+        assert!(told.contains("a backup that did not come to its end"), "{told}");
+        assert!(matches!(check(to.path(), &mut quiet), Err(OpenError::UnfinishedBackup { .. })));
+    }
 }

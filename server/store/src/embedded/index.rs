@@ -240,6 +240,26 @@ impl Index {
         Ok(())
     }
 
+    /// The same from behind a key on.
+    pub fn walk_after(&self, (prefix, after): (&[u8], &[u8]), each: EachRow<'_>) -> Result<(), IndexError> {
+        let after = std::ops::Bound::Excluded(after.max(prefix).to_vec());
+        for row in self.rows.range((after, std::ops::Bound::Unbounded)) {
+            let (key, value) = row.into_inner()?;
+            if !key.starts_with(prefix) || !each(&key, &value)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes rows. Durable with the next synced write.
+    pub fn remove(&self, keys: &[Vec<u8>]) -> Result<(), IndexError> {
+        let _writing = self.lock();
+        let mut batch = self.database.batch();
+        keys.iter().for_each(|key| batch.remove(&self.rows, key.as_slice()));
+        Ok(batch.commit()?)
+    }
+
     /// A keyed row, also one without a value.
     pub fn keyed(&self, key: &RowKey) -> Result<Option<Row>, IndexError> {
         self.get(&rows::keyed_key(&key.encode()), |bytes| rows::decode_keyed(key.clone(), bytes))

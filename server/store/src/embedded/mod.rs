@@ -30,6 +30,7 @@ mod indexer;
 mod keeper;
 mod log;
 pub mod offline;
+mod orphans;
 mod overlay;
 mod query;
 mod recovery;
@@ -204,6 +205,8 @@ pub enum OpenError {
     InUse { dir: PathBuf, pid: Option<u32> },
     #[error("{} is not writable: give the server's user the right to write there ({source})", dir.display())]
     NotWritable { dir: PathBuf, source: io::Error },
+    #[error("{}: a backup that did not come to its end, and no data folder; make it anew", dir.display())]
+    UnfinishedBackup { dir: PathBuf },
     #[error("{} holds other files and is no ringline data folder: choose an empty or new folder", dir.display())]
     NotADataFolder { dir: PathBuf },
     #[error("{} is no ringline data folder: give the one that the server uses (--data-dir)", dir.display())]
@@ -451,6 +454,9 @@ fn enter(dir: &Path) -> Result<(File, u64), OpenError> {
         }
         _ => OpenError::Io { path: dir.to_owned(), source },
     };
+    if dir.join(backup::UNFINISHED_FILE).exists() {
+        return Err(OpenError::UnfinishedBackup { dir: dir.to_owned() });
+    }
     fs::create_dir_all(dir).map_err(writable)?;
     let format_file = dir.join(FORMAT_FILE);
     if !format_file.exists() {

@@ -216,6 +216,9 @@ pub fn export(
 
 /// Errors: it is none. Makes nothing, unlike an opening.
 pub fn is_data_folder(dir: &Path) -> Result<(), OpenError> {
+    if dir.join(super::backup::UNFINISHED_FILE).exists() {
+        return Err(OpenError::UnfinishedBackup { dir: dir.to_owned() });
+    }
     if dir.join(FORMAT_FILE).exists() { Ok(()) } else { Err(OpenError::NoDataFolder { dir: dir.to_owned() }) }
 }
 

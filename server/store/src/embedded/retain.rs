@@ -21,6 +21,7 @@ use super::checkpoint::{Checkpoints, Header};
 use super::format::{Framed, Kind, Position};
 use super::index::IndexError;
 use super::indexer::next_framed;
+use super::orphans::Orphans;
 use super::rows::{self, ConversationPart, HeadRow, Kept, Watermark};
 use super::scan::Scanner;
 use super::segments::ReadError;
@@ -29,6 +30,8 @@ use super::segments::ReadError;
 const CONVERSATIONS_MAX: usize = 65_536;
 /// What a pass holds at most: floors of conversations, and the buffers of a scan and of a checkpoint.
 pub(super) const MEMORY_BYTES: u64 = CONVERSATIONS_MAX as u64 * 64 + 4 * 1024 * 1024;
+/// Rows of conversations that one pass reads to count messages; the next goes on behind them.
+pub(super) const COUNT_ROWS_MAX: u64 = 262_144;
 /// Records read between two looks at whether the thread should end.
 const STEP_RECORDS: u64 = 4096;
 
@@ -135,6 +138,13 @@ pub(super) struct Retainer {
     fronts: BTreeMap<u16, Front>,
     /// When the first message of a segment was sent.
     begins_ms: BTreeMap<(u16, u32), u64>,
+    /// Where the walk through the conversations is, to count their messages.
+    counted: Option<Vec<u8>>,
+    /// Rows that it reads in one pass, and has read in all.
+    pub count_rows_max: u64,
+    pub count_rows: u64,
+    /// Rows about messages that went.
+    pub orphans: Orphans,
 }
 
 impl Retainer {
@@ -142,7 +152,19 @@ impl Retainer {
     pub fn new(node: Arc<Node>, policy: Retention, (kept, number): (BTreeMap<u16, Kept>, u64)) -> Self {
         let checkpoints = Checkpoints::new(&node.folder);
         let (fronts, begins_ms) = (BTreeMap::new(), BTreeMap::new());
-        Self { node, policy, checkpoints, number, kept, fronts, begins_ms }
+        Self {
+            node,
+            policy,
+            checkpoints,
+            number,
+            kept,
+            fronts,
+            begins_ms,
+            counted: None,
+            count_rows_max: COUNT_ROWS_MAX,
+            count_rows: 0,
+            orphans: Orphans::default(),
+        }
     }
 
     /// Lets go of what may go. Blocks. After an error the next pass goes on where this one ended.
@@ -176,6 +198,7 @@ impl Retainer {
                 kept.insert(*log, Kept { segment: front.number.saturating_add(1), run });
             }
         }
+        self.orphans.drop_some(&self.node, passed.floors > 0, step)?;
         if kept != self.kept {
             self.release(kept, &mut passed, step)?;
         }
@@ -204,12 +227,18 @@ impl Retainer {
         Ok((segments, bytes))
     }
 
-    /// The newest messages of each conversation stay, as many as the policy says.
-    fn floors_by_count(&self, step: EachStep<'_>) -> Result<u64, RetainError> {
+    /// The newest messages of each conversation stay, as many as the policy says. Looks at some of them, and at the next
+    /// ones in the next pass.
+    fn floors_by_count(&mut self, step: EachStep<'_>) -> Result<u64, RetainError> {
         let (index, keep) = (&self.node.index, self.policy.messages);
         let (mut floors, mut raised, mut rows, mut ended) = (Vec::new(), 0, 0_u64, None);
-        index.walk(rows::CONVERSATION_PREFIX, &mut |key, value| {
+        let after = self.counted.take().unwrap_or_default();
+        let (rows_max, counted) = (self.count_rows_max, &mut self.counted);
+        index.walk_after((rows::CONVERSATION_PREFIX, &after), &mut |key, value| {
             rows += 1;
+            if rows >= rows_max {
+                *counted = Some(key.to_vec());
+            }
             if rows.is_multiple_of(STEP_RECORDS) {
                 ended = step(Step::Scan).err();
             }
@@ -224,8 +253,9 @@ impl Retainer {
                 ended = step(Step::Floors).err();
                 raised += if ended.is_none() { index.raise_floors(&mut floors.drain(..))? } else { 0 };
             }
-            Ok(ended.is_none())
+            Ok(ended.is_none() && rows < rows_max)
         })?;
+        self.count_rows += rows;
         if let Some(error) = ended {
             return Err(error);
         }

@@ -106,6 +106,11 @@ impl Segments {
         Self { read_only: true, ..Self::new(folder) }
     }
 
+    /// The same, with so few open at a time.
+    pub fn few(folder: PathBuf, open_max: NonZeroUsize) -> Self {
+        Self { open: Mutex::new(LruCache::new(open_max)), ..Self::read_only(folder) }
+    }
+
     /// The logs that exist, in rising order.
     pub fn logs(&self) -> io::Result<Vec<u16>> {
         let mut logs = Vec::new();
