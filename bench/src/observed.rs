@@ -9,7 +9,7 @@ use ringline_client::{
     SendError, Signal, UserName, What,
 };
 
-use crate::checker::{Change, Happening, Listed, Page, Peer, Place, Receipts, Shown, Source, State};
+use crate::checker::{Change, Happening, Listed, Page, Peer, Place, Presence, Receipts, Shown, Source, State};
 
 /// Messages that an application remembers to amend them.
 const REMEMBERED_MAX: usize = 32;
@@ -145,6 +145,11 @@ fn read_upto(read: &ReadUpto) -> Vec<Happening> {
     let place = Place { conversation, seq: read_to };
     let read = user.map(|user| Happening::ReadShown { source: Source::Push, user, place });
     std::iter::once(has).chain(read).collect()
+}
+
+pub fn presence(row: &ringline_client::Presence) -> Presence {
+    let (online, last_seen_ms, status) = (row.online, row.last_seen_ms, row.status.clone());
+    Presence { user: user(&row.user), online, last_seen_ms, status }
 }
 
 fn signal(signal: &Signal) -> Happening {

@@ -14,7 +14,7 @@ use ringline_client::{
 };
 
 use super::traffic::{DEVICES_PER_USER, GROUPS, USERS};
-use crate::checker::{Happening, Moment, Peer, Place, Source};
+use crate::checker::{Device, Happening, Moment, Peer, Place, Range, Source};
 use crate::observed;
 
 const PAGE_ROWS: u16 = 200;
@@ -37,11 +37,38 @@ pub enum Wish {
     Sync(Vec<Place>),
     List,
     DropDevice(u64),
+    Hide(Peer, Place),
+    Fetch((Peer, u128), Range),
+    Watch(u32),
+    Say(String),
 }
 
 impl Wish {
-    /// A wish of `user`, whose application has `seen` so much. Group n belongs to user n.
-    pub fn any(user: u32, seen: &BTreeMap<u128, u64>, rng: &mut SmallRng) -> Self {
+    /// A wish of a device whose application has `seen` so much, and remembers a message. Group n belongs to user n.
+    pub fn any(
+        (Device { user, number }, message): (Device, Option<(Peer, Place, u32)>),
+        seen: &BTreeMap<u128, u64>,
+        rng: &mut SmallRng,
+    ) -> Self {
+        if let (Some((with, place, _)), what) = (message, rng.random_range(0..100)) {
+            // Often far back, where something may be gone.
+            let after = rng.random_range(0..=if what % 5 == 0 { place.seq } else { place.seq.min(50) });
+            let before = (what % 2 == 0).then(|| rng.random_range(after.max(1)..=place.seq + 2));
+            match what {
+                0..8 => return Self::Hide(with, place),
+                8..20 => {
+                    let range = Range { after, before, newest: what % 3 == 0 };
+                    return Self::Fetch((with, place.conversation), range);
+                }
+                _ => {}
+            }
+        }
+        match rng.random_range(0..100) {
+            0..5 => return Self::Watch((user + rng.random_range(1..USERS)) % USERS),
+            // One device speaks for its user, so that what was said last is known.
+            5..10 if number == 1 => return Self::Say(format!("{user} feels {}", rng.random_range(0..u32::MAX))),
+            _ => {}
+        }
         let group = rng.random_range(0..GROUPS);
         let other = (user + rng.random_range(1..USERS)) % USERS;
         let known = seen.iter().nth(rng.random_range(0..=seen.len()));
@@ -62,17 +89,22 @@ impl Wish {
         }
     }
 
-    /// What is to be noted before it is asked.
-    pub fn before(&self) -> Option<Happening> {
+    /// What is to be noted before it is asked; `number`: of the wish.
+    pub fn before(&self, number: u64, user: u32) -> Option<Happening> {
+        let comes = |group: &u32, user: u32| Happening::ComingAsked { number, group: *group, users: vec![user] };
         match self {
+            Self::Create(group) | Self::Join(group) => Some(comes(group, user)),
+            Self::Invite(group, other) | Self::Approve(group, other) => Some(comes(group, *other)),
+            Self::Hide(_, place) => Some(Happening::HideAsked(*place)),
+            Self::Say(status) => Some(Happening::StatusAsked { status: status.clone(), visible: true }),
             Self::Read(place) => Some(Happening::ReadAsked(*place)),
             Self::DropDevice(number) => Some(Happening::DropAsked(*number)),
             _ => None,
         }
     }
 
-    /// Asks, and says what happened. `asked`: when.
-    pub async fn ask(self, client: Client, asked: Moment) -> Vec<Happening> {
+    /// Asks, and says what happened. `asked`: when, and the number of the wish.
+    pub async fn ask(self, client: Client, (asked, number): (Moment, u64)) -> Vec<Happening> {
         let name = |peer| observed::name(peer).as_str().to_owned();
         let (user, group) = (|user| name(Peer::User(user)), |group| name(Peer::Group(group)));
         let done = match self {
@@ -92,15 +124,52 @@ impl Wish {
                 return read.map(|()| Happening::ReadKept(place)).into_iter().collect();
             }
             Self::Sync(behind) => return sync(&client, (asked, behind), false).await.into_iter().collect(),
-            Self::List => return list(&client).await.map(|pages| reads_of(&client, &pages)).unwrap_or_default(),
+            Self::List => return list(&client).await.map(|pages| reads_of(&client, asked, &pages)).unwrap_or_default(),
+            Self::Hide(with, place) => {
+                let hidden = client.delete_for_me(&name(with), Seq(place.seq)).await;
+                return hidden.map(|()| Happening::HideKept(place)).into_iter().collect();
+            }
+            Self::Fetch(of, range) => return fetch(&client, asked, of, range).await.into_iter().collect(),
+            Self::Watch(other) => {
+                // How they are is told by events, and by them alone.
+                let _ = client.watch(&[&user(other)]).await;
+                return Vec::new();
+            }
+            Self::Say(status) => {
+                return client.set_status(&status).await.map(|()| Happening::StatusKept).into_iter().collect();
+            }
             Self::DropDevice(number) => {
                 // Whether it was this device itself, its session ends then.
                 let _ = client.drop_device(DeviceId(number)).await;
                 return Vec::new();
             }
         };
-        changed(done).into_iter().collect()
+        let answered = matches!(done, Ok(_) | Err(CallError::Refused { .. }));
+        let answered = answered.then_some(Happening::ComingAnswered { number });
+        changed(done).into_iter().chain(answered).collect()
     }
+}
+
+/// A part of a history.
+async fn fetch(client: &Client, asked: Moment, (with, conversation): (Peer, u128), range: Range) -> Option<Happening> {
+    let Range { after, before, newest } = range;
+    let wanted = HistoryRange { after: Seq(after), before: before.map(Seq), limit: PAGE_ROWS, newest };
+    let answer = client.history(observed::name(with).as_str(), wanted).await;
+    let page = observed::page(answer.as_ref())?;
+    Some(Happening::Fetched { asked, with, conversation, range, page })
+}
+
+/// Who has the last message of each conversation.
+async fn receipts(client: &Client, pages: &[ConversationPage]) -> Vec<Happening> {
+    let mut happenings = Vec::new();
+    for row in pages.iter().flat_map(|page| &page.conversations).filter(|row| row.head > Seq::ZERO) {
+        // What is refused is none of ours any more, or let go.
+        if let Ok(page) = client.receipts(row.conversation, row.head, None, PAGE_ROWS).await {
+            let place = Place { conversation: row.conversation.0, seq: row.head.0 };
+            happenings.push(Happening::ReceiptsShown(observed::receipts(place, &page)));
+        }
+    }
+    happenings
 }
 
 fn changed(done: Result<GroupDone, CallError>) -> Option<Happening> {
@@ -135,12 +204,13 @@ async fn list(client: &Client) -> Result<Vec<ConversationPage>, CallError> {
     }
 }
 
-fn reads_of(client: &Client, pages: &[ConversationPage]) -> Vec<Happening> {
+fn reads_of(client: &Client, asked: Moment, pages: &[ConversationPage]) -> Vec<Happening> {
     let rows = pages.iter().flat_map(|page| &page.conversations);
     let (source, user) = (Source::List, observed::user(client.user()));
-    rows.map(|row| {
+    rows.flat_map(|row| {
+        let first = Place { conversation: row.conversation.0, seq: row.first.0 };
         let place = Place { conversation: row.conversation.0, seq: row.read.0 };
-        Happening::ReadShown { source, user, place }
+        [Happening::FloorShown { asked, first }, Happening::ReadShown { source, user, place }]
     })
     .collect()
 }
@@ -157,12 +227,20 @@ pub async fn read_all(client: &Client, asked: Moment) -> Result<Vec<Happening>, 
         }
     }
     let pages = list(client).await?;
-    happenings.extend(reads_of(client, &pages));
+    happenings.extend(reads_of(client, asked, &pages));
+    happenings.extend(receipts(client, &pages).await);
     let rows = || pages.iter().flat_map(|page| &page.conversations);
     happenings.push(Happening::Listed(rows().map(observed::listed).collect()));
     let behind = rows().map(|row| Place { conversation: row.conversation.0, seq: 0 }).collect();
     happenings.push(sync(client, (asked, behind), true).await?);
     let devices = client.devices().await?;
+    let others: Vec<String> = (0..USERS).map(|user| observed::name(Peer::User(user)).as_str().to_owned()).collect();
+    let others: Vec<&str> = others.iter().map(String::as_str).collect();
+    for row in client.watch(&others).await? {
+        let presence = observed::presence(&row);
+        happenings.push(Happening::Watches(vec![presence.user]));
+        happenings.push(Happening::PresenceShown { connection: 0, presence });
+    }
     happenings.push(Happening::Devices(devices.iter().map(|device| device.device.0).collect()));
     Ok(happenings)
 }

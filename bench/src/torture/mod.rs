@@ -47,6 +47,10 @@ const FREEZE_MS: std::ops::Range<u64> = 100..1_000;
 const FULL_MS: std::ops::Range<u64> = 1_500..3_000;
 /// After there is room again, sends may still be refused for so long.
 const ROOM_SEEN: Duration = Duration::from_millis(1_500);
+/// A server on a slow machine has to have noticed by then that the disk is full, and that it is not any more.
+const DISK_SEEN_TIME: Duration = Duration::from_secs(30);
+/// The number of that fault.
+const FILL: u32 = 8;
 const KILLS_MAX: i64 = 10_000;
 
 #[derive(Clone, Debug, Args)]
@@ -153,10 +157,12 @@ async fn round(args: &TortureArgs, mut rng: SmallRng, mut server: Server) -> Res
     let bar = if args.no_progress { ProgressBar::hidden() } else { ProgressBar::new(args.kills.into()) };
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} kills, {elapsed}  {msg}");
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-    let mut kills = 0;
+    let (mut kills, mut fills) = (0, 0);
     while kills < args.kills {
         pause(&record, rng.random_range(PAUSE_MS)).await;
-        match rng.random_range(0..10) {
+        // Once in a round at least.
+        let fault = if fills == 0 && 2 * kills >= args.kills { FILL } else { rng.random_range(0..10) };
+        match fault {
             0..6 => {
                 kills += 1;
                 server.kill();
@@ -172,7 +178,10 @@ async fn round(args: &TortureArgs, mut rng: SmallRng, mut server: Server) -> Res
                 sleep(Duration::from_millis(rng.random_range(FREEZE_MS))).await;
                 server.thaw()?;
             }
-            8 => fill(&server, &traffic, rng.random_range(FULL_MS)).await,
+            FILL => {
+                fill(&server, &traffic, rng.random_range(FULL_MS)).await?;
+                fills += 1;
+            }
             _ => proxy.cut(),
         }
         bar.set_message(format!("{} happenings", with_history(&record, |history| history.len())));
@@ -180,6 +189,7 @@ async fn round(args: &TortureArgs, mut rng: SmallRng, mut server: Server) -> Res
     bar.finish_and_clear();
     settle(&phase, &record, &traffic).await?;
     traffic.read_back(&issuer, proxy.address()).await?;
+    traffic.note_rest();
     // The promise about cursors: devices that begin anew are handed nothing twice.
     sleep(CURSOR_TIME).await;
     phase.send_replace(Phase::Anew);
@@ -190,15 +200,36 @@ async fn round(args: &TortureArgs, mut rng: SmallRng, mut server: Server) -> Res
     Ok(with_history(&record, |history| history.check()))
 }
 
-/// The disk is full for a while.
-async fn fill(server: &Server, traffic: &Traffic, ms: u64) {
+/// The disk is full for a while. Errors: nothing durable was refused for it, or nothing is accepted when there is room.
+async fn fill(server: &Server, traffic: &Traffic, ms: u64) -> Result<(), Failure> {
     traffic.set_full(true);
-    if server.fill_disk() {
-        sleep(Duration::from_millis(ms)).await;
-        server.free_disk();
-        sleep(ROOM_SEEN).await;
+    let refused = traffic.refused_full();
+    if !server.fill_disk() {
+        println!("torture: there is not enough room here to fill the disk: what a full one does is not looked at");
+        traffic.set_full(false);
+        return Ok(());
     }
+    sleep(Duration::from_millis(ms)).await;
+    let was_refused = becomes(|| traffic.refused_full() > refused).await;
+    server.free_disk();
+    let room = traffic.room_again();
+    let accepts = becomes(|| traffic.accepts_since(room)).await;
+    sleep(ROOM_SEEN).await;
     traffic.set_full(false);
+    match (was_refused, accepts) {
+        (true, true) => Ok(()),
+        (false, _) => Err(Failure::Failed("torture: the disk was full and no durable send was refused".to_owned())),
+        (true, false) => Err(Failure::Failed("torture: there is room again and nothing is accepted".to_owned())),
+    }
+}
+
+/// Waits until it is so; false: for too long.
+async fn becomes(is_so: impl Fn() -> bool) -> bool {
+    let deadline = Instant::now() + DISK_SEEN_TIME;
+    while !is_so() && Instant::now() < deadline {
+        sleep(BETWEEN_LOOKS).await;
+    }
+    is_so()
 }
 
 /// Lets clients do something before the next fault.

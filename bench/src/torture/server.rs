@@ -29,6 +29,9 @@ const TRIES: usize = 100;
 const ROOM_BYTES: u64 = 1 << 30;
 /// … and the file that brings that about is larger, whatever else is written meanwhile.
 const BALLAST_BYTES: u64 = 2 * ROOM_BYTES;
+/// Little is kept, so that it is let go all the time: the newest of each conversation, in small files.
+const RETENTION: [&str; 6] =
+    ["--set", "retention.messages=150", "--set", "retention.interval_ms=1000", "--set", "store.segment_bytes=262144"];
 const BETWEEN_TRIES: Duration = Duration::from_millis(10);
 
 /// See the module.
@@ -100,6 +103,7 @@ impl Server {
             .arg("--data-dir")
             .arg(self.folder.join("data"))
             .args(["--set", &format!("store.free_bytes_min={}", self.free_bytes_min())])
+            .args(RETENTION)
             .stdin(Stdio::null())
             .stdout(log)
             .stderr(other)

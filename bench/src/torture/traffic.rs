@@ -4,16 +4,18 @@
 //! One task a device. Invariants: a body is used once; a process of a device ends with an end of each of its sends;
 //! what was handed to the application is in the record before the next event is asked for.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
 use rand::RngExt;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
-use ringline_client::{Accepted, Class, Client, ClientBuilder, DeviceId, Event, Events, SendError, SendOptions};
+use ringline_client::{
+    Accepted, Class, Client, ClientBuilder, DeviceId, ErrorCode, Event, Events, SendError, SendOptions, Sending, Seq,
+};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{interval, sleep};
@@ -21,8 +23,8 @@ use tokio::time::{interval, sleep};
 use super::asks::{self, Wish};
 use super::{Record, failed, with_history};
 use crate::Failure;
-use crate::checker::{Device, Happening, Peer, Place, Source};
-use crate::observed;
+use crate::checker::{Device, Happening, Peer, Place, State};
+use crate::observed::{self, Memory};
 use crate::token::Issuer;
 
 pub const USERS: u32 = 6;
@@ -37,9 +39,19 @@ const SEND_EVERY: Duration = Duration::from_millis(20);
 /// A client that would wait longer than this to reconnect is replaced by a new process of its device.
 const PATIENCE: Duration = Duration::from_millis(600);
 const BETWEEN_TRIES: Duration = Duration::from_millis(50);
-/// Chance in percent that a send to a user is transient, and that it goes to a group.
+/// Chance in percent that a send is transient, that it goes to a group, that it amends another, and that it is given up
+/// soon: what is still refused then is told.
 const TRANSIENT_PERCENT: u32 = 10;
 const GROUP_PERCENT: u32 = 30;
+const AMEND_PERCENT: u32 = 8;
+const HASTY_PERCENT: u32 = 10;
+const HASTE: Duration = Duration::from_millis(300);
+/// … and all of them while the disk is full, long enough to be written and refused.
+const HASTE_FULL: Duration = Duration::from_millis(1_500);
+/// Chance in percent that an application signals as well.
+const SIGNAL_PERCENT: u32 = 4;
+/// An application's own signal.
+const SIGNAL_KIND: u8 = 16;
 /// Asked for beside sends, one after the other, so that answers are noted in their order.
 const ASK_EVERY: Duration = Duration::from_millis(100);
 const OPEN_ASKS_MAX: usize = 1;
@@ -62,6 +74,11 @@ struct Gauges {
     online: AtomicI64,
     /// Sends may be refused for a while now, and passed by others.
     full: AtomicBool,
+    /// Sends that were refused because the disk was full.
+    refused_full: AtomicU64,
+    /// How often there was room again; and which of these times a durable send was made that was accepted.
+    room: AtomicU64,
+    accepted_in: AtomicU64,
 }
 
 /// See the module.
@@ -99,7 +116,17 @@ impl Traffic {
                 let rng = SmallRng::seed_from_u64(u64::from(user) * 100 + number);
                 let parts = (record.clone(), Arc::clone(&gauges), phases.clone());
                 devices.push(tokio::spawn(
-                    Life { name, builder, rng, sent: 0, seen: BTreeMap::new(), open: BTreeSet::new(), parts }.live(),
+                    Life {
+                        name,
+                        builder,
+                        rng,
+                        sent: 0,
+                        connection: 0,
+                        memory: Memory::default(),
+                        open: BTreeSet::new(),
+                        parts,
+                    }
+                    .live(),
                 ));
             }
         }
@@ -112,6 +139,30 @@ impl Traffic {
 
     pub fn set_full(&self, full: bool) {
         self.gauges.full.store(full, Ordering::Relaxed);
+    }
+
+    /// Sends that were refused because the disk was full.
+    pub fn refused_full(&self) -> u64 {
+        self.gauges.refused_full.load(Ordering::Relaxed)
+    }
+
+    /// There is room again, for the time that is returned.
+    pub fn room_again(&self) -> u64 {
+        self.gauges.room.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// Whether a durable send that was made since then has been accepted.
+    pub fn accepts_since(&self, room: u64) -> bool {
+        self.gauges.accepted_in.load(Ordering::Relaxed) >= room
+    }
+
+    /// Nothing has changed for a while: all that are online are noted, the readers too.
+    pub fn note_rest(&self) {
+        let devices = (1..=DEVICES_PER_USER).chain([READER]);
+        let all = (0..USERS).flat_map(|user| devices.clone().map(move |number| Device { user, number }));
+        with_history(&self.record, |history| {
+            all.for_each(|device| history.push(device, Happening::Rested { left_ms: None }));
+        });
     }
 
     pub fn all_online(&self) -> bool {
@@ -150,7 +201,8 @@ impl Traffic {
     }
 }
 
-type Ended = (u64, Result<Accepted, SendError>);
+/// Number, how often there was room before it was sent, how it ended.
+type Ended = (u64, u64, Result<Accepted, SendError>);
 
 /// One device, over all its processes.
 struct Life {
@@ -158,8 +210,10 @@ struct Life {
     builder: ClientBuilder,
     rng: SmallRng,
     sent: u64,
-    /// Handed to the application last, by conversation.
-    seen: BTreeMap<u128, u64>,
+    /// What was handed to the application, over all processes.
+    memory: Memory,
+    /// Rises with each connection.
+    connection: u64,
     /// Sends without an end that nobody has been said to pass.
     open: BTreeSet<u64>,
     parts: (Record, Arc<Gauges>, watch::Receiver<Phase>),
@@ -233,10 +287,13 @@ impl Life {
                 }
                 _ = wishes.tick() => {
                     if self.phase() == Phase::Load && asks.len() < OPEN_ASKS_MAX {
-                        let wish = Wish::any(self.name.user, &self.seen, &mut self.rng);
-                        wish.before().into_iter().for_each(|happening| self.note(happening));
+                        let message = self.any_message();
+                        let wish = Wish::any((self.name, message), &self.memory.seen, &mut self.rng);
+                        self.sent += 1;
+                        let number = self.sent;
+                        wish.before(number, self.name.user).into_iter().for_each(|happening| self.note(happening));
                         let asked = with_history(&self.parts.0, |history| history.now());
-                        asks.spawn(wish.ask(client.clone(), asked));
+                        asks.spawn(wish.ask(client.clone(), (asked, number)));
                     }
                 }
             }
@@ -245,25 +302,86 @@ impl Life {
 
     /// Takes an event in; false: the process is to end.
     fn event(&mut self, event: Event) -> bool {
-        if let Event::Message(message) = &event {
-            let shown = observed::shown(message);
-            if shown.place.seq > 0 {
-                self.seen.insert(shown.place.conversation, shown.place.seq);
+        for happening in observed::happenings(&event) {
+            if let Happening::Saw(shown) = &happening {
+                self.memory.saw(self.name.user, shown);
             }
-            self.note(Happening::Saw(shown));
-        } else if let Event::Skipped { conversation, from, to, .. } = &event {
-            self.note(Happening::Skipped { conversation: conversation.0, from: from.0, to: to.0 });
-        } else if let Event::ReadUpto(read) = &event
-            && let Some(user) = &read.user
-        {
-            let place = Place { conversation: read.conversation.0, seq: read.read.0 };
-            self.note(Happening::ReadShown { source: Source::Push, user: observed::user(user), place });
+            self.note(happening);
+        }
+        if let Event::Connected { .. } = &event {
+            self.connection += 1;
+        } else if let Event::Presence(rows) = &event {
+            for presence in rows.iter().map(observed::presence) {
+                // Answers and events come on two ways; these are in the order of the connection.
+                self.note(Happening::Watches(vec![presence.user]));
+                self.note(Happening::PresenceShown { connection: self.connection, presence });
+            }
         }
         let waits_long = matches!(event, Event::Reconnecting { delay, .. } if delay > PATIENCE);
         !waits_long && !matches!(event, Event::Closed { .. })
     }
 
+    /// A message that it remembers.
+    fn any_message(&mut self) -> Option<(Peer, Place, u32)> {
+        self.memory.message(self.rng.random_range(0..1_024))
+    }
+
+    fn chance(&mut self, percent: u32) -> bool {
+        self.rng.random_range(0..100) < percent
+    }
+
+    fn signal(&mut self, client: &Client) {
+        self.sent += 1;
+        let (number, other) = (self.sent, self.rng.random_range(0..USERS));
+        let to = if self.chance(50) { Peer::Group(other % GROUPS) } else { Peer::User(other) };
+        let body = format!("{}.{} signals {number}", self.name.user, self.name.number);
+        self.note(Happening::Signalled { number, to, body: body.clone() });
+        // Not sent without a connection, and nobody hears it then.
+        let _ = client.signal(observed::name(to).as_str(), SIGNAL_KIND, body);
+    }
+
+    /// Edits, takes back or deletes something, mostly what it may.
+    fn amend(&mut self, client: &Client, sends: &mut JoinSet<Ended>) {
+        let Some((to, of, by)) = self.any_message() else { return };
+        self.sent += 1;
+        let (number, what) = (self.sent, self.rng.random_range(0..6));
+        let own_group = to == Peer::Group(self.name.user);
+        let what = match what {
+            0..3 if by == self.name.user => State::Edited,
+            3 if by == self.name.user => State::Recalled,
+            _ if by == self.name.user || own_group => State::Deleted,
+            0 => State::Edited,
+            _ => return,
+        };
+        let edits = what == State::Edited;
+        let body =
+            if edits { format!("{}.{} edits {number}", self.name.user, self.name.number) } else { String::new() };
+        self.note(Happening::Amended { number, to, of, what, body: body.clone() });
+        let (with, seq) = (observed::name(to), Seq(of.seq));
+        let sending = match what {
+            State::Edited => client.edit(with.as_str(), seq, body),
+            State::Recalled => client.recall(with.as_str(), seq),
+            State::Deleted | State::AsSent | State::Hidden => client.delete_for_all(with.as_str(), seq),
+        };
+        self.await_end(number, sending, sends);
+    }
+
+    fn await_end(&mut self, number: u64, sending: Sending, sends: &mut JoinSet<Ended>) {
+        let gauges = &self.parts.1;
+        gauges.open_sends.fetch_add(1, Ordering::Relaxed);
+        let room = gauges.room.load(Ordering::Relaxed);
+        sends.spawn(async move { (number, room, sending.await) });
+        self.open.insert(number);
+    }
+
     fn send(&mut self, client: &Client, sends: &mut JoinSet<Ended>) {
+        if self.chance(SIGNAL_PERCENT) {
+            self.signal(client);
+        }
+        let full = self.parts.1.full.load(Ordering::Relaxed);
+        if !full && self.chance(AMEND_PERCENT) {
+            return self.amend(client, sends);
+        }
         self.sent += 1;
         let number = self.sent;
         let to = match self.rng.random_range(0..100) < GROUP_PERCENT {
@@ -272,19 +390,28 @@ impl Life {
         };
         let padding = if self.rng.random_range(0..50) == 0 { self.rng.random_range(100..4_000) } else { 0 };
         let body = format!("{}.{} says {number} {}", self.name.user, self.name.number, "x".repeat(padding));
-        let transient = matches!(to, Peer::User(_)) && self.rng.random_range(0..100) < TRANSIENT_PERCENT;
+        let transient = self.chance(TRANSIENT_PERCENT);
         let durable = !transient;
         self.note(Happening::Sent { number, to, body: body.clone(), durable });
         let class = if durable { Class::Durable } else { Class::Transient };
-        let sending =
-            client.send_with(observed::name(to).as_str(), body, SendOptions { class, ..SendOptions::default() });
-        self.parts.1.open_sends.fetch_add(1, Ordering::Relaxed);
-        sends.spawn(async move { (number, sending.await) });
-        self.open.insert(number);
+        // While the disk is full nothing else would end, and an application waits with more when so much is open.
+        let give_up_after = if full { Some(HASTE_FULL) } else { self.chance(HASTY_PERCENT).then_some(HASTE) };
+        let options = SendOptions { class, give_up_after, ..SendOptions::default() };
+        let sending = client.send_with(observed::name(to).as_str(), body, options);
+        self.await_end(number, sending, sends);
     }
 
     fn ended(&mut self, ended: Result<Ended, tokio::task::JoinError>) {
-        let Ok((number, result)) = ended else { return };
+        let Ok((number, room, result)) = ended else { return };
+        match &result {
+            Ok(accepted) if accepted.seq > Seq::ZERO => {
+                self.parts.1.accepted_in.fetch_max(room, Ordering::Relaxed);
+            }
+            Err(SendError::Refused { code: ErrorCode::DiskFull, .. }) => {
+                self.parts.1.refused_full.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(_) | Err(_) => {}
+        }
         self.parts.1.open_sends.fetch_sub(1, Ordering::Relaxed);
         self.open.remove(&number);
         self.note(observed::end_of_send(number, result));
