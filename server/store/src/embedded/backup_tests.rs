@@ -8,6 +8,7 @@ use ringline_schema::record::{Query, Range, Record};
 
 use super::backup::backup;
 use super::offline::{Progress, check};
+use super::retain_tests::settle;
 use super::tests::{flip, lazy, open, record_offsets, segment, small};
 use super::*;
 use crate::conformance::{ALL, Pair, check as holds, committed};
@@ -81,6 +82,7 @@ fn a_backup_of_a_stopped_folder_is_the_same_and_goes_only_into_an_empty_folder()
     let (mut node, _) = open(dir.path(), 1, &small());
     for records in pair.history(500).chunks(9) {
         node.commit(records);
+        settle(&mut node);
     }
     node.close();
     fs::write(dir.path().join("issuer.pem"), "key").unwrap();
@@ -100,7 +102,10 @@ fn a_backup_of_a_stopped_folder_is_the_same_and_goes_only_into_an_empty_folder()
 fn a_backup_that_meets_an_error_of_the_disk_says_so_and_is_not_started_from() {
     let (dir, pair) = (tempfile::tempdir().unwrap(), Pair::new("ann", "bob"));
     let (mut node, _) = open(dir.path(), 1, &small());
-    pair.history(500).chunks(9).for_each(|records| node.commit(records));
+    for records in pair.history(500).chunks(9) {
+        node.commit(records);
+        settle(&mut node);
+    }
     node.close();
     // What can be opened and not be read.
     let path = segment(dir.path(), 0, 2);
@@ -159,7 +164,10 @@ fn however_many_segments_there_are_few_are_open() {
 fn a_disk_that_fails_under_a_backup_is_told_and_the_copy_is_not_started_from() {
     let (dir, pair) = (tempfile::tempdir().unwrap(), Pair::new("ann", "bob"));
     let (mut node, _) = open(dir.path(), 1, &small());
-    pair.history(500).chunks(9).for_each(|records| node.commit(records));
+    for records in pair.history(500).chunks(9) {
+        node.commit(records);
+        settle(&mut node);
+    }
     node.close();
     for writes in 0.. {
         let to = tempfile::tempdir().unwrap();

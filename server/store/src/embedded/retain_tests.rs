@@ -55,7 +55,7 @@ fn folder() -> tempfile::TempDir {
 }
 
 /// Waits until both index threads have done what they were told, so that segments end where they should on any machine.
-fn settle(node: &mut Shards) {
+pub(super) fn settle(node: &mut Shards) {
     for number in 0..2 {
         node.ask(Partition::new(number).unwrap(), Query::User { name: name("nobody") });
     }
