@@ -264,6 +264,7 @@ impl Peer {
             Reply::RegisterOk { .. }
             | Reply::LogoutOk
             | Reply::RouteOk { .. }
+            | Reply::Redirect { .. }
             | Reply::OnlineOk { .. }
             | Reply::ConversationsOk { .. }
             | Reply::Receipt(_)

@@ -16,6 +16,7 @@ use ringline_schema::limits;
 use ringline_schema::message::DeviceKind;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::addresses::Addresses;
 use crate::amend::Amends;
 use crate::connection::{self, Command, Connection, Ends, Proof, Shared, TokenFuture};
 use crate::pending::{
@@ -147,7 +148,7 @@ impl ClientBuilder {
     pub async fn register(&self) -> Result<(), ConnectError> {
         let user = UserName::new(&self.user).map_err(|_| ConnectError::BadName)?;
         let Some(Proof::Password(password)) = self.proof.clone() else { return Err(ConnectError::NoCredential) };
-        connection::register(self.address.clone(), &user, password).await
+        connection::register(Addresses::new(&self.address), &user, password).await
     }
 
     /// Connects and logs in: one attempt. Once it has succeeded, the client reconnects by itself for as long as it
@@ -172,7 +173,7 @@ impl ClientBuilder {
         let (events, event_receiver) = mpsc::channel(self.events_queued_max);
         let shared = Arc::new(Shared::default());
         let ends = Ends { commands, events, shared: Arc::clone(&shared) };
-        let mut connection = Connection::new(self.address, proof, session, ends);
+        let mut connection = Connection::new(Addresses::new(&self.address), proof, session, ends);
         let link = connection.connect(Duration::ZERO).await?;
         tokio::spawn(connection.run(link));
         let client = Client { commands: command_sender, user, device: self.device };
@@ -189,7 +190,8 @@ pub struct Client {
 }
 
 impl Client {
-    /// Begins to describe a client of the server at `address`, `host:port`.
+    /// Begins to describe a client of the server at `address`, `host:port`; of a cluster, several nodes with commas between
+    /// them. Whichever answers sends the client on to the node that its user lives on.
     pub fn builder(address: impl Into<String>) -> ClientBuilder {
         ClientBuilder {
             address: address.into(),

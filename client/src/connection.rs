@@ -22,6 +22,7 @@ use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
+use crate::addresses::Addresses;
 use crate::client::ConnectError;
 use crate::pending::{Accepted, Answer, CallError, Delivery, Done, Millis, Outgoing, Query, SendError};
 use crate::session::{CloseReason, Cut, Event, LinkError, Session};
@@ -124,7 +125,7 @@ impl Link {
 
 /// See the module.
 pub(crate) struct Connection {
-    address: String,
+    addresses: Addresses,
     proof: Proof,
     session: Session,
     commands: mpsc::Receiver<Command>,
@@ -148,10 +149,10 @@ pub(crate) struct Ends {
 }
 
 impl Connection {
-    pub(crate) fn new(address: String, proof: Proof, session: Session, ends: Ends) -> Self {
+    pub(crate) fn new(addresses: Addresses, proof: Proof, session: Session, ends: Ends) -> Self {
         let Ends { commands, events, shared } = ends;
         Self {
-            address,
+            addresses,
             proof,
             session,
             commands,
@@ -170,8 +171,31 @@ impl Connection {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// One attempt to connect and log in.
+    /// One attempt to connect and log in, at the node that the user lives on.
     pub(crate) async fn connect(&mut self, delay: Duration) -> Result<Link, Cut> {
+        let mut delay = delay;
+        loop {
+            let cut = match self.log_in(delay).await {
+                Ok(link) => {
+                    self.addresses.reached();
+                    return Ok(link);
+                }
+                Err(cut) => cut,
+            };
+            if let Cut::Lost(LinkError::Redirected { address }) = &cut
+                && self.addresses.redirect(address)
+            {
+                self.session.disconnected();
+                delay = Duration::ZERO;
+                continue;
+            }
+            self.addresses.failed();
+            return Err(cut);
+        }
+    }
+
+    /// The same, at one address.
+    async fn log_in(&mut self, delay: Duration) -> Result<Link, Cut> {
         let dialled = self.dial_while_serving(delay).await?;
         let (socket, secret) = dialled.map_err(Cut::Lost)?;
         let credential = match self.proof {
@@ -189,7 +213,7 @@ impl Connection {
 
     /// Waits `delay`, then connects; meanwhile sends are queued and deadlines kept.
     async fn dial_while_serving(&mut self, delay: Duration) -> Result<Result<(TcpStream, String), LinkError>, Cut> {
-        let dialling = dial(self.address.clone(), self.proof.clone(), delay);
+        let dialling = dial(self.addresses.next(), self.proof.clone(), delay);
         tokio::pin!(dialling);
         loop {
             self.advance()?;
@@ -387,6 +411,7 @@ fn back_off(attempt: u32, why: &LinkError) -> Duration {
         | LinkError::Token(_)
         | LinkError::ServerClosed
         | LinkError::NoAnswer
+        | LinkError::Redirected { .. }
         | LinkError::Protocol(_)
         | LinkError::Refused(_) => jitter,
     }
@@ -407,8 +432,18 @@ async fn dial(address: String, proof: Proof, delay: Duration) -> Result<(TcpStre
     timeout(DIAL_TIMEOUT, dialling).await.unwrap_or(Err(LinkError::ConnectTimeout(DIAL_TIMEOUT)))
 }
 
-/// Registers a user on a connection of its own.
-pub(crate) async fn register(address: String, user: &UserName, password: String) -> Result<(), ConnectError> {
+/// Registers a user on a connection of its own, to the node that the user will live on.
+pub(crate) async fn register(mut addresses: Addresses, user: &UserName, password: String) -> Result<(), ConnectError> {
+    loop {
+        let result = register_at(addresses.next(), user, password.clone()).await;
+        match &result {
+            Err(ConnectError::Link(LinkError::Redirected { address })) if addresses.redirect(address) => {}
+            Ok(()) | Err(_) => return result,
+        }
+    }
+}
+
+async fn register_at(address: String, user: &UserName, password: String) -> Result<(), ConnectError> {
     let (mut socket, password) = dial(address, Proof::Password(password), Duration::ZERO).await?;
     let asking = async {
         let (mut frame, mut input) = (Vec::new(), vec![0; READ_BYTES]);
@@ -433,6 +468,9 @@ pub(crate) async fn register(address: String, user: &UserName, password: String)
 fn registered(reply: Reply<'_>) -> Result<(), ConnectError> {
     if let Reply::RegisterOk { .. } = reply {
         return Ok(());
+    }
+    if let Reply::Redirect { address, .. } = reply {
+        return Err(ConnectError::Link(LinkError::Redirected { address: address.to_owned() }));
     }
     let Reply::Failure { code, detail, .. } = reply else {
         return Err(ConnectError::Link(LinkError::Protocol(ErrorCode::BadBody)));

@@ -41,6 +41,7 @@
 //! that owns them and a socket; `client` holds the handles. The terminal chat is the feature `chat`.
 
 mod account;
+mod addresses;
 mod amend;
 mod client;
 mod connection;

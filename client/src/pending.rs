@@ -407,10 +407,11 @@ impl Sends {
             // Too old for the filter, after a copy was lost: that copy may well be what the filter has forgotten.
             let forgotten = code == ErrorCode::StaleClientSeq && send.fate == Fate::Unknown;
             let error = SendError::Refused { code, detail: refusal.detail.to_owned() };
-            self.end(client_seq, Err(if forgotten { SendError::Unknown } else { error }));
+            let unknown = forgotten || code == ErrorCode::Unknown;
+            self.end(client_seq, Err(if unknown { SendError::Unknown } else { error }));
             return;
         }
-        let kept_perhaps = matches!(code, ErrorCode::StoreFailed | ErrorCode::Internal);
+        let kept_perhaps = matches!(code, ErrorCode::StoreFailed | ErrorCode::Internal | ErrorCode::Unknown);
         send.fate = if kept_perhaps || send.fate == Fate::Unknown { Fate::Unknown } else { Fate::Refused(code) };
         send.stage = Stage::Waiting;
         let pause = refusal.pause_ms(send.refusals);

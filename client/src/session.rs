@@ -112,6 +112,9 @@ pub enum LinkError {
     Protocol(ErrorCode),
     #[error("{0}")]
     Refused(ErrorCode),
+    /// Followed by itself; seen only when it leads in circles.
+    #[error("this user lives at {address}")]
+    Redirected { address: String },
     #[error("the server is going away")]
     Goaway {
         /// The server's wish.
@@ -416,6 +419,7 @@ impl Session {
             | Reply::LogoutOk
             | Reply::Pong { .. }
             | Reply::RouteOk { .. }
+            | Reply::Redirect { .. }
             | Reply::SendAck(_)
             | Reply::FetchOk { .. }
             | Reply::OnlineOk { .. }
@@ -475,10 +479,13 @@ impl Session {
 
     fn answer(&mut self, now: Millis, waiting: Waiting, reply: Reply<'_>) -> Result<(), Cut> {
         match waiting {
-            Waiting::Login => {
-                let Reply::LoginOk(ok) = reply else { return Err(wrong_answer()) };
-                self.logged_in(now, &ok);
-            }
+            Waiting::Login => match reply {
+                Reply::LoginOk(ok) => self.logged_in(now, &ok),
+                Reply::Redirect { address, .. } => {
+                    return Err(Cut::Lost(LinkError::Redirected { address: address.to_owned() }));
+                }
+                _ => return Err(wrong_answer()),
+            },
             Waiting::Logout => {
                 let Reply::LogoutOk = reply else { return Err(wrong_answer()) };
                 return Err(Cut::End(CloseReason::ByClient));

@@ -1,16 +1,46 @@
-//! Partition → core within a node: partition number modulo the number of cores.
+//! Partition → node → core. Within a node: partition number modulo the number of cores.
 //!
-//! Fixed by the partition and the core count alone, so every core computes the owner of anything without asking. A
-//! restart with another count only changes who owns what, never where a record is read from.
+//! The core is fixed by the partition and the core count alone, so every core computes the owner of anything without
+//! asking. A restart with another count only changes who owns what, never where a record is read from. The node is fixed
+//! by the names and weights of the configuration ([`ClusterPlacement`]), whoever of them is alive.
+//!
+//! A [`ShardIndex`] names a shard of any node, in the 16 bits that it takes within one: the node in the upper 6, the core
+//! in the lower 10, as many as there are partitions to own. So the shards of a node that is alone (or the first of its
+//! cluster) are 0, 1, 2 …, nothing that carries an index grows, and a node alone pays nothing. The price is
+//! [`NODES_MAX`].
 
 use ringline_schema::ids::{PARTITIONS, Partition};
 
-/// Index of a shard within its node: 0 to cores − 1. One shard a core.
+use crate::rendezvous::{self, Candidate};
+
+/// Nodes whose shards can be named.
+pub const NODES_MAX: usize = 64;
+const WITHIN_BITS: u32 = 10;
+const _: () = assert!(1 << WITHIN_BITS == PARTITIONS as usize && NODES_MAX << WITHIN_BITS == 1 << u16::BITS);
+
+/// A shard of the cluster: its node, and 0 to cores − 1 within that. One shard a core.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ShardIndex(pub u16);
 
+impl ShardIndex {
+    /// What does not fit ([`NODES_MAX`] nodes, 1,024 cores) is cut off: callers have checked both.
+    pub fn new(node: NodeIndex, within: u16) -> Self {
+        debug_assert!(usize::from(node.0) < NODES_MAX && within < PARTITIONS);
+        Self(node.0 << WITHIN_BITS | (within & (PARTITIONS - 1)))
+    }
+
+    pub fn node(self) -> NodeIndex {
+        NodeIndex(self.0 >> WITHIN_BITS)
+    }
+
+    /// Its number in its node.
+    pub fn within(self) -> u16 {
+        self.0 & (PARTITIONS - 1)
+    }
+}
+
 /// Place of a node in the sorted list of the cluster's names: the same on all nodes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeIndex(pub u16);
 
 /// How the 1,024 partitions spread over the shards of this node.
@@ -35,7 +65,87 @@ impl CorePlacement {
 
     /// How many partitions a shard owns: equal to within one.
     pub fn partitions_of(self, shard: ShardIndex) -> u16 {
-        (PARTITIONS - shard.0).div_ceil(self.shards)
+        (PARTITIONS - shard.within()).div_ceil(self.shards)
+    }
+}
+
+/// Names and weights that make no cluster.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlacementError {
+    #[error("{0} nodes in the cluster, where {NODES_MAX} are the most")]
+    TooMany(usize),
+    #[error("node {0:?} is not in the cluster's own list")]
+    NotListed(String),
+    #[error("two nodes are called {0:?}")]
+    Twice(String),
+    #[error("no node has a weight above 0: nobody would own anything")]
+    NoOwner,
+}
+
+/// Who owns what in a cluster of configured nodes. Those that are away keep what they own.
+#[derive(Clone, Debug)]
+pub struct ClusterPlacement {
+    own: NodeIndex,
+    /// In order of names. `None`: never seen, so nobody knows how many cores it has.
+    cores: Vec<Option<CorePlacement>>,
+    /// By number of partition.
+    owners: Vec<NodeIndex>,
+}
+
+impl ClusterPlacement {
+    /// `nodes`: names and weights in any order, the own one among them. Errors: [`PlacementError`].
+    pub fn new(own: &str, cores: CorePlacement, nodes: &[(String, u32)]) -> Result<Self, PlacementError> {
+        if nodes.len() > NODES_MAX {
+            return Err(PlacementError::TooMany(nodes.len()));
+        }
+        let mut sorted: Vec<_> = nodes.iter().map(|(name, weight)| Candidate { name, weight: *weight }).collect();
+        sorted.sort_by(|one, other| one.name.cmp(other.name));
+        if let Some([one, _]) = sorted.array_windows().find(|[one, other]| one.name == other.name) {
+            return Err(PlacementError::Twice(one.name.to_owned()));
+        }
+        let place = sorted.iter().position(|node| node.name == own);
+        let place = place.ok_or_else(|| PlacementError::NotListed(own.to_owned()))?;
+        let owners = rendezvous::owners(&sorted).into_iter().map(|owner| Some(NodeIndex(owner? as u16)));
+        let owners = owners.collect::<Option<Vec<_>>>().ok_or(PlacementError::NoOwner)?;
+        let mut all = vec![None; sorted.len()];
+        if let Some(known) = all.get_mut(place) {
+            *known = Some(cores);
+        }
+        Ok(Self { own: NodeIndex(place as u16), cores: all, owners })
+    }
+
+    pub fn own(&self) -> NodeIndex {
+        self.own
+    }
+
+    pub fn nodes(&self) -> impl Iterator<Item = NodeIndex> + use<> {
+        (0..self.cores.len() as u16).map(NodeIndex)
+    }
+
+    /// How many shards a node has, as it said last; 0: it was never seen.
+    pub fn shards(&self, node: NodeIndex) -> u16 {
+        self.cores.get(usize::from(node.0)).copied().flatten().map_or(0, CorePlacement::shards)
+    }
+
+    /// A node has said how many cores it has. True when that is news, so that its shards have other partitions now.
+    pub fn learn(&mut self, node: NodeIndex, cores: CorePlacement) -> bool {
+        let known = self.cores.get_mut(usize::from(node.0)).filter(|_| node != self.own);
+        known.is_some_and(|known| known.replace(cores) != Some(cores))
+    }
+
+    pub fn node_of(&self, partition: Partition) -> NodeIndex {
+        self.owners.get(usize::from(partition.number())).copied().unwrap_or_default()
+    }
+
+    /// The shard that owns a partition. Of a node that was never seen the first stands for all.
+    pub fn shard_of(&self, partition: Partition) -> ShardIndex {
+        self.shard_on(self.node_of(partition), partition)
+    }
+
+    /// The shard of that node which has this partition, or would have it.
+    pub fn shard_on(&self, node: NodeIndex, partition: Partition) -> ShardIndex {
+        let cores = self.cores.get(usize::from(node.0)).copied().flatten();
+        ShardIndex::new(node, cores.map_or(0, |cores| cores.shard_of(partition).within()))
     }
 }
 
@@ -58,5 +168,49 @@ mod tests {
         }
         assert_eq!(CorePlacement::new(0), None);
         assert_eq!(CorePlacement::new(1025), None);
+    }
+
+    #[test]
+    fn an_index_names_a_shard_of_any_node_and_those_of_the_first_are_plain_numbers() {
+        for (node, within) in [(0, 0), (0, 1_023), (1, 0), (63, 1_023), (5, 17)] {
+            let shard = ShardIndex::new(NodeIndex(node), within);
+            assert_eq!((shard.node(), shard.within()), (NodeIndex(node), within));
+        }
+        assert_eq!(ShardIndex::new(NodeIndex(0), 7), ShardIndex(7));
+    }
+
+    fn nodes(weights: &[u32]) -> Vec<(String, u32)> {
+        weights.iter().enumerate().map(|(at, weight)| (format!("n{at}"), *weight)).collect()
+    }
+
+    #[test]
+    fn all_nodes_agree_who_owns_what_in_whatever_order_they_list_it() {
+        let cores = |count| CorePlacement::new(count).unwrap();
+        let listed = nodes(&[1, 1, 2]);
+        let mut turned = listed.clone();
+        turned.reverse();
+        let mut one = ClusterPlacement::new("n0", cores(2), &listed).unwrap();
+        let mut other = ClusterPlacement::new("n2", cores(3), &turned).unwrap();
+        assert_eq!((one.own(), other.own()), (NodeIndex(0), NodeIndex(2)));
+        assert_eq!((one.shards(NodeIndex(0)), one.shards(NodeIndex(2))), (2, 0));
+        assert!(one.learn(NodeIndex(2), cores(3)) && !one.learn(NodeIndex(2), cores(3)));
+        assert!(other.learn(NodeIndex(0), cores(2)) && !other.learn(NodeIndex(2), cores(9)), "itself it knows");
+        for number in 0..PARTITIONS {
+            let partition = Partition::new(number).unwrap();
+            assert_eq!(one.shard_of(partition), other.shard_of(partition));
+            assert!(one.shard_of(partition).within() < one.shards(one.node_of(partition)).max(1));
+        }
+    }
+
+    #[test]
+    fn what_is_no_cluster_is_refused() {
+        let cores = CorePlacement::new(1).unwrap();
+        let refused = |own: &str, nodes: &[(String, u32)]| ClusterPlacement::new(own, cores, nodes).unwrap_err();
+        assert_eq!(refused("n9", &nodes(&[1, 1])), PlacementError::NotListed("n9".into()));
+        assert_eq!(refused("n0", &nodes(&[0, 0])), PlacementError::NoOwner);
+        assert_eq!(refused("n0", &nodes(&[1; NODES_MAX + 1])), PlacementError::TooMany(NODES_MAX + 1));
+        assert_eq!(refused("n0", &[nodes(&[1]), nodes(&[1])].concat()), PlacementError::Twice("n0".into()));
+        let gateway = ClusterPlacement::new("n1", cores, &nodes(&[1, 0])).unwrap();
+        assert!((0..PARTITIONS).all(|number| gateway.node_of(Partition::new(number).unwrap()) == NodeIndex(0)));
     }
 }

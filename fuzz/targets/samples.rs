@@ -162,6 +162,7 @@ pub fn replies() -> Vec<Sample> {
         Reply::LogoutOk,
         Reply::Pong { stamp: 9, server_time_ms: 8 },
         Reply::RouteOk { node: "n1", address: "127.0.0.1:9700" },
+        Reply::Redirect { node: "n2", address: "127.0.0.1:9701" },
         Reply::SendAck(SendAck { conversation: TALK, seq: Seq(4), time_ms: 1, dup: true }),
         Reply::FetchOk { conversation: TALK, first: Seq(1), head: Seq(4), messages: vec![message()] },
         Reply::OnlineOk { users: vec![OnlineUser { user: "ann", devices: 2 }], next: "0/ann" },

@@ -133,6 +133,7 @@ commands! {
     0x0211 PresenceOk      "PRESENCE_OK"      Answer  body="PresenceOk"      max=LARGE, before_login=false;
     0x0212 BlocksOk        "BLOCKS_OK"        Answer  body="BlocksOk"        max=LARGE, before_login=false;
     0x0213 ExportOk        "EXPORT_OK"        Answer  body="ExportOk"        max=LARGE, before_login=false;
+    0x0215 Redirect        "REDIRECT"        Answer  body="RouteOk"         max=SMALL, before_login=true;
     0x0240 GroupOk         "GROUP_OK"         Answer  body="GroupOk"         max=SMALL, before_login=false;
     0x0241 GroupInfoOk     "GROUP_INFO_OK"    Answer  body="GroupInfoOk"     max=SMALL, before_login=false;
     0x0242 MembersOk       "MEMBERS_OK"       Answer  body="MembersOk"       max=LARGE, before_login=false;

@@ -301,21 +301,60 @@ pub struct Fetch<'a> {
 /// Server to client: answers and pushes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reply<'a> {
-    Failure { code: ErrorCode, retry_after_ms: u32, detail: &'a str },
-    RegisterOk { user: &'a str },
+    Failure {
+        code: ErrorCode,
+        retry_after_ms: u32,
+        detail: &'a str,
+    },
+    RegisterOk {
+        user: &'a str,
+    },
     LoginOk(LoginOk<'a>),
     LogoutOk,
-    Pong { stamp: u64, server_time_ms: u64 },
-    RouteOk { node: &'a str, address: &'a str },
+    Pong {
+        stamp: u64,
+        server_time_ms: u64,
+    },
+    RouteOk {
+        node: &'a str,
+        address: &'a str,
+    },
+    /// To REGISTER or LOGIN: this user lives on that node, where clients connect to this address.
+    Redirect {
+        node: &'a str,
+        address: &'a str,
+    },
     SendAck(SendAck),
-    FetchOk { conversation: ConversationId, first: Seq, head: Seq, messages: Vec<Message<'a>> },
-    OnlineOk { users: Vec<OnlineUser<'a>>, next: &'a str },
-    ConversationsOk { conversations: Vec<Conversation<'a>>, next: ConversationId },
+    FetchOk {
+        conversation: ConversationId,
+        first: Seq,
+        head: Seq,
+        messages: Vec<Message<'a>>,
+    },
+    OnlineOk {
+        users: Vec<OnlineUser<'a>>,
+        next: &'a str,
+    },
+    ConversationsOk {
+        conversations: Vec<Conversation<'a>>,
+        next: ConversationId,
+    },
     Deliver(Message<'a>),
     Receipt(Receipt),
-    Lagged { conversation: ConversationId, with: &'a str, from: Seq, to: Seq },
-    Kicked { reason: KickReason, detail: &'a str },
-    Goaway { reason: GoawayReason, reconnect_after_ms: u32 },
+    Lagged {
+        conversation: ConversationId,
+        with: &'a str,
+        from: Seq,
+        to: Seq,
+    },
+    Kicked {
+        reason: KickReason,
+        detail: &'a str,
+    },
+    Goaway {
+        reason: GoawayReason,
+        reconnect_after_ms: u32,
+    },
     Group(GroupReply<'a>),
     Chat(ChatReply<'a>),
 }
@@ -329,6 +368,7 @@ impl Reply<'_> {
             Self::LogoutOk => Command::LogoutOk,
             Self::Pong { .. } => Command::Pong,
             Self::RouteOk { .. } => Command::RouteOk,
+            Self::Redirect { .. } => Command::Redirect,
             Self::SendAck(_) => Command::SendAck,
             Self::FetchOk { .. } => Command::FetchOk,
             Self::OnlineOk { .. } => Command::OnlineOk,

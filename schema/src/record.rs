@@ -321,6 +321,12 @@ pub enum Query {
         after: Option<RowKey>,
         limit: u16,
     },
+    /// Rows of conversations that another node keeps, with what this one has of the user and the device laid over them.
+    Listed {
+        user: UserName,
+        device: DeviceKey,
+        rows: Vec<ConversationRow>,
+    },
     /// How many groups a user is a member of.
     GroupCount {
         user: UserName,

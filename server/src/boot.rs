@@ -10,6 +10,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
+use ringline_cluster::placement::PlacementError;
 use ringline_core::config as core_bounds;
 use ringline_store::embedded::{EmbeddedOptions, Retention};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -64,6 +65,8 @@ pub enum BootError {
     NotInThisBuild(&'static str),
     #[error(transparent)]
     Roster(#[from] RosterError),
+    #[error(transparent)]
+    Placement(#[from] PlacementError),
     #[error("other nodes cannot connect to {0}: {1}; choose another cluster.listen, or this node's peer_address")]
     PeerListen(SocketAddr, std::io::Error),
     #[error("{what} could not be started: {error}")]

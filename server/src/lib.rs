@@ -2,7 +2,7 @@
 //!
 //! The way of a byte: [`net`] → [`edge`] → the shard, and back as effects that [`reactor`] performs. Cores speak over
 //! [`lanes`], rung by [`wake`]. [`boot`] checks the machine, [`node`] starts and stops everything, [`config`] is the one
-//! table of keys, [`peers`] links it to other nodes by what [`certs`] makes, [`doctor`] explains the machine, [`admin`] tells what it does.
+//! table of keys, [`joined`] makes it one of several, which [`peers`] links by what [`certs`] makes, [`doctor`] explains the machine, [`admin`] tells what it does.
 
 #![deny(unsafe_code)]
 
@@ -15,6 +15,7 @@ pub mod cli;
 pub mod config;
 pub mod doctor;
 pub mod edge;
+pub mod joined;
 pub mod lanes;
 pub mod logs;
 pub mod net;

@@ -14,9 +14,9 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded, select, unbounded};
 use glommio::{LocalExecutorBuilder, Placement};
-use ringline_cluster::placement::{CorePlacement, ShardIndex};
+use ringline_cluster::placement::{CorePlacement, NodeIndex, ShardIndex};
 use ringline_core::Shard;
-use ringline_core::config::CoreConfig;
+use ringline_core::config::{ClusterConfig, CoreConfig};
 use ringline_schema::codec::{Codec, Encoder};
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::message::Reply;
@@ -29,6 +29,7 @@ use crate::auth::{Issuer, Verifier};
 use crate::boot::{self, BootError};
 use crate::config::{ClusterMode, Config, StoreKind};
 use crate::doctor;
+use crate::joined::{self, Joined, LinkSeed};
 use crate::lanes;
 use crate::net::epoll::EpollNet;
 use crate::net::ring::RingNet;
@@ -72,6 +73,8 @@ struct SeedRest {
     control: Arc<Control>,
     reports: Sender<CoreReport>,
     port: SnapshotPort,
+    /// `None`: a node alone.
+    peers: Option<LinkSeed>,
     epoch: Instant,
 }
 
@@ -110,6 +113,11 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
     say_what_is_used(&config, &cores, threads);
 
     let (wakers, ends) = lanes::mesh(cores.len() as u16).map_err(system("the lanes"))?;
+    let joined = joined::join(&config, &wakers)?;
+    let (cluster, mut link_seeds, _door) = match joined {
+        Some(Joined { config, seeds, door }) => (Some(config), seeds.into_iter(), Some(door)),
+        None => (None, Vec::new().into_iter(), None),
+    };
     let spare = spare_cores(&cores);
     let options = WorkerOptions { threads, queue: config.workers_queue, cores: spare, verifier };
     let handles = workers::start(options, &wakers).map_err(system("the workers"))?;
@@ -122,8 +130,9 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
     for (at, ((((lanes, waker), (workers, worked)), store), (listener, port))) in parts.enumerate() {
         let control = control.clone();
         let reports = reports.clone();
-        let rest = SeedRest { store, lanes, waker, workers, worked, control, reports, port, epoch: started };
-        let core_config = core_config(&config, (at, cores.len()), address);
+        let (peers, epoch) = (link_seeds.next(), started);
+        let rest = SeedRest { store, lanes, waker, workers, worked, control, reports, port, peers, epoch };
+        let core_config = core_config((&config, cluster.as_ref()), (at, cores.len()), address);
         let core = cores.get(at).copied().unwrap_or(at);
         let (admission, refusal) = (admission.clone(), refusal());
         let (net, park) = (net_kind, config.net_park);
@@ -260,10 +269,15 @@ fn say_what_is_used(config: &Config, cores: &[usize], threads: usize) {
     tracing::info!("memory at most {} MiB: {}", mib(sum), texts.join(", "));
 }
 
-fn core_config(config: &Config, (at, cores): (usize, usize), address: SocketAddr) -> CoreConfig {
+fn core_config(
+    (config, cluster): (&Config, Option<&ClusterConfig>),
+    (at, cores): (usize, usize),
+    address: SocketAddr,
+) -> CoreConfig {
     // Checked: there is at least one core and at most 1,024.
     let placement = CorePlacement::new(cores as u16).or(CorePlacement::new(1));
     let placement = placement.unwrap_or_else(|| unreachable!("one shard is always a placement"));
+    let node = cluster.map_or(NodeIndex(0), |cluster| cluster.placement.own());
     let advertised = if config.net_advertise.is_empty() { address.to_string() } else { config.net_advertise.clone() };
     CoreConfig {
         node: config.node_name.clone(),
@@ -284,7 +298,8 @@ fn core_config(config: &Config, (at, cores): (usize, usize), address: SocketAddr
         conversations_cached_max: config.cache_conversations,
         users_cached_max: config.cache_users,
         connections_max: config.connections_max,
-        ..CoreConfig::new(ShardIndex(at as u16), placement)
+        cluster: cluster.cloned(),
+        ..CoreConfig::new(ShardIndex::new(node, at as u16), placement)
     }
 }
 
@@ -304,7 +319,7 @@ fn start_cores(seeds: Vec<Seed>) -> Result<Receiver<CoreEnd>, BootError> {
     let count = seeds.len();
     for seed in seeds {
         let (ready, ends) = (ready.clone(), ends.clone());
-        let index = seed.config.shard;
+        let index = ShardIndex(seed.config.shard.within());
         let run = move || {
             let end = catch_unwind(AssertUnwindSafe(|| run_core(seed, &ready)));
             let _ = match end {
@@ -358,6 +373,9 @@ fn run_core(seed: Seed, ready: &Sender<Result<(), BootError>>) -> Option<(Ended,
 
 fn prepare(seed: Seed) -> std::io::Result<(Reactor, Parker)> {
     let Seed { net, park, config, listener, admission, refusal, mut rest, core: _ } = seed;
+    let (index, node) = (ShardIndex(config.shard.within()), config.shard.node());
+    let now_ms = rest.epoch.elapsed().as_millis() as u64;
+    let peers = rest.peers.map(|seed| seed.links(index.0, admission.clone(), now_ms));
     let options = NetOptions { listener, admission, refusal };
     let mut net: Box<dyn Net> = match net {
         NetKind::Ring => Box::new(RingNet::new(options)?),
@@ -372,7 +390,8 @@ fn prepare(seed: Seed) -> std::io::Result<(Reactor, Parker)> {
     }
     let parker = Parker::new(park, net.as_ref())?;
     let parts = Parts {
-        index: config.shard,
+        index,
+        node,
         shard: Shard::new(config, rand::random()),
         net,
         store: rest.store,
@@ -383,7 +402,7 @@ fn prepare(seed: Seed) -> std::io::Result<(Reactor, Parker)> {
         control: rest.control,
         reports: rest.reports,
         port: rest.port,
-        peers: None,
+        peers,
         epoch: rest.epoch,
     };
     Ok((Reactor::new(parts), parker))

@@ -8,9 +8,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, Sender};
-use ringline_cluster::placement::ShardIndex;
+use ringline_cluster::placement::{NodeIndex, ShardIndex};
 use ringline_core::Shard;
-use ringline_core::event::{CloseReason, ConnId, Effect, Effects, Event, Now, Token, Verdict, Work, WorkOutcome};
+use ringline_core::event::{
+    CloseReason, ConnId, Effect, Effects, Event, NodeNews, Now, ShardMessage, Token, Verdict, Work, WorkOutcome,
+};
+use ringline_core::nodes::record;
 use ringline_schema::record::{Answer, Query, Record};
 use ringline_store::{LoadToken, Refused, Store, StoreError, StoreEvent};
 
@@ -45,7 +48,10 @@ pub struct CoreReport {
 
 /// What a core is made of; see [`Reactor`].
 pub struct Parts {
+    /// Within the node.
     pub index: ShardIndex,
+    /// The node's place in its cluster; 0: a node alone.
+    pub node: NodeIndex,
     pub shard: Shard,
     pub net: Box<dyn Net>,
     pub store: Box<dyn Store>,
@@ -73,6 +79,8 @@ pub struct Reactor {
     arrived: Vec<(ShardIndex, LaneItem)>,
     /// Reused by the gathering of what other nodes say.
     peer_events: Vec<PeerEvent>,
+    /// The bytes of a message to another node; reused.
+    record: Vec<u8>,
     /// Records that the store had no room for: in order, before any newer one.
     backlog: VecDeque<Record>,
     /// Questions that the store had no room for, while it writes its index for one: in order, before any newer one.
@@ -106,6 +114,7 @@ impl Reactor {
             store_events: Vec::new(),
             arrived: Vec::new(),
             peer_events: Vec::new(),
+            record: Vec::new(),
             backlog: VecDeque::new(),
             questions: VecDeque::new(),
             store_failed: false,
@@ -233,12 +242,36 @@ impl Reactor {
         any
     }
 
-    /// Shards of different nodes have nothing to say to each other yet: [`crate::node::serve`] refuses to be one of many.
     fn hear_peers(&mut self, mut events: Vec<PeerEvent>) {
         for event in events.drain(..) {
-            tracing::debug!(?event, "from another node");
+            match event {
+                PeerEvent::Up { node, shards, incarnation: _ } => {
+                    self.tell(Event::Node { node, news: NodeNews::Up { shards } });
+                }
+                PeerEvent::Down { node } => self.tell(Event::Node { node, news: NodeNews::Down }),
+                PeerEvent::Reset { node } => self.tell(Event::Node { node, news: NodeNews::Reset }),
+                PeerEvent::Message { node, from_shard, payload } => match record::decode(&payload) {
+                    Ok(message) => self.tell(Event::Shard { from: ShardIndex::new(node, from_shard), message }),
+                    Err(error) => {
+                        tracing::error!(node = node.0, from_shard, %error, "a message of another node is dropped")
+                    }
+                },
+            }
         }
         self.peer_events = events;
+    }
+
+    /// On the lane to a core of this node, or on the link to another node.
+    fn carry(&mut self, to: ShardIndex, message: ShardMessage) {
+        let (node, index) = (self.parts.node, self.parts.index);
+        let Some(peers) = self.parts.peers.as_mut().filter(|_| to.node() != node) else {
+            return self.parts.lanes.push(ShardIndex(to.within()), LaneItem::Core(message));
+        };
+        record::encode(&message, &mut self.record);
+        if let Err(error) = peers.send(to.node(), (index.0, to.within()), &self.record) {
+            tracing::debug!(node = to.node().0, %error, "a message to another node was not sent");
+            self.tell(Event::Unsent { to, message });
+        }
     }
 
     fn gather_lanes(&mut self) -> bool {
@@ -254,7 +287,10 @@ impl Reactor {
         let any = self.parts.lanes.receive(|from, item| arrived.push((from, item)));
         for (from, item) in arrived.drain(..) {
             match item {
-                LaneItem::Core(message) => self.tell(Event::Shard { from, message }),
+                LaneItem::Core(message) => {
+                    let from = ShardIndex::new(self.parts.node, from.0);
+                    self.tell(Event::Shard { from, message });
+                }
                 LaneItem::HandOver(hand_over) => self.take_in(hand_over),
                 LaneItem::Peer(item) => {
                     let Parts { net, peers: Some(peers), .. } = &mut self.parts else { continue };
@@ -401,7 +437,7 @@ impl Reactor {
                 self.ask_questions();
             }
             Effect::Work { token, work } => self.begin_work(token, work),
-            Effect::ToShard { to, message } => self.parts.lanes.push(to, LaneItem::Core(message)),
+            Effect::ToShard { to, message } => self.carry(to, message),
         }
     }
 
@@ -569,5 +605,5 @@ impl Reactor {
 }
 
 fn depart(lanes: &mut LaneEnd, Departure { to, socket, bytes }: Departure) {
-    lanes.push(to, LaneItem::HandOver(HandOver { socket, bytes }));
+    lanes.push(ShardIndex(to.within()), LaneItem::HandOver(HandOver { socket, bytes }));
 }

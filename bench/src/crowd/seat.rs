@@ -274,6 +274,7 @@ impl Seat {
             | Reply::LogoutOk
             | Reply::Pong { .. }
             | Reply::RouteOk { .. }
+            | Reply::Redirect { .. }
             | Reply::FetchOk { .. }
             | Reply::OnlineOk { .. }
             | Reply::ConversationsOk { .. }

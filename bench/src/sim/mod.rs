@@ -8,10 +8,12 @@
 //! shards afterwards, and processes of clients that hang or die. What clients saw goes to the [`checker`](crate::checker).
 //!
 //! - [`world`]: the queue of what happens when. `node`: the server's shell, played. `faults`: what breaks.
+//! - [`cluster`]: several nodes.
 //! - [`device`]: a client; `acts`: what it does; `asked`: what it asks beside its sends. [`disk`]: what is durable.
 
 mod acts;
 mod asked;
+pub mod cluster;
 pub mod device;
 pub mod disk;
 mod faults;

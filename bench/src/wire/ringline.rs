@@ -67,7 +67,7 @@ impl Ringline {
             Reply::Failure { code, detail, .. } => {
                 sink.tell(WireEvent::Failed(format!("{} {detail}", code.name())));
             }
-            Reply::Lagged { .. } | Reply::Kicked { .. } | Reply::Goaway { .. } => {
+            Reply::Redirect { .. } | Reply::Lagged { .. } | Reply::Kicked { .. } | Reply::Goaway { .. } => {
                 sink.tell(WireEvent::Failed(reply.command().name().to_owned()));
             }
             Reply::Pong { .. }

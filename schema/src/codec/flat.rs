@@ -187,6 +187,10 @@ fn decode_any_reply(command: Command, body: &[u8]) -> Result<Reply<'_>, ErrorCod
             let table = root::<fb::RouteOk>(body, TABLES)?;
             Reply::RouteOk { node: table.node().unwrap_or_default(), address: table.address().unwrap_or_default() }
         }
+        Command::Redirect => {
+            let table = root::<fb::RouteOk>(body, TABLES)?;
+            Reply::Redirect { node: table.node().unwrap_or_default(), address: table.address().unwrap_or_default() }
+        }
         Command::SendAck => {
             let table = root::<fb::SendAck>(body, TABLES)?;
             Reply::SendAck(SendAck {
@@ -383,7 +387,7 @@ impl Builder {
                 let table = fb::Pong::create(fbb, &fb::PongArgs { stamp: *stamp, server_time_ms: *server_time_ms });
                 fbb.finish_minimal(table);
             }
-            Reply::RouteOk { node, address } => {
+            Reply::RouteOk { node, address } | Reply::Redirect { node, address } => {
                 let (node, address) = (Some(fbb.create_string(node)), Some(fbb.create_string(address)));
                 let table = fb::RouteOk::create(fbb, &fb::RouteOkArgs { node, address });
                 fbb.finish_minimal(table);

@@ -216,6 +216,7 @@ fn replies() -> Vec<Reply<'static>> {
         Reply::LogoutOk,
         Reply::Pong { stamp: 1, server_time_ms: 2 },
         Reply::RouteOk { node: "n1", address: "127.0.0.1:9700" },
+        Reply::Redirect { node: "n2", address: "127.0.0.1:9701" },
         Reply::SendAck(SendAck { conversation: ID, seq: Seq(1), time_ms: 2, dup: true }),
         Reply::FetchOk { conversation: ID, first: Seq(1), head: Seq(2), messages: vec![message(b"a"), message(b"")] },
         Reply::OnlineOk { users: vec![OnlineUser { user: "ann", devices: 2 }], next: "ann" },

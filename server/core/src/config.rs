@@ -1,6 +1,6 @@
 //! What a shard is told at its start. Defaults and bounds of the configurable ones stand in the server's key table.
 
-use ringline_cluster::placement::{CorePlacement, ShardIndex};
+use ringline_cluster::placement::{ClusterPlacement, CorePlacement, ShardIndex};
 use ringline_schema::ids::UserName;
 use ringline_schema::limits;
 
@@ -16,11 +16,21 @@ pub enum DevicePolicy {
     One,
 }
 
+/// The cluster that a node belongs to.
+#[derive(Clone, Debug)]
+pub struct ClusterConfig {
+    pub placement: ClusterPlacement,
+    /// Name and client address of every node, in order of its index.
+    pub nodes: Vec<(String, String)>,
+}
+
 /// Settings of a shard.
 #[derive(Clone, Debug)]
 pub struct CoreConfig {
     pub shard: ShardIndex,
     pub placement: CorePlacement,
+    /// `None`: the node is alone.
+    pub cluster: Option<ClusterConfig>,
     /// This node's name and client address, for ROUTE.
     pub node: String,
     pub address: String,
@@ -63,6 +73,7 @@ impl CoreConfig {
         Self {
             shard,
             placement,
+            cluster: None,
             node: "ringline".to_owned(),
             address: "127.0.0.1:9700".to_owned(),
             frame_bytes_max: limits::FRAME_BYTES_MAX,

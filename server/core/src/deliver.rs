@@ -122,8 +122,9 @@ impl Shard {
         seq: Seq,
         fx: &mut Effects,
     ) -> Result<(), ErrorCode> {
+        let unknown = if self.may_lack(conversation) { ErrorCode::Unavailable } else { ErrorCode::NoSuchConversation };
         let login = self.sessions.login_mut(conn).ok_or(ErrorCode::NotLoggedIn)?;
-        let known = login.known_mut(conversation).ok_or(ErrorCode::NoSuchConversation)?;
+        let known = login.known_mut(conversation).ok_or(unknown)?;
         if seq > known.shown {
             return Err(ErrorCode::BadRequest);
         }

@@ -1,6 +1,6 @@
 //! The shard's whole interface: events in, effects out, and what shards say to each other.
 
-use ringline_cluster::placement::ShardIndex;
+use ringline_cluster::placement::{NodeIndex, ShardIndex};
 use ringline_schema::codec::Codec;
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::frame::Flags;
@@ -86,15 +86,36 @@ pub enum Event<'a> {
         token: Token,
         outcome: WorkOutcome,
     },
-    /// Another shard of this node says something. In order per sender.
+    /// Another shard says something. In order per sender.
     Shard {
         from: ShardIndex,
+        message: ShardMessage,
+    },
+    /// What a link says of another node.
+    Node {
+        node: NodeIndex,
+        news: NodeNews,
+    },
+    /// The link to another node had no room for this, which will not go out.
+    Unsent {
+        to: ShardIndex,
         message: ShardMessage,
     },
     /// At or after [`crate::Shard::next_deadline_us`].
     Timer,
     /// The node is stopping: refuse new work, tell clients, let what is in flight be answered.
     Drain,
+}
+
+/// What a link says of the node at its other end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodeNews {
+    /// It can be spoken to, and has so many shards.
+    Up { shards: u16 },
+    /// It can't be spoken to now. What is on its way arrives when it is up again, unless it is reset.
+    Down,
+    /// It is a new process: what was on its way in either direction is lost. Comes before its `Up`.
+    Reset,
 }
 
 /// What the shell does with the rest of a connection's bytes after an event.
@@ -183,7 +204,7 @@ pub enum Effect {
         token: Token,
         work: Work,
     },
-    /// Put on the lane to another shard of this node. Never to itself.
+    /// Put on the lane to another shard of this node, or on the link to the node of that one. Never to itself.
     ToShard {
         to: ShardIndex,
         message: ShardMessage,

@@ -51,6 +51,10 @@ impl Shard {
         let (after, before) = (Seq(seq.0.saturating_sub(1)), Some(Seq(seq.0.saturating_add(1))));
         let range = Range { after, before, limit: 1, bytes_max: 1, newest: false };
         let query = Query::Messages { conversation, range, reader: Some(user.clone()) };
+        if self.is_remote(self.owner(conversation.partition())) {
+            // The row that hides it is with the user, and the messages are with another node.
+            return Err(ErrorCode::Unsupported);
+        }
         let hiding = Hiding { origin, user, conversation, seq, shown, first: false };
         self.load(Question::Hide(Box::new(hiding)), query, fx);
         Ok(())

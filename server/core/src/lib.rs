@@ -10,7 +10,8 @@
 //!   `amend`: edits, recalls, deletions. `hide`: a message deleted for one user. `read`: history. `list`: conversations
 //!   and marks. `devices`: of a user. `online`: who is here. `sync`: what a device missed. `receipts`, `receipt_list`:
 //!   who has received and read what. `social`: signals, block lists, privacy, presence. `group`: groups, their rules and
-//!   their fan-out. `export`: what is kept about a user. `deletion`: of a user. `chat`: who serves which.
+//!   their fan-out. [`nodes`]: shards of other nodes. `export`: what is kept about a user. `deletion`: of a user. `chat`: who
+//!   serves which.
 
 #![forbid(unsafe_code)]
 
@@ -31,6 +32,7 @@ mod hide;
 mod invariants;
 mod list;
 mod login;
+pub mod nodes;
 mod online;
 mod peer;
 pub mod planted;

@@ -3,7 +3,7 @@
 //!
 //! What is unread is `head − read`, which a client reckons itself: there is no counter that could go wrong. Invariants: one
 //! MARK a user is under way, so two devices never write the same row from one state; a page with its last messages fits
-//! into a frame.
+//! into a frame. In a cluster the list is put together from all nodes that are up.
 
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, Seq, UserName};
@@ -15,6 +15,7 @@ use ringline_schema::rows::{MarkRow, Row, RowKey, RowList, RowValue};
 
 use crate::conversation::{Pending, PendingWork};
 use crate::event::{ConnId, Effects};
+use crate::nodes::reads::{ListAsk, Whole};
 use crate::peer::Origin;
 use crate::shard::{Question, Shard};
 
@@ -63,8 +64,11 @@ impl Shard {
         let fit = (self.config.frame_bytes_max / 2 / ROW_BYTES).clamp(1, u32::from(limits::PAGE_ROWS_MAX)) as u16;
         let limit = self.page_rows(limit).min(fit);
         let Some(login) = self.sessions.login_mut(conn) else { return };
-        let query = Query::Conversations { user: login.user.clone(), device: login.key(), cursor, limit };
-        self.load(Question::Conversations(origin), query, fx);
+        let ask = ListAsk { user: login.user.clone(), device: login.key(), cursor, limit };
+        // Who asks for one row asks about that conversation.
+        let next = ConversationId(cursor.0.saturating_add(1));
+        let whole = if limit == 1 { Whole::With(next) } else { Whole::Reachable };
+        self.load_list(Question::Conversations(origin), (ask, whole), fx);
     }
 
     pub(crate) fn conversations_loaded(&mut self, origin: Origin, answer: Answer, fx: &mut Effects) {
@@ -91,7 +95,7 @@ impl Shard {
             }
             let range = Range { after: Seq::ZERO, before: None, limit: 1, bytes_max: 1, newest: true };
             let (conversation, reader) = (row.conversation, Some(work.user.clone()));
-            return self.load(Question::Last(work), Query::Messages { conversation, range, reader }, fx);
+            return self.load_messages(Question::Last(work), (conversation, range, reader), fx);
         }
         self.list_done(&work, fx);
     }
@@ -162,7 +166,8 @@ impl Shard {
             Query::Conversations { user: user.clone(), device, cursor, limit: 1 }
         };
         let work = MarkWork { origin, user, mark, stamp: 0, row: MarkRow::default(), pinned: 0 };
-        self.load(Question::Mark(Box::new(work)), query, fx);
+        let whole = Whole::Only(self.owner(id.partition()).node());
+        self.load_anywhere(Question::Mark(Box::new(work)), (query, whole), fx);
         Ok(())
     }
 
@@ -203,6 +208,11 @@ impl Shard {
             Ok(None) => self.write_mark(*work, fx),
             Err(code) => self.marked(work.origin, &work.user, Err(code), fx),
         }
+    }
+
+    /// The node of the conversation is away.
+    pub(crate) fn mark_unavailable(&mut self, work: &MarkWork, fx: &mut Effects) {
+        self.marked(work.origin, &work.user, Err(ErrorCode::Unavailable), fx);
     }
 
     fn write_mark(&mut self, work: MarkWork, fx: &mut Effects) {

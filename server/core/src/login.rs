@@ -73,6 +73,9 @@ impl Shard {
             Ok(user) => user,
             Err(code) => return self.attempt_refused(conn, request_id, code, fx),
         };
+        if let Some(verdict) = self.redirect((conn, request_id), user.partition(), fx) {
+            return verdict;
+        }
         if !self.is_here(self.owner(user.partition())) {
             self.sessions.hand_over(conn);
             return Verdict::HandOver(self.owner(user.partition()));
@@ -100,6 +103,9 @@ impl Shard {
             Ok(user) => user,
             Err(code) => return self.attempt_refused(conn, request_id, code, fx),
         };
+        if let Some(verdict) = self.redirect((conn, request_id), user.partition(), fx) {
+            return verdict;
+        }
         if !self.is_here(self.owner(user.partition())) {
             self.sessions.hand_over(conn);
             return Verdict::HandOver(self.owner(user.partition()));

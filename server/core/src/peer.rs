@@ -1,4 +1,5 @@
-//! What shards of one node say to each other. In order per pair, never lost, bounded by the lanes that carry it.
+//! What shards say to each other: those of one node in order per pair, never lost, bounded by the lanes that carry it; those
+//! of different nodes as [`crate::nodes`] says.
 
 use std::sync::Arc;
 
@@ -14,6 +15,7 @@ use crate::event::ConnId;
 use crate::group::act::Act;
 use crate::group::fan_out::{GroupAnswer, GroupPush};
 use crate::group::passing::{Pass, Passing, Relay};
+use crate::nodes::reads::NodeRead;
 use crate::receipt_list::{NoReceipts, ReceiptAsk, ReceiptPage};
 use crate::receipts::{ReceiptNews, ReceiptUp};
 pub use crate::social::SocialMessage;
@@ -231,4 +233,15 @@ pub enum ShardMessage {
         users: Vec<(UserName, u16)>,
         more: bool,
     },
+    /// To a shard of another node: what its store has. Answered by `ReadDone`.
+    Read {
+        number: u64,
+        read: Box<NodeRead>,
+    },
+    ReadDone {
+        number: u64,
+        answer: Box<Answer>,
+    },
+    /// To every shard of another node: something for its devices could not be sent.
+    Missed,
 }

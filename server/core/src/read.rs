@@ -127,15 +127,16 @@ impl Shard {
 
     fn online_place(&self, cursor: &str) -> Result<(ShardIndex, Option<UserName>), ErrorCode> {
         if cursor.is_empty() {
-            return Ok((ShardIndex(0), None));
+            return Ok((self.next_listed(None).unwrap_or(self.config.shard), None));
         }
         let (shard, name) = cursor.split_once('/').ok_or(ErrorCode::BadRequest)?;
         let shard: u16 = shard.parse().map_err(|_| ErrorCode::BadRequest)?;
-        if shard >= self.config.placement.shards() {
+        let shard = ShardIndex(shard);
+        if !self.is_here(shard) && !self.other_shards().contains(&shard) {
             return Err(ErrorCode::BadRequest);
         }
         let after = if name.is_empty() { None } else { Some(UserName::new(name)?) };
-        Ok((ShardIndex(shard), after))
+        Ok((shard, after))
     }
 
     /// This shard's part of the online list.
@@ -164,10 +165,8 @@ impl Shard {
         let next = if more {
             let last = users.last().map_or("", |(name, _)| name.as_str());
             format!("{}/{last}", from.0)
-        } else if from.0 + 1 < self.config.placement.shards() {
-            format!("{}/", from.0 + 1)
         } else {
-            String::new()
+            self.next_listed(Some(from)).map_or(String::new(), |next| format!("{}/", next.0))
         };
         let users = users.iter().map(|(name, devices)| OnlineUser { user: name.as_str(), devices: *devices }).collect();
         self.sessions.answer(origin.conn, origin.request_id, &Reply::OnlineOk { users, next: &next }, fx);

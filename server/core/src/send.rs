@@ -294,6 +294,7 @@ impl Shard {
         if origin.conn == DELETER {
             return self.deletion_answered(origin.request_id, result.map(|_| None), fx);
         }
+        self.is_awaited(origin);
         let mut alone = false;
         if durable && let Some(login) = self.sessions.login_mut(origin.conn) {
             alone = login.alone;
@@ -307,12 +308,16 @@ impl Shard {
             Err(code) => self.sessions.fail(origin.conn, origin.request_id, code, fx),
         }
         // In a chat with oneself they are its receivers.
-        if let Some(message) = copy.filter(|message| !alone && message.from != message.to)
-            && let Some(conns) = self.online.get(&message.from)
-        {
-            for &conn in conns.iter().filter(|&&conn| conn != origin.conn) {
-                self.sessions.deliver_durable(conn, message, &message.to, fx);
-            }
+        if let Some(message) = copy.filter(|message| !alone && message.from != message.to) {
+            self.copy_to_own(origin.conn, message, fx);
+        }
+    }
+
+    /// Gives a message to its sender's devices but the one that sent it.
+    pub(crate) fn copy_to_own(&mut self, sender: ConnId, message: &Arc<StoredMessage>, fx: &mut Effects) {
+        let Some(conns) = self.online.get(&message.from) else { return };
+        for &conn in conns.iter().filter(|&&conn| conn != sender) {
+            self.sessions.deliver_durable(conn, message, &message.to, fx);
         }
     }
 }

@@ -29,6 +29,8 @@ use crate::group::cache::{GroupQuestion, Slot};
 use crate::group::slices::FanOuts;
 use crate::hide::Hiding;
 use crate::list::{ListWork, MarkWork};
+use crate::nodes::Nodes;
+use crate::nodes::resync::ResyncPage;
 use crate::online::Online;
 use crate::peer::{Ask, Origin, Submit};
 use crate::planted::{Bug, Planted};
@@ -75,6 +77,12 @@ pub(crate) enum Question {
     Sync(ConnId),
     /// Whether this shard's index is up to date, for the SYNC of a connection of that shard.
     Flush(ShardIndex, (ConnId, u64)),
+    /// This node's part of what is read from all.
+    Part(u64),
+    /// What a shard of another node reads.
+    Read(ShardIndex, u64),
+    /// What the sessions here may lack of another node's conversations.
+    Resync(Box<ResyncPage>),
 }
 
 /// See the module. Fields are shared by the `impl` blocks of this crate's files, each of which says what it owns.
@@ -88,6 +96,8 @@ pub struct Shard {
     pub(crate) disk_full: bool,
     pub(crate) poisoned: bool,
     pub(crate) lanes_blocked: Vec<bool>,
+    /// `None`: the node is alone.
+    pub(crate) nodes: Option<Box<Nodes>>,
     pub(crate) questions: HashMap<Token, Question, FixedState>,
     pub(crate) next_token: u64,
 
@@ -155,6 +165,7 @@ impl Shard {
             disk_full: false,
             poisoned: false,
             lanes_blocked: vec![false; lanes],
+            nodes: config.cluster.as_ref().map(|cluster| Box::new(Nodes::new(cluster))),
             questions: HashMap::with_hasher(hasher.clone()),
             next_token: 0,
             online: Online::new(&hasher),
@@ -239,7 +250,14 @@ impl Shard {
             Event::DiskSpace { full } => self.disk_full = full,
             Event::Loaded { token, answer } => self.loaded(token, answer, fx),
             Event::Worked { token, outcome } => self.worked(token, outcome, fx),
+            Event::Shard { from, message } if self.is_remote(from) => {
+                if let Some(message) = self.take_from_node(message, fx) {
+                    self.shard_message(from, message, fx);
+                }
+            }
             Event::Shard { from, message } => self.shard_message(from, message, fx),
+            Event::Node { node, news } => self.node_news(node, news, fx),
+            Event::Unsent { to, message } => self.unsent(to, message, fx),
             Event::Timer => self.timers_due(fx),
             Event::Drain => self.drain(fx),
             Event::Request { .. } | Event::Refused { .. } => debug_assert!(false, "handled by the caller"),
@@ -307,10 +325,7 @@ impl Shard {
                 let reply = Reply::Pong { stamp, server_time_ms: self.now.unix_ms };
                 self.sessions.answer(conn, request_id, &reply, fx);
             }
-            Request::Route { user: _ } => {
-                let reply = Reply::RouteOk { node: &self.config.node, address: &self.config.address };
-                self.sessions.answer(conn, request_id, &reply, fx);
-            }
+            Request::Route { user } => self.route(conn, request_id, user, fx),
             Request::Send(send) => self.send(conn, (request_id, no_reply), &send, fx),
             Request::Ack(ack) => self.ack(conn, request_id, ack, fx),
             Request::Fetch(fetch) => self.fetch(conn, request_id, &fetch, fx),
@@ -363,6 +378,9 @@ impl Shard {
             ShardMessage::Flushed { conn, number, done } => self.flushed((conn, number), done, fx),
             ShardMessage::Online { origin, after, limit } => self.online_part(origin, (after, limit), fx),
             ShardMessage::OnlinePage { origin, users, more } => self.online_page(origin, from, (users, more), fx),
+            ShardMessage::Read { number, read } => self.read_for(from, number, *read, fx),
+            ShardMessage::ReadDone { number, answer } => self.read_done(number, (from.node(), *answer), fx),
+            ShardMessage::Missed => self.missed_from(from, fx),
         }
     }
 
@@ -376,31 +394,45 @@ impl Shard {
 
     fn loaded(&mut self, token: Token, answer: Answer, fx: &mut Effects) {
         match self.questions.remove(&token) {
-            Some(Question::AttemptUser(conn)) => self.attempt_user(conn, answer, fx),
-            Some(Question::Head(conversation, device)) => self.head_loaded(conversation, device, answer, fx),
-            Some(Question::KnowUser(asker, ask)) => self.user_loaded(asker, ask, answer, fx),
-            Some(Question::Social(question)) => self.social_loaded(question, answer, fx),
-            Some(Question::Fetch(origin, id, range)) => {
+            Some(question) => self.answered(question, answer, fx),
+            None => debug_assert!(false, "an answer nobody asked for"),
+        }
+    }
+
+    /// A question has its answer, from the store of this node or put together from several.
+    pub(crate) fn answered(&mut self, question: Question, answer: Answer, fx: &mut Effects) {
+        match question {
+            Question::AttemptUser(conn) => self.attempt_user(conn, answer, fx),
+            Question::Head(conversation, device) => self.head_loaded(conversation, device, answer, fx),
+            Question::KnowUser(asker, ask) => self.user_loaded(asker, ask, answer, fx),
+            Question::Social(question) => self.social_loaded(question, answer, fx),
+            Question::Fetch(origin, id, range) => {
                 let mut truncated = is_truncated(id, &range, &answer) && !self.planted.is(Bug::BelowTheFloor);
                 truncated |= range.after != Seq::ZERO && self.planted.is(Bug::AllIsTruncated);
                 self.fetched(origin, (id, truncated), answer, fx);
             }
-            Some(Question::Group(question)) => self.group_loaded(question, answer, fx),
-            Some(Question::GroupCount(submit)) => self.groups_counted(*submit, &answer, fx),
-            Some(Question::Visited(submit)) => self.visited(*submit, answer, fx),
-            Some(Question::Conversations(origin)) => self.conversations_loaded(origin, answer, fx),
-            Some(Question::Last(work)) => self.last_loaded(work, answer, fx),
-            Some(Question::Mark(work)) => self.mark_loaded(work, answer, fx),
-            Some(Question::Devices(work)) => self.devices_loaded(*work, answer, fx),
-            Some(Question::Original(conversation)) => self.original_loaded(conversation, answer, fx),
-            Some(Question::Hide(hiding)) => self.hide_loaded(hiding, answer, fx),
-            Some(Question::Receipt(reader)) => self.receipt_loaded(*reader, answer, fx),
-            Some(Question::Receipts(list)) => self.receipts_loaded(list, answer, fx),
-            Some(Question::Export(work)) => self.export_loaded(work, answer, fx),
-            Some(Question::Deletion(question)) => self.deletion_loaded(question, answer, fx),
-            Some(Question::Sync(conn)) => self.sync_loaded(conn, answer, fx),
-            Some(Question::Flush(asker, sync)) => self.flush_loaded(asker, sync, &answer, fx),
-            Some(Question::AttemptWork(_)) | None => debug_assert!(false, "an answer nobody asked for"),
+            Question::Group(question) => self.group_loaded(question, answer, fx),
+            Question::GroupCount(submit) => self.groups_counted(*submit, &answer, fx),
+            Question::Visited(submit) => self.visited(*submit, answer, fx),
+            Question::Conversations(origin) => self.conversations_loaded(origin, answer, fx),
+            Question::Last(work) => self.last_loaded(work, answer, fx),
+            Question::Mark(work) => self.mark_loaded(work, answer, fx),
+            Question::Devices(work) => self.devices_loaded(*work, answer, fx),
+            Question::Original(conversation) => self.original_loaded(conversation, answer, fx),
+            Question::Hide(hiding) => self.hide_loaded(hiding, answer, fx),
+            Question::Receipt(reader) => self.receipt_loaded(*reader, answer, fx),
+            Question::Receipts(list) => self.receipts_loaded(list, answer, fx),
+            Question::Export(work) => self.export_loaded(work, answer, fx),
+            Question::Deletion(question) => self.deletion_loaded(question, answer, fx),
+            Question::Sync(conn) => self.sync_loaded(conn, answer, fx),
+            Question::Flush(asker, sync) => self.flush_loaded(asker, sync, &answer, fx),
+            Question::Part(number) => self.read_done(number, (self.config.shard.node(), answer), fx),
+            Question::Read(asker, number) => {
+                let answer = Box::new(answer);
+                self.tell_shard(asker, ShardMessage::ReadDone { number, answer }, fx);
+            }
+            Question::Resync(page) => self.resync_loaded(page, answer, fx),
+            Question::AttemptWork(_) => debug_assert!(false, "workers answer that"),
         }
     }
 
@@ -455,20 +487,27 @@ impl Shard {
 
     /// The shard that owns a user or conversation.
     pub(crate) fn owner(&self, partition: ringline_schema::ids::Partition) -> ShardIndex {
-        self.config.placement.shard_of(partition)
+        match &self.nodes {
+            None => self.config.placement.shard_of(partition),
+            Some(nodes) => nodes.placement.shard_of(partition),
+        }
     }
 
     pub(crate) fn is_here(&self, shard: ShardIndex) -> bool {
         shard == self.config.shard
     }
 
-    /// Whether new work for that shard must be refused until its lane has room.
+    /// Whether new work for that shard must be refused until its lane has room. What goes to another node finds out when
+    /// it is sent.
     pub(crate) fn is_blocked(&self, shard: ShardIndex) -> bool {
-        self.lanes_blocked.get(usize::from(shard.0)).copied().unwrap_or(true)
+        !self.is_remote(shard) && self.lanes_blocked.get(usize::from(shard.within())).copied().unwrap_or(true)
     }
 
     pub(crate) fn tell_shard(&mut self, to: ShardIndex, message: ShardMessage, fx: &mut Effects) {
         debug_assert!(!self.is_here(to), "a lane to oneself");
+        if self.is_remote(to) {
+            return self.tell_node(to, message, fx);
+        }
         fx.list.push(Effect::ToShard { to, message });
     }
 
@@ -484,6 +523,7 @@ impl Shard {
                 Timer::Cursors => self.cursors_due(fx),
                 Timer::Receipts => self.receipts_due(fx),
                 Timer::Deletions => self.deletions_due(fx),
+                Timer::Nodes => self.nodes_due(fx),
             }
         }
     }
@@ -567,14 +607,15 @@ impl Shard {
 
     /// Tells whether the lane to another shard is full. While it is, requests that need that shard are BUSY.
     pub fn set_lane_blocked(&mut self, to: ShardIndex, blocked: bool) {
-        if let Some(lane) = self.lanes_blocked.get_mut(usize::from(to.0)) {
+        if let Some(lane) = self.lanes_blocked.get_mut(usize::from(to.within())) {
             *lane = blocked;
         }
     }
 
     /// Nothing is in flight that a client waits for: an orderly stop may close the store.
     pub fn is_quiet(&self) -> bool {
-        self.questions.is_empty() && self.fan_outs.is_empty() && (self.poisoned || self.appended == self.stored)
+        let nothing_open = self.questions.is_empty() && self.fan_outs.is_empty() && self.nodes_are_quiet();
+        nothing_open && (self.poisoned || self.appended == self.stored)
     }
 
     pub fn counters(&self) -> &Counters {

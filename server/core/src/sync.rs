@@ -3,7 +3,8 @@
 //! A page is read from this shard's store handle, conversation by conversation in order of id. What other shards have
 //! committed is seen there only a moment later; so before its first page each of them is asked to bring its index up to
 //! date ([`ShardMessage::Flush`]). Without that, a message committed just before a login could be missed: too early to be
-//! pushed, too late to be listed. Pages after the first need none: what is committed since the login is pushed.
+//! pushed, too late to be listed. In a cluster the list is read from all nodes that are up, and each conversation from its own.
+//! Pages after the first need none: what is committed since the login is pushed.
 //!
 //! Invariants: one SYNC a session and [`SYNCS_IN_FLIGHT_MAX`] a shard; a page fits into a frame; each takes at most
 //! [`SYNC_QUESTIONS_MAX`] questions to the store, so a page may be empty and still name where to go on.
@@ -20,6 +21,7 @@ use ringline_schema::record::{Answer, ConversationRow, Query, Range, StoredMessa
 
 use crate::config::{SYNC_QUESTIONS_MAX, SYNCS_IN_FLIGHT_MAX};
 use crate::event::{ConnId, Effects, ShardMessage};
+use crate::nodes::reads::Whole;
 use crate::peer::Origin;
 use crate::planted::Bug;
 use crate::shard::{Question, Shard};
@@ -145,7 +147,7 @@ impl Shard {
             return Err(ErrorCode::Busy);
         }
         let first_page = sync.from == Place::default();
-        let others: Vec<_> = if first_page { self.other_shards().collect() } else { Vec::new() };
+        let others: Vec<_> = if first_page { self.reachable_shards() } else { Vec::new() };
         if others.iter().any(|&shard| self.is_blocked(shard)) {
             return Err(ErrorCode::Busy);
         }
@@ -198,6 +200,9 @@ impl Shard {
     }
 
     pub(crate) fn flushed(&mut self, (conn, number): (ConnId, u64), done: bool, fx: &mut Effects) {
+        if self.resync_flushed((conn, number), done, fx) {
+            return;
+        }
         let Some(work) = self.syncs.get_mut(&conn).filter(|work| work.number == number) else { return };
         work.flushing = work.flushing.saturating_sub(1);
         if done {
@@ -233,7 +238,7 @@ impl Shard {
                 Query::Conversations { user, device, cursor, limit }
             }
         };
-        self.load(Question::Sync(conn), query, fx);
+        self.load_anywhere(Question::Sync(conn), (query, Whole::Reachable), fx);
     }
 
     pub(crate) fn sync_loaded(&mut self, conn: ConnId, answer: Answer, fx: &mut Effects) {
@@ -284,7 +289,15 @@ impl Shard {
         self.sessions.answer(conn, request_id, &reply, fx);
     }
 
-    fn sync_failed(&mut self, conn: ConnId, code: ErrorCode, fx: &mut Effects) {
+    /// A node is gone: SYNCs that may wait for its index end, to be asked for again.
+    pub(crate) fn syncs_lost(&mut self, fx: &mut Effects) {
+        let waiting = self.syncs.iter().filter(|(_, work)| work.flushing > 0).map(|(conn, _)| *conn);
+        for conn in waiting.collect::<Vec<_>>() {
+            self.sync_failed(conn, ErrorCode::Unavailable, fx);
+        }
+    }
+
+    pub(crate) fn sync_failed(&mut self, conn: ConnId, code: ErrorCode, fx: &mut Effects) {
         if let Some(work) = self.syncs.remove(&conn) {
             self.sessions.fail(conn, work.origin.request_id, code, fx);
         }

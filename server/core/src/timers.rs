@@ -27,6 +27,8 @@ pub enum Timer {
     Receipts,
     /// Deletions of users that wait are looked at.
     Deletions,
+    /// What waits for other nodes.
+    Nodes,
 }
 
 /// Deadlines in monotonic microseconds, earliest first; equal ones in order of [`Timer`], so that replays agree.

@@ -295,6 +295,9 @@ impl Tables {
             Query::Row { key } => Answer::Row(self.rows.get(&key.encode()).filter(|row| row.value.is_some()).cloned()),
             Query::Rows { list, after, limit } => Answer::Rows(self.list(list, after.as_ref(), *limit)),
             Query::GroupCount { user } => Answer::Count(self.group_count(user)),
+            Query::Listed { user, device, rows } => {
+                Answer::Conversations(rows.iter().map(|row| self.laid_over(user, *device, row)).collect())
+            }
             Query::Conversations { user, device, cursor, limit } => {
                 let after = (std::ops::Bound::Excluded((user.clone(), *cursor)), std::ops::Bound::Unbounded);
                 let rows = self.lists.range(after).take_while(|((owner, _), ())| owner == user);
@@ -369,6 +372,17 @@ impl Tables {
             Answer::Messages { messages, .. } => Answer::Messages { first: part.first, head: part.head, messages },
             other => other,
         }
+    }
+
+    /// A row of another node with what is kept here of the user.
+    fn laid_over(&self, user: &UserName, device: DeviceKey, row: &ConversationRow) -> ConversationRow {
+        let (mut row, conversation) = (row.clone(), row.conversation);
+        let acked = self.cursors.get(&(device, conversation)).copied().unwrap_or_default();
+        row.acked = row.acked.max(acked);
+        if let Some(RowValue::Mark(mark)) = self.value(&RowKey::Mark(user.clone(), conversation)) {
+            (row.pinned, row.muted_until_ms) = (mark.pinned, mark.muted_until_ms);
+        }
+        row
     }
 
     fn row(&self, user: &UserName, device: DeviceKey, conversation: ConversationId) -> Option<ConversationRow> {

@@ -101,6 +101,10 @@ impl Shard {
         (user, proof, recall): (&str, Option<Credential<'_>>, bool),
         fx: &mut Effects,
     ) -> Result<(), ErrorCode> {
+        if self.is_clustered() {
+            // Its walk reads what other nodes own as if it were here.
+            return Err(ErrorCode::Unsupported);
+        }
         let user = UserName::of_user(user)?;
         self.may_append()?;
         let login = self.sessions.get(origin.conn).and_then(|session| session.login());
@@ -269,7 +273,7 @@ impl Shard {
         self.presence_moved(&user);
         self.social.privacy.note(user.clone(), self.now.mono_us);
         self.deletion_written(&user, fx);
-        let others: Vec<_> = self.other_shards().collect();
+        let others = self.other_shards();
         let mut gather = 0;
         // Should too many requests wait already, the permits that other shards have run out by themselves.
         if !others.is_empty() && !self.gathers_are_full() {

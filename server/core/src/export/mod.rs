@@ -18,6 +18,7 @@ use serde_json::Value;
 
 use crate::config::{EXPORT_QUESTIONS_MAX, EXPORTS_IN_FLIGHT_MAX};
 use crate::event::Effects;
+use crate::nodes::reads::Whole;
 use crate::peer::Origin;
 use crate::shard::{Question, Shard};
 
@@ -231,13 +232,19 @@ impl Shard {
         let question = work.exporter.question().filter(|_| work.questions_left > 0);
         if let Some(query) = question {
             work.questions_left -= 1;
-            return self.load(Question::Export(work), query, fx);
+            return self.load_anywhere(Question::Export(work), (query, Whole::All), fx);
         }
         self.exports = self.exports.saturating_sub(1);
         let origin = work.origin;
         let (body, next) = work.exporter.finish();
         let reply = Reply::Chat(ChatReply::ExportOk { body: &body, next: &next });
         self.sessions.answer(origin.conn, origin.request_id, &reply, fx);
+    }
+
+    /// A node is away: what it has is missing, and who exports wants all.
+    pub(crate) fn export_unavailable(&mut self, work: &ExportWork, fx: &mut Effects) {
+        self.exports = self.exports.saturating_sub(1);
+        self.sessions.fail(work.origin.conn, work.origin.request_id, ErrorCode::Unavailable, fx);
     }
 
     pub(crate) fn export_loaded(&mut self, mut work: Box<ExportWork>, answer: Answer, fx: &mut Effects) {

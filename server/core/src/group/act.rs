@@ -216,9 +216,10 @@ impl Shard {
             ack_timeout_ms: None,
             more: Some(Box::new(SubmitMore { act: Some(act), unvisited, ..SubmitMore::default() })),
         };
+        self.await_act(&submit);
         if adds_sender {
-            let query = Query::GroupCount { user: submit.message.from.clone() };
-            self.load(Question::GroupCount(Box::new(submit)), query, fx);
+            let user = submit.message.from.clone();
+            self.load_group_count(Question::GroupCount(Box::new(submit)), user, fx);
         } else {
             self.visit(submit, fx);
         }
@@ -243,6 +244,9 @@ impl Shard {
 
     /// Goes on to the shard of the next user that was named, or to the owner of the group.
     pub(crate) fn visit(&mut self, mut submit: Submit, fx: &mut Effects) {
+        if self.act_has_ended(&submit) {
+            return;
+        }
         while let Some(user) = submit.more.as_ref().and_then(|more| more.unvisited.last()) {
             let shard = self.owner(user.partition());
             if !self.is_here(shard) {
@@ -305,6 +309,7 @@ impl Shard {
             let standing = if let GroupAnswer::Ok { standing, .. } = answer { *standing } else { None };
             return self.deletion_answered(origin.request_id, Ok(standing), fx);
         }
+        self.is_awaited(origin);
         if let Some(login) = self.sessions.login_mut(origin.conn) {
             login.sends_in_flight = login.sends_in_flight.saturating_sub(1);
         }

@@ -83,9 +83,13 @@ impl Shard {
 
     /// The members by shard, as they are now.
     pub(crate) fn group_targets(&mut self, id: ConversationId) -> Targets {
-        let placement = self.config.placement;
+        let (cores, nodes) = (self.config.placement, &self.nodes);
+        let owner = |partition| match nodes {
+            None => cores.shard_of(partition),
+            Some(nodes) => nodes.placement.shard_of(partition),
+        };
         let group = self.groups.get_mut(&id).and_then(|slot| slot.group.as_mut());
-        group.map_or_else(|| Arc::from([]), |group| group.targets(placement))
+        group.map_or_else(|| Arc::from([]), |group| group.targets(owner))
     }
 
     /// Carries out an act on a group that is in memory, and whose conversation is.

@@ -1,5 +1,6 @@
 //! From the log to the members: one message a shard, encoded once there, whatever the number of members.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use ringline_cluster::placement::ShardIndex;
@@ -181,14 +182,11 @@ impl Shard {
 
     /// Tells users of a change of a group whose messages they do not see.
     pub(crate) fn push_to_users(&mut self, users: Vec<UserName>, push: &Arc<GroupPush>, fx: &mut Effects) {
-        let mut lists: Vec<Vec<UserName>> = vec![Vec::new(); usize::from(self.config.placement.shards())];
+        let mut lists: BTreeMap<ShardIndex, Vec<UserName>> = BTreeMap::new();
         for user in users {
-            let shard = self.owner(user.partition());
-            if let Some(list) = lists.get_mut(usize::from(shard.0)) {
-                list.push(user);
-            }
+            lists.entry(self.owner(user.partition())).or_default().push(user);
         }
-        for (shard, users) in (0..).map(ShardIndex).zip(lists).filter(|(_, users)| !users.is_empty()) {
+        for (shard, users) in lists {
             if self.is_here(shard) {
                 self.group_pushed(&users, push, fx);
             } else {

@@ -6,8 +6,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use ringline_cluster::placement::{CorePlacement, ShardIndex};
-use ringline_schema::ids::{Seq, UserName};
+use ringline_cluster::placement::ShardIndex;
+use ringline_schema::ids::{Partition, Seq, UserName};
 use ringline_schema::limits;
 use ringline_schema::message::Standing;
 use ringline_schema::message::group::Role;
@@ -16,7 +16,11 @@ use ringline_schema::rows::{GroupRow, MemberRow, Membership};
 /// Guests kept in memory; above it those that were only looked up are let go.
 const GUESTS_MAX: usize = 2 * limits::GROUP_PENDING_MAX;
 
-/// The members on each shard that has any. Shared by every message until the next change.
+/// Names that go to a shard in one message: they fit into a batch of a link to another node.
+const TARGET_NAMES_MAX: usize = 8_192;
+
+/// The members on each shard that has any; a shard with many has several lists. Shared by every message until the next
+/// change.
 pub type Targets = Arc<[(ShardIndex, Arc<[UserName]>)]>;
 
 /// A present member. About 100 bytes with its name.
@@ -139,21 +143,26 @@ impl Group {
     }
 
     /// The members by shard.
-    pub fn targets(&mut self, placement: CorePlacement) -> Targets {
+    pub fn targets(&mut self, owner: impl Fn(Partition) -> ShardIndex) -> Targets {
         if let Some(targets) = &self.targets {
             return Arc::clone(targets);
         }
-        let mut lists: Vec<Vec<UserName>> = vec![Vec::new(); usize::from(placement.shards())];
+        let mut lists: BTreeMap<ShardIndex, Vec<UserName>> = BTreeMap::new();
         for member in &self.members {
-            let shard = placement.shard_of(member.name.partition());
-            if let Some(list) = lists.get_mut(usize::from(shard.0)) {
-                list.push(member.name.clone());
-            }
+            lists.entry(owner(member.name.partition())).or_default().push(member.name.clone());
         }
-        let lists = (0..).zip(lists).filter(|(_, list)| !list.is_empty());
-        let targets: Targets = lists.map(|(shard, list)| (ShardIndex(shard), Arc::from(list))).collect();
+        let parts = |(shard, list): (&ShardIndex, &Vec<UserName>)| {
+            let shard = *shard;
+            list.chunks(TARGET_NAMES_MAX).map(|part| (shard, Arc::from(part))).collect::<Vec<_>>()
+        };
+        let targets: Targets = lists.iter().flat_map(parts).collect();
         self.targets = Some(Arc::clone(&targets));
         targets
+    }
+
+    /// Shards have other partitions now.
+    pub fn forget_targets(&mut self) {
+        self.targets = None;
     }
 
     /// A group that was dissolved loses its owner when that user is deleted.
@@ -203,8 +212,8 @@ mod tests {
         group.set(name("user-7"), Some(row(Standing::Left, Role::Member)));
         group.set(name("guest"), Some(row(Standing::Invited, Role::Member)));
         assert!(group.is_well_formed());
-        let placement = CorePlacement::new(3).unwrap();
-        let targets = group.targets(placement);
+        let placement = ringline_cluster::placement::CorePlacement::new(3).unwrap();
+        let targets = group.targets(|partition| placement.shard_of(partition));
         assert_eq!(targets.iter().map(|(_, list)| list.len()).sum::<usize>(), 199);
         for (shard, list) in &*targets {
             assert!(list.iter().all(|user| placement.shard_of(user.partition()) == *shard));

@@ -270,7 +270,7 @@ impl Shard {
             }
             News::Privacy => {
                 self.social.privacy.note(user.clone(), self.now.mono_us);
-                let others: Vec<_> = self.other_shards().collect();
+                let others = self.other_shards();
                 if others.is_empty() {
                     return self.done(conn, request_id, fx);
                 }
@@ -289,11 +289,6 @@ impl Shard {
                 self.sessions.fail(pending.conn, pending.request_id, ErrorCode::StoreFailed, fx);
             }
         }
-    }
-
-    pub(crate) fn other_shards(&self) -> impl Iterator<Item = ShardIndex> + use<> {
-        let own = self.config.shard;
-        (0..self.config.placement.shards()).map(ShardIndex).filter(move |shard| *shard != own)
     }
 
     pub(crate) fn tell_social(&mut self, to: ShardIndex, message: SocialMessage, fx: &mut Effects) {
@@ -405,22 +400,34 @@ impl Shard {
     /// Parts did not come in time.
     pub(crate) fn gathers_due(&mut self, fx: &mut Effects) {
         self.social.gathers_armed = false;
+        let code = if self.is_clustered() { ErrorCode::Unavailable } else { ErrorCode::Internal };
         while let Some(oldest) = self.social.gathers.first_entry()
             && oldest.get().due_us <= self.now.mono_us
         {
             let gather = oldest.remove();
-            self.gather_failed(gather, fx);
+            self.end_gather(gather, code, fx);
         }
         self.arm_gathers();
     }
 
-    fn gather_failed(&mut self, gather: Gather, fx: &mut Effects) {
+    /// A part will not come.
+    pub(crate) fn gather_failed(&mut self, number: u64, code: ErrorCode, fx: &mut Effects) {
+        if let Some(gather) = self.social.gathers.remove(&number) {
+            self.end_gather(gather, code, fx);
+        }
+    }
+
+    fn end_gather(&mut self, gather: Gather, code: ErrorCode, fx: &mut Effects) {
         match gather.gathered {
-            Gathered::Passed { origin, .. } => self.answer_send(origin, (false, Err(ErrorCode::Internal)), None, fx),
+            // Some may have got it.
+            Gathered::Passed { origin, .. } => {
+                let code = if self.is_clustered() { ErrorCode::Unknown } else { code };
+                self.answer_send(origin, (false, Err(code)), None, fx);
+            }
             // It is done whoever has not heard of it: what a shard knew before runs out by itself.
             Gathered::Deleted { origin, user } => self.deletion_told(origin, &user, fx),
             Gathered::Done | Gathered::Broadcast { .. } | Gathered::Presence(..) => {
-                self.sessions.fail(gather.conn, gather.request_id, ErrorCode::Internal, fx);
+                self.sessions.fail(gather.conn, gather.request_id, code, fx);
             }
         }
     }

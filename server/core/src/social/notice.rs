@@ -61,7 +61,7 @@ impl Shard {
         if body.len() > body_bytes_max as usize {
             return Err(ErrorCode::BodyTooLarge);
         }
-        let others: Vec<_> = self.other_shards().collect();
+        let others = self.reachable_shards();
         let full = others.iter().any(|shard| self.is_blocked(*shard));
         if full || self.open_broadcasts() >= BROADCASTS_MAX {
             return Err(ErrorCode::Busy);

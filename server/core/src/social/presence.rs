@@ -52,7 +52,7 @@ pub struct Seen {
 }
 
 impl Seen {
-    fn nothing(user: UserName) -> Self {
+    pub(crate) fn nothing(user: UserName) -> Self {
         Self { user, online: false, last_seen_ms: 0, status: "".into(), hidden_from: [].into() }
     }
 

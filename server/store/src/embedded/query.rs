@@ -34,6 +34,7 @@ pub(super) fn answer(node: &Node, query: &Query) -> Answer {
         Query::Row { key } => node.row(key).map(Answer::Row),
         Query::Rows { list, after, limit } => node.rows(list, after.as_ref(), usize::from(*limit)).map(Answer::Rows),
         Query::GroupCount { user } => node.group_count(user).map(Answer::Count),
+        Query::Listed { user, device, rows } => node.laid_over(user, *device, rows).map(Answer::Conversations),
         Query::Conversations { user, device, cursor, limit } => {
             node.conversations(user, *device, (*cursor, usize::from(*limit))).map(Answer::Conversations)
         }
@@ -231,6 +232,24 @@ impl Node {
             muted_until_ms: mark.muted_until_ms,
             ..place
         }))
+    }
+
+    /// Rows of another node with what is kept here of the user.
+    fn laid_over(
+        &self,
+        user: &UserName,
+        device: DeviceKey,
+        rows: &[ConversationRow],
+    ) -> Result<Vec<ConversationRow>, IndexError> {
+        let lay = |row: &ConversationRow| {
+            let mut row = row.clone();
+            row.acked = row.acked.max(self.cursor(device, row.conversation)?);
+            if let Some(RowValue::Mark(mark)) = self.value(&RowKey::Mark(user.clone(), row.conversation))? {
+                (row.pinned, row.muted_until_ms) = (mark.pinned, mark.muted_until_ms);
+            }
+            Ok(row)
+        };
+        rows.iter().map(lay).collect()
     }
 
     /// The row of a conversation with another user, without what is only this user's.

@@ -1,0 +1,632 @@
+//! A cluster of configured nodes under one seed: real shards with a disk a node, links between the nodes that delay, are cut and
+//! stall in one direction, nodes that die and come back as new processes, and the SDK's machine, which is sent on to the node
+//! its user lives on.
+//!
+//! As [`super::world`], with several nodes. What clients saw goes to the same checker. Invariants of a link, as of the real
+//! ones: in order and once each while both processes live; the end of one is told to every shard of the other by `Reset`
+//! before its next `Up`; news and messages of a link reach a shard in one order.
+//!
+//! - `nodes`: the nodes' shells and the links. Here: the queue of what happens when, and the clients.
+
+mod nodes;
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap, VecDeque};
+
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+use ringline_client::machine::{Ask, Cut};
+use ringline_client::{Class, JoinPolicy, LinkError, SendOptions};
+use ringline_core::event::{ConnId, Token, Work};
+use ringline_schema::frame::FrameDecoder;
+use ringline_schema::record::Query;
+
+use super::acts::{GROUPS, peers};
+use super::device::{Device, Tap};
+use super::world::USERS;
+use super::{Run, acts};
+use crate::checker::{Device as Name, Happening, History, Peer, Place};
+use crate::observed;
+use nodes::{Node, Wire};
+
+/// Nodes of a run.
+pub const NODES: u16 = 3;
+const DEVICES_PER_USER: u64 = 2;
+const STEPS_MAX: u64 = 3_000_000;
+/// Virtual time after the faults within which everything must have settled.
+const HEAL_US: u64 = 240_000_000;
+/// A moved cursor is written within a second, and devices of another node hear of what they lack; this is longer.
+const SETTLE_US: u64 = 10_000_000;
+/// Longer than the SDK's patience with a question.
+const PATIENCE_US: u64 = 75_000_000;
+const BACK_OFF_US_MIN: u64 = 200_000;
+const BACK_OFF_US_MAX: u64 = 5_000_000;
+const OPEN_SENDS_MAX: u32 = 40;
+
+/// What can happen.
+enum Action {
+    Connect {
+        client: usize,
+        process: u32,
+    },
+    ToServer {
+        link: u64,
+        bytes: Vec<u8>,
+    },
+    ToClient {
+        link: u64,
+        bytes: Vec<u8>,
+    },
+    ServerSeesEnd {
+        link: u64,
+    },
+    ClientSeesEnd {
+        link: u64,
+    },
+    HandOver {
+        link: u64,
+    },
+    Sent {
+        link: u64,
+        bytes: usize,
+    },
+    Lane {
+        node: usize,
+        epoch: u32,
+        lane: (u16, u16),
+    },
+    /// Something of a link reaches a shard.
+    Wire {
+        node: usize,
+        epoch: u32,
+        wire: (u16, usize),
+    },
+    Commit {
+        node: usize,
+        epoch: u32,
+        shard: usize,
+    },
+    Loaded {
+        node: usize,
+        epoch: u32,
+        shard: usize,
+        token: Token,
+        query: Query,
+    },
+    Worked {
+        node: usize,
+        epoch: u32,
+        shard: usize,
+        token: Token,
+        work: Work,
+    },
+    Timer {
+        node: usize,
+        epoch: u32,
+        shard: usize,
+    },
+    Wake {
+        client: usize,
+        process: u32,
+    },
+    Take {
+        client: usize,
+        process: u32,
+    },
+    Act {
+        client: usize,
+    },
+    Fault,
+    Boot {
+        node: usize,
+        epoch: u32,
+    },
+    Heal {
+        pair: (usize, usize),
+    },
+}
+
+struct Due {
+    at_us: u64,
+    number: u64,
+    action: Action,
+}
+
+impl PartialEq for Due {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+impl Eq for Due {}
+impl PartialOrd for Due {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Due {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.at_us, self.number).cmp(&(other.at_us, other.number))
+    }
+}
+
+/// A message on a link: from this shard, to that one, its bytes.
+type Parcel = (u16, u16, Vec<u8>);
+
+/// A client's connection.
+struct Link {
+    client: usize,
+    node: usize,
+    shard: usize,
+    conn: ConnId,
+    decoder: FrameDecoder,
+    stopped: bool,
+    moving: Option<Vec<u8>>,
+    in_flight: bool,
+    server_open: bool,
+    client_open: bool,
+    tap: Tap,
+    to_server_us: u64,
+    to_client_us: u64,
+}
+
+/// See the module.
+struct Cluster {
+    rng: SmallRng,
+    now_us: u64,
+    queue: BinaryHeap<Reverse<Due>>,
+    queued: u64,
+    nodes: Vec<Node>,
+    /// What is on its way to a shard of a node: by node, shard and the node it comes from.
+    wires: BTreeMap<(usize, u16, usize), Wire>,
+    /// Cut pairs of nodes, the lower first.
+    cuts: BTreeMap<(usize, usize), bool>,
+    /// Sent while the pair was cut: goes out when it is not any more.
+    held: BTreeMap<(usize, usize), VecDeque<Parcel>>,
+    /// A direction that stalls, until then.
+    stalls_us: BTreeMap<(usize, usize), u64>,
+    links: BTreeMap<u64, Link>,
+    next_link: u64,
+    clients: Vec<Device>,
+    /// Where each client was sent.
+    targets: Vec<Option<usize>>,
+    history: History,
+    lively: bool,
+    /// Chance in percent that a link takes no more.
+    full_percent: u32,
+    ends_us: u64,
+    trace: u64,
+    steps: u64,
+    faults: u64,
+}
+
+/// Plays one seed to its end.
+pub fn run(seed: u64) -> Run {
+    let mut cluster = Cluster::new(seed);
+    cluster.play();
+    cluster.finish();
+    Run {
+        verdict: cluster.history.check(),
+        trace: cluster.trace,
+        steps: cluster.steps,
+        faults: cluster.faults,
+        millis: cluster.now_us / 1_000,
+    }
+}
+
+impl Cluster {
+    fn new(seed: u64) -> Self {
+        let rng = SmallRng::seed_from_u64(seed);
+        let names = (0..USERS).flat_map(|user| (1..=DEVICES_PER_USER).map(move |number| Name { user, number }));
+        let clients: Vec<_> = names.map(Device::new).collect();
+        let mut cluster = Self {
+            now_us: 1,
+            queue: BinaryHeap::new(),
+            queued: 0,
+            nodes: Vec::new(),
+            wires: BTreeMap::new(),
+            cuts: BTreeMap::new(),
+            held: BTreeMap::new(),
+            stalls_us: BTreeMap::new(),
+            links: BTreeMap::new(),
+            next_link: 0,
+            targets: vec![None; clients.len()],
+            clients,
+            history: History::default(),
+            lively: true,
+            full_percent: 0,
+            ends_us: 0,
+            trace: seed,
+            steps: 0,
+            faults: 0,
+            rng,
+        };
+        cluster.ends_us = cluster.random_us(4_000_000, 10_000_000);
+        for at in 0..usize::from(NODES) {
+            let shards = cluster.rng.random_range(1..=3);
+            cluster.nodes.push(Node::new(shards));
+            let delay = cluster.random_us(0, 300_000);
+            cluster.after(delay, Action::Boot { node: at, epoch: 0 });
+        }
+        for client in 0..cluster.clients.len() {
+            cluster.history.push(cluster.clients[client].name, Happening::Started);
+            let (connect, act) = (cluster.random_us(0, 50_000), cluster.random_us(0, 500_000));
+            cluster.after(connect, Action::Connect { client, process: 0 });
+            cluster.after(act, Action::Act { client });
+            let Name { user, number } = cluster.clients[client].name;
+            if user < GROUPS && number == 1 {
+                cluster.create_group(client, user);
+            }
+        }
+        cluster.after(600_000, Action::Fault);
+        cluster
+    }
+
+    fn random_us(&mut self, from: u64, to: u64) -> u64 {
+        self.rng.random_range(from..=to)
+    }
+
+    fn chance(&mut self, percent: u32) -> bool {
+        self.rng.random_range(0..100) < percent
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.now_us / 1_000
+    }
+
+    fn after(&mut self, delay_us: u64, action: Action) {
+        self.at(self.now_us + delay_us, action);
+    }
+
+    fn at(&mut self, at_us: u64, action: Action) {
+        self.queued += 1;
+        self.queue.push(Reverse(Due { at_us, number: self.queued, action }));
+    }
+
+    fn note(&mut self, kind: u64, what: u64) {
+        self.trace = (self.trace ^ kind ^ what.rotate_left(17) ^ self.now_us).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        self.trace ^= self.trace >> 29;
+    }
+
+    fn step(&mut self) -> bool {
+        let Some(Reverse(due)) = self.queue.pop() else { return false };
+        self.steps += 1;
+        assert!(self.steps < STEPS_MAX, "the run does not come to an end");
+        self.now_us = self.now_us.max(due.at_us);
+        self.perform(due.action);
+        true
+    }
+
+    fn play(&mut self) {
+        while self.now_us < self.ends_us && self.step() {}
+        self.lively = false;
+        self.full_percent = 0;
+        self.stalls_us.clear();
+    }
+
+    /// Nothing breaks any more: everybody gets time to finish, logs are read back, cursors are held to their word.
+    fn finish(&mut self) {
+        let cut: Vec<_> = self.cuts.keys().copied().collect();
+        cut.into_iter().for_each(|pair| self.heal(pair));
+        self.clients.iter_mut().for_each(|client| client.stalled_until_us = 0);
+        let deadline = self.now_us + HEAL_US;
+        self.run_until(deadline, |cluster| {
+            let idle = |client: &Device| client.open_sends == 0 && client.machine.is_online();
+            cluster.nodes.iter().all(|node| node.up) && cluster.clients.iter().all(idle)
+        });
+        // What was asked before is tried again for a minute, and then it is over.
+        self.run_until(self.now_us + PATIENCE_US, |_| false);
+        let now_ms = self.now_ms();
+        for client in 0..self.clients.len() {
+            if self.clients[client].name.number == 1 {
+                self.clients[client].ask_all(now_ms, peers(), &self.history);
+                self.pump(client);
+            }
+        }
+        self.run_until(self.now_us + HEAL_US, |cluster| cluster.clients.iter().all(|client| client.asked.is_done()));
+        self.run_until(self.now_us + SETTLE_US, |_| false);
+        for client in 0..self.clients.len() {
+            let online = self.clients[client].machine.is_online();
+            if online && self.clients[client].inbox.is_empty() {
+                self.history.push(self.clients[client].name, Happening::Settled);
+            }
+            self.restart_process(client);
+        }
+        self.run_until(self.now_us + SETTLE_US, |_| false);
+        self.check_shards();
+    }
+
+    fn run_until(&mut self, deadline_us: u64, done: impl Fn(&Self) -> bool) {
+        while self.now_us < deadline_us && !done(self) {
+            if self.queue.peek().is_none_or(|due| due.0.at_us > deadline_us) {
+                self.now_us = deadline_us;
+                return;
+            }
+            self.step();
+        }
+    }
+
+    fn perform(&mut self, action: Action) {
+        match action {
+            Action::Connect { client, process } => {
+                if self.clients[client].process == process && self.clients[client].link.is_none() {
+                    self.connect(client);
+                }
+            }
+            Action::ToServer { link, bytes } => self.server_receives(link, &bytes),
+            Action::ToClient { link, bytes } => self.client_receives(link, &bytes),
+            Action::ServerSeesEnd { link } => self.server_sees_end(link),
+            Action::ClientSeesEnd { link } => self.client_sees_end(link),
+            Action::HandOver { link } => self.hand_over(link),
+            Action::Sent { link, bytes } => self.sent(link, bytes),
+            Action::Wake { client, process } => {
+                if self.clients[client].process == process {
+                    self.clients[client].wake_us = 0;
+                    self.pump(client);
+                }
+            }
+            Action::Take { client, process } => self.take(client, process),
+            Action::Act { client } => self.act(client),
+            Action::Fault => self.fault(),
+            Action::Heal { pair } => self.heal(pair),
+            Action::Lane { .. }
+            | Action::Wire { .. }
+            | Action::Commit { .. }
+            | Action::Loaded { .. }
+            | Action::Worked { .. }
+            | Action::Timer { .. }
+            | Action::Boot { .. } => self.perform_at_node(action),
+        }
+    }
+
+    // --- clients -------------------------------------------------------------------------------------------------
+
+    fn act(&mut self, client: usize) {
+        if !self.lively {
+            return;
+        }
+        let pause = self.random_us(10_000, 400_000);
+        self.after(pause, Action::Act { client });
+        if self.chance(25) {
+            self.ask_something(client);
+        } else if self.clients[client].open_sends <= OPEN_SENDS_MAX {
+            let count = if self.chance(10) { self.rng.random_range(2..12) } else { 1 };
+            for _ in 0..count {
+                let to = match self.chance(30) {
+                    true => Peer::Group(self.rng.random_range(0..GROUPS)),
+                    false => Peer::User(self.rng.random_range(0..USERS)),
+                };
+                let transient = matches!(to, Peer::User(_)) && self.chance(15);
+                let class = if transient { Class::Transient } else { Class::Durable };
+                let (now_ms, options) = (self.now_ms(), SendOptions { class, ..SendOptions::default() });
+                self.clients[client].send((now_ms, to), (options, 0), &mut self.history);
+            }
+        }
+        self.pump(client);
+    }
+
+    fn ask_something(&mut self, client: usize) {
+        let (now_ms, number) = (self.now_ms(), self.rng.random_range(0..64));
+        let place = self.clients[client].asked.place(number);
+        match self.rng.random_range(0..100) {
+            0..35 => self.act_in_group(client),
+            35..65 => {
+                if let Some(place) = place {
+                    self.clients[client].read(now_ms, place, &mut self.history);
+                }
+            }
+            65..82 => {
+                let behind = place.map(|place| Place { seq: self.rng.random_range(0..=place.seq), ..place });
+                self.clients[client].sync(now_ms, behind.into_iter().collect(), &self.history);
+            }
+            _ => self.clients[client].list(now_ms, &self.history),
+        }
+    }
+
+    fn create_group(&mut self, client: usize, group: u32) {
+        let users = (0..USERS).filter(|user| (user + group).is_multiple_of(2)).map(Peer::User).map(observed::name);
+        let (group, join) = (observed::name(Peer::Group(group)), JoinPolicy::Open);
+        let ask = Ask::CreateGroup { group, join, users: users.collect() };
+        let now_ms = self.now_ms();
+        self.clients[client].ask_group(now_ms, ask, &mut self.history);
+    }
+
+    fn act_in_group(&mut self, client: usize) {
+        let number = self.rng.random_range(0..GROUPS);
+        let group = observed::name(Peer::Group(number));
+        let own = self.clients[client].name.user;
+        let user = observed::name(Peer::User((own + self.rng.random_range(1..USERS)) % USERS));
+        let ask = match self.rng.random_range(0..100) {
+            0..20 if own == number => return self.create_group(client, number),
+            20..60 if own == number => Ask::Invite { group, users: vec![user] },
+            _ if own == number => Ask::Kick { group, user },
+            0..80 => Ask::JoinGroup(group),
+            _ => Ask::LeaveGroup(group),
+        };
+        let now_ms = self.now_ms();
+        self.clients[client].ask_group(now_ms, ask, &mut self.history);
+    }
+
+    /// Lets a client's machine do what is due, and takes out what it brought.
+    fn pump(&mut self, client: usize) {
+        let now_ms = self.now_ms();
+        let device = &mut self.clients[client];
+        let cut = device.machine.advance(now_ms).err();
+        device.finish(now_ms, &mut self.history);
+        let cut = cut.or_else(|| device.machine.advance(now_ms).err());
+        let mut bytes = Vec::new();
+        device.machine.take_output(&mut bytes);
+        device.inbox.extend(device.machine.take_events());
+        let (process, link) = (device.process, device.link);
+        if let Some(link) = link {
+            self.client_writes(link, &bytes);
+            match cut {
+                Some(Cut::Lost(_)) => self.client_cuts(link),
+                Some(Cut::End(_)) => return self.restart_process(client),
+                None => {}
+            }
+        }
+        let device = &mut self.clients[client];
+        if !device.inbox.is_empty() && !device.taking {
+            device.taking = true;
+            let at_us = device.stalled_until_us.max(self.now_us);
+            let delay = self.random_us(0, 5_000);
+            self.at(at_us + delay, Action::Take { client, process });
+        }
+        let wake = self.clients[client].machine.next_wake(now_ms).map(|at_ms| at_ms.max(now_ms + 1) * 1_000);
+        if let Some(at_us) = wake
+            && (self.clients[client].wake_us == 0 || at_us < self.clients[client].wake_us)
+        {
+            self.clients[client].wake_us = at_us;
+            self.at(at_us, Action::Wake { client, process });
+        }
+    }
+
+    fn take(&mut self, client: usize, process: u32) {
+        if self.clients[client].process != process {
+            return;
+        }
+        self.clients[client].taking = false;
+        if self.clients[client].stalled_until_us <= self.now_us {
+            let count = self.rng.random_range(1..20);
+            self.clients[client].take(count, &mut self.history);
+        }
+        self.pump(client);
+    }
+
+    /// To the node that it was sent to, or any.
+    fn connect(&mut self, client: usize) {
+        let node = self.targets[client].unwrap_or_else(|| self.rng.random_range(0..self.nodes.len()));
+        if !self.nodes[node].up {
+            self.targets[client] = None;
+            return self.try_again(client);
+        }
+        let shard = self.rng.random_range(0..self.nodes[node].sides.len());
+        self.next_link += 1;
+        let (number, conn) = (self.next_link, self.nodes[node].open_conn(shard));
+        let link = Link {
+            client,
+            node,
+            shard,
+            conn,
+            decoder: FrameDecoder::new(),
+            stopped: false,
+            moving: None,
+            in_flight: false,
+            server_open: true,
+            client_open: true,
+            tap: Tap::default(),
+            to_server_us: 0,
+            to_client_us: 0,
+        };
+        self.links.insert(number, link);
+        self.nodes[node].sides[shard].conns.insert(conn, number);
+        self.opened((node, shard), conn);
+        let now_ms = self.now_ms();
+        self.clients[client].link = Some(number);
+        self.clients[client].machine.connected(now_ms, "token");
+        self.pump(client);
+    }
+
+    fn try_again(&mut self, client: usize) {
+        let device = &mut self.clients[client];
+        device.attempts += 1;
+        let (attempts, process) = (device.attempts, device.process);
+        let bound = (BACK_OFF_US_MIN << attempts.min(10)).min(BACK_OFF_US_MAX);
+        let delay = self.random_us(0, bound);
+        self.after(delay, Action::Connect { client, process });
+    }
+
+    fn client_writes(&mut self, link: u64, bytes: &[u8]) {
+        let mut rest = bytes;
+        while !rest.is_empty() && self.links.get(&link).is_some_and(|link| link.client_open) {
+            let size = if self.chance(20) { self.rng.random_range(1..=rest.len()) } else { rest.len() };
+            let (piece, left) = rest.split_at(size);
+            rest = left;
+            let delay = self.random_us(50, 2_000);
+            let (now_us, Some(open)) = (self.now_us, self.links.get_mut(&link)) else { return };
+            open.tap.wrote(piece);
+            open.to_server_us = open.to_server_us.max(now_us + delay);
+            let (at_us, bytes) = (open.to_server_us, piece.to_vec());
+            self.at(at_us, Action::ToServer { link, bytes });
+        }
+    }
+
+    fn client_receives(&mut self, link: u64, bytes: &[u8]) {
+        let Some(open) = self.links.get_mut(&link).filter(|link| link.client_open) else { return };
+        let client = open.client;
+        open.tap.reached((self.clients[client].name, link), bytes, &mut self.history);
+        self.note(1, link.wrapping_mul(31).wrapping_add(ringline_schema::ids::body_hash(bytes)));
+        let now_ms = self.now_ms();
+        let cut = self.clients[client].machine.received(now_ms, bytes).err();
+        if self.clients[client].machine.is_online() {
+            self.clients[client].attempts = 0;
+        }
+        match cut {
+            Some(Cut::Lost(LinkError::Redirected { address })) => {
+                self.targets[client] = address.strip_prefix('n').and_then(|number| number.parse().ok());
+                self.client_cuts(link);
+            }
+            Some(Cut::Lost(LinkError::Protocol(code))) => {
+                let told =
+                    FrameDecoder::new().next(&mut &bytes[..], u32::MAX).map(|frame| frame.map(|frame| frame.header));
+                panic!("the server said what the SDK can't take: {code}, in what begins with {told:?}")
+            }
+            Some(Cut::Lost(_)) => self.client_cuts(link),
+            Some(Cut::End(_)) => return self.restart_process(client),
+            None => {}
+        }
+        self.pump(client);
+    }
+
+    fn client_cuts(&mut self, link: u64) {
+        let Some(open) = self.links.get_mut(&link) else { return };
+        let (at_us, was_open) = (open.to_server_us, std::mem::replace(&mut open.client_open, false));
+        if was_open {
+            self.at(at_us.max(self.now_us), Action::ServerSeesEnd { link });
+            self.client_lost(link);
+        }
+    }
+
+    fn client_sees_end(&mut self, link: u64) {
+        let Some(open) = self.links.get_mut(&link) else { return };
+        if std::mem::replace(&mut open.client_open, false) {
+            self.client_lost(link);
+        }
+        self.forget_link(link);
+    }
+
+    fn client_lost(&mut self, link: u64) {
+        let Some(open) = self.links.get(&link) else { return };
+        let client = open.client;
+        open.tap.lost(self.clients[client].name, &mut self.history);
+        if self.clients[client].link == Some(link) {
+            self.clients[client].link = None;
+            self.clients[client].machine.disconnected();
+            self.try_again(client);
+            self.pump(client);
+        }
+    }
+
+    fn forget_link(&mut self, link: u64) {
+        if self.links.get(&link).is_some_and(|link| !link.client_open && !link.server_open) {
+            self.links.remove(&link);
+        }
+    }
+
+    fn restart_process(&mut self, client: usize) {
+        if let Some(link) = self.clients[client].link.take()
+            && let Some(open) = self.links.get_mut(&link)
+        {
+            open.client_open = false;
+            let at_us = open.to_server_us.max(self.now_us);
+            self.at(at_us, Action::ServerSeesEnd { link });
+        }
+        let now_us = self.now_us;
+        self.clients[client].restart(now_us, &mut self.history);
+        self.targets[client] = None;
+        let (delay, process) = (self.random_us(0, 300_000), self.clients[client].process);
+        self.after(delay, Action::Connect { client, process });
+    }
+}
+
+const _: () = assert!(acts::GROUPS <= USERS);

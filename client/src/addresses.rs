@@ -1,0 +1,85 @@
+//! Where a client connects next: the addresses it was given, and the one it was sent to.
+//!
+//! Pure; owned by the client's one task. In a cluster a user lives on one node, and every other node answers a login with
+//! the address of that one. A client stays with it as long as it can be reached, and else begins anew with those it was
+//! given. Invariant: a client is sent on at most [`HOPS_MAX`] times before it waits as after any other failure, so nodes
+//! that disagree about a user can't keep it running in circles.
+
+/// Redirections in a row that are followed at once.
+const HOPS_MAX: u8 = 3;
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub(crate) struct Addresses {
+    configured: Vec<String>,
+    at: usize,
+    /// Where the last REDIRECT pointed.
+    sent_to: Option<String>,
+    hops: u8,
+}
+
+impl Addresses {
+    /// `list`: `host:port`, several with commas between them.
+    pub(crate) fn new(list: &str) -> Self {
+        let configured = list.split(',').map(|address| address.trim().to_owned()).collect();
+        Self { configured, at: 0, sent_to: None, hops: 0 }
+    }
+
+    pub(crate) fn next(&self) -> String {
+        self.sent_to.clone().or_else(|| self.configured.get(self.at).cloned()).unwrap_or_default()
+    }
+
+    /// A REDIRECT came. False: too many in a row.
+    pub(crate) fn redirect(&mut self, address: &str) -> bool {
+        self.hops = self.hops.saturating_add(1);
+        let follows = self.hops <= HOPS_MAX;
+        self.sent_to = follows.then(|| address.to_owned());
+        follows
+    }
+
+    /// A login succeeded.
+    pub(crate) fn reached(&mut self) {
+        self.hops = 0;
+    }
+
+    /// No login there: the next of those that were given is tried.
+    pub(crate) fn failed(&mut self) {
+        self.hops = 0;
+        if self.sent_to.take().is_none() {
+            self.at = (self.at + 1).checked_rem(self.configured.len()).unwrap_or(0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn given_addresses_are_tried_in_turn() {
+        let mut addresses = Addresses::new("a:1, b:2");
+        assert_eq!(addresses.next(), "a:1");
+        addresses.failed();
+        assert_eq!(addresses.next(), "b:2");
+        addresses.failed();
+        assert_eq!(addresses.next(), "a:1");
+        assert_eq!(Addresses::new("c:3").next(), "c:3");
+    }
+
+    #[test]
+    fn who_is_sent_on_stays_there_until_it_fails_and_does_not_run_in_circles() {
+        let mut addresses = Addresses::new("a:1,b:2");
+        assert!(addresses.redirect("c:3"));
+        addresses.reached();
+        assert_eq!(addresses.next(), "c:3", "also for the next connection");
+        addresses.failed();
+        assert_eq!(addresses.next(), "a:1", "back to those that were given");
+        for _ in 0..HOPS_MAX {
+            assert!(addresses.redirect("d:4"));
+        }
+        assert!(!addresses.redirect("e:5"));
+        assert_eq!(addresses.next(), "a:1");
+        addresses.failed();
+        assert!(addresses.redirect("c:3"), "after a pause it may be sent on again");
+    }
+}
