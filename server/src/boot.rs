@@ -10,6 +10,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
+use ringline_cluster::link::channel::{OUT_BYTES_MAX, WINDOW_BYTES};
 use ringline_cluster::placement::PlacementError;
 use ringline_core::config as core_bounds;
 use ringline_store::embedded::{EmbeddedOptions, Retention};
@@ -17,7 +18,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::auth::AuthError;
-use crate::config::{Config, ConfigError, Cores, StoreKind};
+use crate::config::{ClusterMode, Config, ConfigError, Cores, StoreKind};
 use crate::peers::roster::RosterError;
 
 /// Memory of each executor's ring for file buffers, which nothing here uses: the least it takes.
@@ -154,6 +155,17 @@ pub fn check_memlock() -> Result<(), BootError> {
 /// Descriptors that are no connections.
 pub fn files_reserved(cores: usize) -> usize {
     FILES_RESERVED.saturating_add(cores.saturating_mul(FILES_PER_CORE))
+}
+
+/// How many clients fit, at most `limits.connections_max`: links to other nodes take descriptors too, and are never refused
+/// for lack of one. Two connections each, while one replaces the other, and strangers in their greeting.
+pub fn fit_clients(config: &Config, cores: usize) -> Result<usize, BootError> {
+    const STRANGERS: usize = 64;
+    let links = match config.cluster_mode {
+        ClusterMode::None => 0,
+        ClusterMode::Static | ClusterMode::Etcd => cores * (2 * config.cluster_nodes.len() + STRANGERS),
+    };
+    Ok(fit_connections(config.connections_max + links, cores)?.saturating_sub(links).max(CONNECTIONS_MIN))
 }
 
 /// How many connections fit under the limit of open files, at most `wanted`.
@@ -296,6 +308,11 @@ pub fn memory_budget(config: &Config, cores: usize, worker_threads: usize) -> Ve
     ];
     if config.store_kind == StoreKind::Embedded {
         parts.extend(ringline_store::embedded::memory_budget(&store_options(config, &Arc::default()), cores as u16));
+    }
+    if config.cluster_mode == ClusterMode::Static {
+        let links = config.cluster_nodes.len().saturating_sub(1) as u64;
+        // What waits to go out, and what has come and is not worked off.
+        parts.push(("links to nodes", each * links * (OUT_BYTES_MAX as u64 + WINDOW_BYTES)));
     }
     parts.push(("outboxes if nobody reads", connections * config.outbox_bytes_max as u64));
     parts

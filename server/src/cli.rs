@@ -12,6 +12,7 @@ use ringline_schema::ids::UserName;
 use crate::auth::{AuthError, Issuer};
 use crate::boot::{self, BootError};
 use crate::certs::{self, CertsCommand};
+use crate::cluster_cli::{self, ClusterCommand};
 use crate::config::Config;
 use crate::store_cli::{self, StoreCommand};
 use crate::{doctor, logs, node};
@@ -45,6 +46,9 @@ enum Command {
     /// Make the certificates that nodes of a cluster show each other.
     #[command(subcommand)]
     Certs(CertsCommand),
+    /// Look at a running cluster.
+    #[command(subcommand)]
+    Cluster(ClusterCommand),
     /// Print the configuration.
     Config(ConfigCommand),
     /// Print the version.
@@ -137,6 +141,7 @@ pub fn run() -> ExitCode {
         Command::Doctor(args) => examine(&args),
         Command::Store(command) => store_cli::run(command),
         Command::Certs(command) => certs::run(&command),
+        Command::Cluster(command) => cluster_cli::run(&command),
         Command::Config(args) => print_config(&args),
         Command::Version => {
             println!("ringline {}", env!("CARGO_PKG_VERSION"));

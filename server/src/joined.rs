@@ -1,10 +1,12 @@
 //! A node as one of several: what the configuration says of the cluster, the port for other nodes, and what each core makes
 //! its links of. Owned by the main thread until the cores have taken their parts.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use ringline_cluster::placement::{ClusterPlacement, CorePlacement, PlacementError};
 use ringline_core::config::ClusterConfig;
+use ringline_schema::ids::{PARTITIONS, Partition};
 
 use crate::boot::BootError;
 use crate::config::{ClusterMode, Config};
@@ -57,8 +59,44 @@ pub fn join(config: &Config, wakers: &[Arc<Waker>]) -> Result<Option<Joined>, Bo
     let listen = listen.ok_or_else(|| PlacementError::NotListed(config.node_name.clone()))?;
     let bound = door::bind(listen).map_err(|error| BootError::PeerListen(listen, error))?;
     let (door, arrivals) = door::open(bound, wakers).map_err(|error| BootError::PeerListen(listen, error))?;
-    tracing::info!("other nodes connect to {listen}; cluster {} of {} nodes", config.cluster_name, nodes.len());
+    let owned = (0..PARTITIONS).filter_map(Partition::new);
+    let owned = owned.filter(|partition| placement.node_of(*partition) == placement.own()).count();
+    let (name, of, cluster_name) = (roster.own_name(), nodes.len(), &config.cluster_name);
+    let address = door.address();
+    tracing::info!("node {name} of {of} in cluster {cluster_name} owns {owned} partitions; other nodes on {address}");
     let seed = |arrivals| LinkSeed { roster: roster.clone(), arrivals };
     let seeds = arrivals.into_iter().map(seed).collect();
     Ok(Some(Joined { config: ClusterConfig { placement, nodes }, seeds, door }))
+}
+
+/// Where clients are told to connect: `net.advertise`, or what the list of nodes says, or the address that is listened on.
+pub fn advertised(config: &Config, listening: SocketAddr) -> String {
+    let own = config.cluster_nodes.iter().find(|node| node.name == config.node_name);
+    match (config.net_advertise.is_empty(), own.filter(|_| config.cluster_mode == ClusterMode::Static)) {
+        (false, _) => config.net_advertise.clone(),
+        (true, Some(own)) => own.client_address.clone(),
+        (true, None) => listening.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::ClusterNode;
+
+    #[test]
+    fn clients_are_told_the_most_special_address() {
+        let listening = SocketAddr::from(([127, 0, 0, 1], 9700));
+        let mut config = Config::default();
+        assert_eq!(advertised(&config, listening), "127.0.0.1:9700");
+        config.node_name = "a".into();
+        let client_address = "chat-a.example:9700".to_owned();
+        config.cluster_nodes =
+            vec![ClusterNode { name: "a".into(), peer_address: listening, client_address, weight: 1 }];
+        assert_eq!(advertised(&config, listening), "127.0.0.1:9700", "a list without a cluster says nothing");
+        config.cluster_mode = ClusterMode::Static;
+        assert_eq!(advertised(&config, listening), "chat-a.example:9700");
+        config.net_advertise = "here:1".into();
+        assert_eq!(advertised(&config, listening), "here:1");
+    }
 }

@@ -2,7 +2,8 @@
 //!
 //! The way of a byte: [`net`] → [`edge`] → the shard, and back as effects that [`reactor`] performs. Cores speak over
 //! [`lanes`], rung by [`wake`]. [`boot`] checks the machine, [`node`] starts and stops everything, [`config`] is the one
-//! table of keys, [`joined`] makes it one of several, which [`peers`] links by what [`certs`] makes, [`doctor`] explains the machine, [`admin`] tells what it does.
+//! table of keys, [`joined`] makes it one of several, which [`peers`] links by what [`certs`] makes, [`doctor`] explains the
+//! machine, [`admin`] tells what it does.
 
 #![deny(unsafe_code)]
 
@@ -12,6 +13,7 @@ pub mod auth;
 pub mod boot;
 pub mod certs;
 pub mod cli;
+pub mod cluster_cli;
 pub mod config;
 pub mod doctor;
 pub mod edge;

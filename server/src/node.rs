@@ -89,7 +89,7 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
     boot::check_memlock()?;
     let cores = boot::pick_cores(&config.cores)?;
     let wanted = config.connections_max;
-    config.connections_max = boot::fit_connections(wanted, cores.len())?;
+    config.connections_max = boot::fit_clients(&config, cores.len())?;
     let (address, listeners) = boot::listen(config.net_listen, config.net_backlog, cores.len())?;
     tracing::info!("ringline {}, kernel {}, io_uring: {features}", env!("CARGO_PKG_VERSION"), kernel());
     if config.connections_max < wanted {
@@ -278,10 +278,9 @@ fn core_config(
     let placement = CorePlacement::new(cores as u16).or(CorePlacement::new(1));
     let placement = placement.unwrap_or_else(|| unreachable!("one shard is always a placement"));
     let node = cluster.map_or(NodeIndex(0), |cluster| cluster.placement.own());
-    let advertised = if config.net_advertise.is_empty() { address.to_string() } else { config.net_advertise.clone() };
     CoreConfig {
         node: config.node_name.clone(),
-        address: advertised,
+        address: joined::advertised(config, address),
         frame_bytes_max: config.frame_bytes_max,
         outbox_bytes_max: config.outbox_bytes_max,
         write_stall_ms: config.write_stall_ms,

@@ -253,7 +253,9 @@ impl Reactor {
                 PeerEvent::Message { node, from_shard, payload } => match record::decode(&payload) {
                     Ok(message) => self.tell(Event::Shard { from: ShardIndex::new(node, from_shard), message }),
                     Err(error) => {
-                        tracing::error!(node = node.0, from_shard, %error, "a message of another node is dropped")
+                        if let Some(peers) = &mut self.parts.peers {
+                            peers.meaningless(node, &error, self.now.mono_us / 1_000);
+                        }
                     }
                 },
             }
@@ -483,6 +485,10 @@ impl Reactor {
             busy |= self.gather_store();
         }
         self.flush_lanes();
+        let Parts { net, peers, .. } = &mut self.parts;
+        if let Some(peers) = peers.as_mut().filter(|peers| peers.has_unsent()) {
+            peers.flush(net.as_mut(), self.now.mono_us / 1_000);
+        }
         busy || !self.fx.dirty.is_empty()
     }
 

@@ -6,6 +6,7 @@
 use std::cmp::Ordering;
 use std::ops::RangeInclusive;
 
+use ringline_schema::ids::PARTITIONS;
 use ringline_schema::pack::{BadPack, Reader, Writer};
 
 /// The versions of what nodes say to each other that this build speaks.
@@ -108,7 +109,7 @@ impl Hello {
             let (node, said) = (theirs.node.clone(), theirs.incarnation.0);
             return Err(Refusal::OldIncarnation { node, said, newest: newest.0 });
         }
-        if theirs.core >= theirs.cores {
+        if theirs.core >= theirs.cores || theirs.cores > PARTITIONS {
             return Err(Refusal::Core { core: theirs.core, cores: theirs.cores });
         }
         let (low, high) = (self.protocol.0.max(theirs.protocol.0), self.protocol.1.min(theirs.protocol.1));
@@ -181,6 +182,7 @@ mod tests {
         assert!(matches!(refused(&hello("a"), "a", 0), Refusal::OwnName(_)));
         assert!(matches!(refused(&good, "b", 6), Refusal::OldIncarnation { said: 5, newest: 6, .. }));
         assert!(matches!(refused(&Hello { core: 2, ..good.clone() }, "b", 0), Refusal::Core { .. }));
+        assert!(matches!(refused(&Hello { cores: PARTITIONS + 1, ..good.clone() }, "b", 0), Refusal::Core { .. }));
         for protocol in [(4, 9), (0, 0), (3, 1)] {
             let theirs = Hello { protocol, ..good.clone() };
             assert!(matches!(refused(&theirs, "b", 0), Refusal::Protocol { .. }), "{protocol:?}");

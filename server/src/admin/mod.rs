@@ -111,7 +111,8 @@ fn router(site: Arc<Site>) -> Router {
         .route("/metrics", get(metrics_page))
         .route("/healthz", get(health_page))
         .route("/version", get(version_page))
-        .fallback(|| async { (StatusCode::NOT_FOUND, "there is /metrics, /healthz and /version\n") })
+        .route("/cluster", get(cluster_page))
+        .fallback(|| async { (StatusCode::NOT_FOUND, "there is /metrics, /healthz, /version and /cluster\n") })
         .with_state(site)
 }
 
@@ -146,6 +147,17 @@ async fn version_page(State(site): State<Arc<Site>>) -> Response {
     let Facts { kernel, net, cores } = &site.facts;
     let version = env!("CARGO_PKG_VERSION");
     let json = serde_json::json!({ "version": version, "kernel": kernel, "net": net, "cores": cores });
+    ([(header::CONTENT_TYPE, "application/json")], format!("{json}\n")).into_response()
+}
+
+/// The links of every core; none of a node alone.
+async fn cluster_page(State(site): State<Arc<Site>>) -> Response {
+    let answers = site.ask().await;
+    let links = answers.iter().flat_map(|(shard, snapshot)| {
+        let links = snapshot.as_ref().and_then(|snapshot| snapshot.peers.as_ref()).map(|peers| &peers.links);
+        links.into_iter().flatten().map(|link| link.to_json(shard.0))
+    });
+    let json = serde_json::json!({ "links": links.collect::<Vec<_>>() });
     ([(header::CONTENT_TYPE, "application/json")], format!("{json}\n")).into_response()
 }
 

@@ -6,7 +6,7 @@
 
 use std::net::SocketAddr;
 
-use ringline_cluster::membership::MEMBERS_MAX;
+use ringline_cluster::placement::NODES_MAX;
 use ringline_cluster::rendezvous::WEIGHT_MAX;
 
 use super::{Bounds, Config, Setting, quoted};
@@ -48,7 +48,7 @@ pub struct ClusterNode {
 pub enum ClusterError {
     #[error("cluster.nodes is empty: a static cluster lists all its nodes, this one included")]
     NoNodes,
-    #[error("cluster.nodes lists {0} nodes, where {MEMBERS_MAX} are the most")]
+    #[error("cluster.nodes lists {0} nodes, where {NODES_MAX} are the most")]
     TooMany(usize),
     #[error(
         "cluster.nodes: {0:?} is no name for a node: lower-case letters, digits and -, at most {NODE_NAME_BYTES_MAX}, a letter \
@@ -120,7 +120,7 @@ pub(super) fn check(config: &Config) -> Result<(), ClusterError> {
     if nodes.is_empty() {
         return Err(ClusterError::NoNodes);
     }
-    if nodes.len() > MEMBERS_MAX {
+    if nodes.len() > NODES_MAX {
         return Err(ClusterError::TooMany(nodes.len()));
     }
     for (at, node) in nodes.iter().enumerate() {

@@ -13,6 +13,7 @@ use ringline_core::event::ConnId;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
+use super::flow::Link;
 use super::refused::Reason;
 use super::wire::Wire;
 use super::{Guest, PeerLane, PeerLinks};
@@ -277,7 +278,8 @@ impl PeerLinks {
             self.too_late(net, conn, now_ms);
         }
         for at in 0..self.links.len() {
-            let Some(link) = self.links.get_mut(at) else { continue };
+            let due = |link: &&mut Link| link.line.next_ms().is_some_and(|at_ms| at_ms <= now_ms);
+            let Some(link) = self.links.get_mut(at).filter(due) else { continue };
             let silent = link.line.tick((now_ms, rand::random()), &mut self.told);
             let conn = if silent { link.conn.take() } else { None };
             let dials = link.line.dial(now_ms);

@@ -137,7 +137,9 @@ impl PeerLinks {
                 return;
             };
             self.counters.messages_received += 1;
-            if to_shard == self.shard {
+            if from_shard >= process.shards {
+                self.counters.dropped += 1;
+            } else if to_shard == self.shard {
                 if own.is_some() || self.is_of_known_process(node, process, now_ms) {
                     self.events.push(PeerEvent::Message { node, from_shard, payload });
                 } else {
@@ -179,7 +181,7 @@ impl PeerLinks {
 
     /// Whether all messages given to [`PeerLinks::send`] have been given to the kernel, as far as the peers let it.
     pub fn is_quiet(&self) -> bool {
-        !self.has_events() && self.links.iter().all(|link| link.batch.is_empty())
+        !self.has_events() && !self.has_unsent()
     }
 
     /// Sends what this turn has to say, one buffer a connection. Once a turn.
@@ -187,10 +189,17 @@ impl PeerLinks {
         for link in &mut self.links {
             link.offer(&mut self.counters);
         }
-        let conns: Vec<ConnId> = self.conns.keys().copied().collect();
-        for conn in conns {
+        let mut conns = std::mem::take(&mut self.pumped);
+        conns.extend(self.conns.keys());
+        for conn in conns.drain(..) {
             self.pump(net, conn, now_ms);
         }
+        self.pumped = conns;
+    }
+
+    /// Whether [`PeerLinks::send`] has taken something since the last flush.
+    pub fn has_unsent(&self) -> bool {
+        self.links.iter().any(|link| !link.batch.is_empty())
     }
 
     fn pump(&mut self, net: &mut dyn Net, conn: ConnId, now_ms: u64) {

@@ -137,6 +137,18 @@ pub struct LinkStatus {
     pub waiting_bytes: u64,
 }
 
+impl LinkStatus {
+    /// One line of `GET /cluster`.
+    pub fn to_json(&self, core: u16) -> serde_json::Value {
+        let Self { node, address, number, is_own, up, for_ms, incarnation, shards, .. } = self;
+        serde_json::json!({
+            "core": core, "node": node, "address": address, "link": number, "sends": is_own, "up": up, "for_ms": for_ms,
+            "incarnation": incarnation, "cores": shards, "bytes_received": self.bytes_received,
+            "bytes_sent": self.bytes_sent, "waiting_bytes": self.waiting_bytes,
+        })
+    }
+}
+
 /// All of a core's links at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PeerSnapshot {
@@ -170,6 +182,7 @@ pub struct PeerLinks {
     events: Vec<PeerEvent>,
     /// Reused.
     told: Vec<Told>,
+    pumped: Vec<ConnId>,
     counters: PeerCounters,
     refused: Refused,
 }
@@ -199,6 +212,7 @@ impl PeerLinks {
             closing: Vec::new(),
             events: Vec::new(),
             told: Vec::new(),
+            pumped: Vec::new(),
             counters: PeerCounters::default(),
             refused: Refused::default(),
         }
@@ -225,6 +239,18 @@ impl PeerLinks {
         batch::append(&mut link.batch, (from_shard, to_shard), payload);
         self.counters.messages_sent += 1;
         Ok(())
+    }
+
+    /// A message that came has no meaning here: its sender has a defect, or another version.
+    pub fn meaningless(&mut self, node: NodeIndex, why: &dyn std::fmt::Display, now_ms: u64) {
+        let who = format!("node {}", self.roster.name(node));
+        self.refused.note(Reason::Garbage, now_ms, (&who, why));
+        self.counters.dropped += 1;
+    }
+
+    /// This node.
+    pub fn node(&self) -> NodeIndex {
+        self.roster.own()
     }
 
     /// Whether messages for a node are taken.
@@ -264,25 +290,28 @@ impl PeerLinks {
         let (node, own) = (link.node, link.number == self.shard);
         let name = self.roster.name(node);
         for told in self.told.drain(..) {
-            let event = match told {
+            if told == Told::Reset {
+                link.forget(&mut self.counters);
+            }
+            // What a link that only brings something says of the node, the core's own link says too.
+            if !own {
+                continue;
+            }
+            let shard = self.shard;
+            self.events.push(match told {
                 Told::Up(Process { incarnation, shards }) => {
-                    let incarnation_ms = incarnation.0;
-                    tracing::info!(shard = self.shard, incarnation_ms, shards, "node {name} is up");
+                    tracing::info!(shard, incarnation = incarnation.0, shards, "node {name} is up");
                     PeerEvent::Up { node, shards, incarnation }
                 }
                 Told::Down => {
-                    tracing::warn!(shard = self.shard, "node {name} is down");
+                    tracing::warn!(shard, "node {name} is down");
                     PeerEvent::Down { node }
                 }
                 Told::Reset => {
-                    tracing::warn!(shard = self.shard, "node {name} is a new process: what was under way is lost");
-                    link.forget(&mut self.counters);
+                    tracing::warn!(shard, "node {name} is a new process: what was under way is lost");
                     PeerEvent::Reset { node }
                 }
-            };
-            if own {
-                self.events.push(event);
-            }
+            });
         }
     }
 

@@ -3,13 +3,13 @@
 mod rig;
 mod strangers;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ringline_cluster::link::batch::PAYLOAD_BYTES_MAX;
 use ringline_cluster::link::channel::{OUT_BYTES_MAX, SILENCE_MS};
 use ringline_cluster::placement::NodeIndex;
 
-use self::rig::{Cluster, Kind, Proxy, numbers};
+use self::rig::{Cluster, Kind, PATIENCE, Proxy, numbers};
 use super::{NotSent, PeerEvent};
 
 const A: NodeIndex = NodeIndex(0);
@@ -104,8 +104,10 @@ fn connections_cut_anywhere_lose_and_double_nothing() {
         cluster.until("all are up", Cluster::all_up);
         let routes = [((A, 0), (B, 0)), ((B, 0), (A, 0))];
         let mut next = [0u32; 2];
-        let mut size = 1usize;
+        let (mut size, mut cuts) = (1usize, 0);
+        let started = Instant::now();
         while next.iter().any(|next| *next < MESSAGES) {
+            assert!(started.elapsed() < PATIENCE, "{next:?} were taken\n{}", cluster.describe());
             for (at, (from, to)) in routes.into_iter().enumerate() {
                 // Any size, so that cuts fall anywhere in batches.
                 size = size * 7 % 60_013;
@@ -114,7 +116,9 @@ fn connections_cut_anywhere_lose_and_double_nothing() {
                 let up = next[at] < MESSAGES && cluster.is_up(from, to.0);
                 next[at] += u32::from(up && cluster.send(from, to, &payload).is_ok());
             }
-            if next[0] % 20 == 0 {
+            // Once for each so many messages: a line that is always cut carries none.
+            if next[0] / 20 > cuts {
+                cuts = next[0] / 20;
                 cluster.cut_after(size);
             }
             cluster.turn();

@@ -24,7 +24,7 @@ use crate::peers::{NotSent, PeerEvent, PeerLinks, PeerSnapshot};
 use crate::wake::Waker;
 
 /// How long anything may take before a test gives up.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 #[derive(Clone, Copy, Debug)]
 pub enum Kind {
@@ -242,7 +242,7 @@ impl Cluster {
         }
     }
 
-    fn describe(&self) -> String {
+    pub fn describe(&self) -> String {
         let mut text = String::new();
         for (place, core) in self.cores() {
             text.push_str(&format!("{place:?}: {:?}\n", core.links.snapshot(self.now_ms())));

@@ -1,0 +1,185 @@
+//! `ringline cluster`: what a running node says of the others, asked of its admin endpoint. Runs on the main thread of a
+//! command.
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use serde_json::Value;
+
+use crate::cli::ConfigArgs;
+
+/// How long the node may take to answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// The longest answer: many more links than a cluster can have.
+const ANSWER_BYTES_MAX: u64 = 64 * 1024 * 1024;
+
+#[derive(Debug, Subcommand)]
+pub enum ClusterCommand {
+    /// The other nodes as a running node sees them. Exit code 2: one of them is away.
+    Status(StatusArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// The node's admin address, IP:PORT; without it admin.listen of its configuration.
+    #[arg(long, value_name = "IP:PORT")]
+    admin: Option<SocketAddr>,
+    /// The JSON of every link instead of a table of nodes.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    config: ConfigArgs,
+}
+
+/// A node is away.
+const EXIT_AWAY: u8 = 2;
+
+/// Links to one node, added up over the cores.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Line {
+    address: String,
+    up: u64,
+    links: u64,
+    for_ms: u64,
+    incarnation: u64,
+    cores: u64,
+    received: u64,
+    sent: u64,
+    waiting: u64,
+}
+
+/// Runs the command. The result is the exit code; errors are one line.
+pub fn run(command: &ClusterCommand) -> Result<u8, String> {
+    let ClusterCommand::Status(args) = command;
+    let address = match args.admin {
+        Some(address) => address,
+        None => {
+            let (config, _) = args.config.load()?;
+            config.admin_listen.ok_or("admin.listen is empty: give --admin, or the configuration of the node")?
+        }
+    };
+    let body = fetch(address, "/cluster").map_err(|error| format!("{address} does not answer: {error}"))?;
+    let answer: Value = serde_json::from_str(&body).map_err(|error| format!("{address} answers no JSON: {error}"))?;
+    let lines = lines(&answer);
+    // A reader that has gone away has read enough.
+    let _ = std::io::stdout().write_all(if args.json { body } else { table(&lines) }.as_bytes());
+    let away = lines.values().any(|line| line.up < line.links);
+    Ok(if away { EXIT_AWAY } else { 0 })
+}
+
+/// One GET, on a connection of its own.
+fn fetch(address: SocketAddr, path: &str) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+    let mut text = String::new();
+    stream.take(ANSWER_BYTES_MAX).read_to_string(&mut text)?;
+    let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
+    let status = head.split(' ').nth(1).unwrap_or_default();
+    if status != "200" {
+        return Err(std::io::Error::other(format!("status {status:?} for {path}")));
+    }
+    Ok(body.to_owned())
+}
+
+fn lines(answer: &Value) -> BTreeMap<String, Line> {
+    let mut lines: BTreeMap<String, Line> = BTreeMap::new();
+    for link in answer["links"].as_array().into_iter().flatten() {
+        let number = |key: &str| link[key].as_u64().unwrap_or(0);
+        let truth = |key: &str| link[key].as_bool().unwrap_or(false);
+        let text = |key: &str| link[key].as_str().unwrap_or_default().to_owned();
+        let line = lines.entry(text("node")).or_default();
+        line.address = text("address");
+        line.received += number("bytes_received");
+        line.sent += number("bytes_sent");
+        line.waiting += number("waiting_bytes");
+        line.incarnation = line.incarnation.max(number("incarnation"));
+        line.cores = line.cores.max(number("cores"));
+        if truth("sends") {
+            line.links += 1;
+            line.up += u64::from(truth("up"));
+            line.for_ms = line.for_ms.max(number("for_ms"));
+        }
+    }
+    lines
+}
+
+fn table(lines: &BTreeMap<String, Line>) -> String {
+    if lines.is_empty() {
+        return "the node serves alone: it has no links to others\n".to_owned();
+    }
+    let mut rows = vec![
+        ["NODE", "ADDRESS", "STATE", "FOR", "LINKS", "CORES", "STARTED", "IN", "OUT", "WAITING"].map(str::to_owned),
+    ];
+    for (name, line) in lines {
+        let state = match line.up {
+            up if up == line.links => "up",
+            0 => "away",
+            _ => "partly",
+        };
+        let started = if line.incarnation == 0 { "never seen".to_owned() } else { line.incarnation.to_string() };
+        rows.push([
+            name.clone(),
+            line.address.clone(),
+            state.to_owned(),
+            format!("{} s", line.for_ms / 1_000),
+            format!("{}/{}", line.up, line.links),
+            line.cores.to_string(),
+            started,
+            bytes(line.received),
+            bytes(line.sent),
+            bytes(line.waiting),
+        ]);
+    }
+    let width = |at: usize| rows.iter().map(|row| row[at].chars().count()).max().unwrap_or(0);
+    let widths: [usize; 10] = std::array::from_fn(width);
+    let mut text = String::new();
+    for row in &rows {
+        let cells: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        text.push_str(cells.join("  ").trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+fn bytes(count: u64) -> String {
+    match count {
+        0..10_240 => format!("{count} B"),
+        10_240..10_485_760 => format!("{} KiB", count / 1_024),
+        _ => format!("{} MiB", count / 1_048_576),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::peers::LinkStatus;
+
+    #[test]
+    fn links_add_up_to_nodes() {
+        let link = |node: &str, up: bool, is_own: bool| LinkStatus {
+            node: node.into(),
+            address: "127.0.0.1:9801".into(),
+            up,
+            is_own,
+            for_ms: 61_000,
+            incarnation: 77,
+            shards: 2,
+            bytes_sent: 6_000,
+            ..LinkStatus::default()
+        };
+        let links = [link("b", true, true), link("b", true, true), link("c", false, true), link("b", false, false)];
+        let links: Vec<Value> = links.iter().map(|link| link.to_json(0)).collect();
+        let lines = lines(&serde_json::json!({ "links": links }));
+        assert_eq!((lines["b"].up, lines["b"].links, lines["b"].sent), (2, 2, 18_000));
+        let text = table(&lines);
+        let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(rows[1][..6], ["b", "127.0.0.1:9801", "up", "61", "s", "2/2"]);
+        assert_eq!(rows[2][..3], ["c", "127.0.0.1:9801", "away"]);
+        assert!(text.contains("17 KiB"), "{text}");
+        assert!(table(&BTreeMap::new()).contains("alone"));
+    }
+}

@@ -1,0 +1,200 @@
+//! Three real processes under TLS as one chat: SDK clients knock at any of them while one is killed and returns, and what people
+//! are told of the cluster.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::net::TcpListener;
+use std::path::Path;
+use std::time::Duration;
+
+use common::sdk::run;
+use common::{PATIENCE, Server, complaint};
+use ringline::auth::ISSUER_FILE;
+use ringline_client::{Client, DeviceId, Event, Events};
+
+const NAMES: [&str; 3] = ["a", "b", "c"];
+const USERS: u64 = 9;
+
+struct Cluster {
+    servers: Vec<Server>,
+    clients: Vec<String>,
+    admins: Vec<String>,
+    _folder: tempfile::TempDir,
+}
+
+/// Ports that nobody has now. They are let go before they are used: another process would have to take just these.
+fn ports(count: usize) -> Vec<u16> {
+    let held: Vec<_> = (0..count).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+    held.iter().map(|listener| listener.local_addr().unwrap().port()).collect()
+}
+
+fn arguments(certs: &Path, nodes: &str, (name, client, admin): (&str, &str, &str)) -> Vec<String> {
+    let file = |name: String| certs.join(name).display().to_string();
+    let keys = [
+        ("node.name", name.to_owned()),
+        ("cluster.mode", "static".to_owned()),
+        ("cluster.nodes", nodes.to_owned()),
+        ("cluster.ca", file("ca.pem".into())),
+        ("cluster.cert", file(format!("{name}.pem"))),
+        ("cluster.key", file(format!("{name}.key"))),
+        ("admin.listen", admin.to_owned()),
+    ];
+    let sets = keys.into_iter().flat_map(|(key, value)| ["--set".to_owned(), format!("{key}={value}")]);
+    ["--listen", client, "--cores", "1"].map(str::to_owned).into_iter().chain(sets).collect()
+}
+
+impl Cluster {
+    fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let certs = folder.path().join("certs");
+        let made = common::run(&["certs", "init", certs.to_str().unwrap(), "--nodes", &NAMES.join(",")]);
+        assert!(made.status.success(), "{made:?}");
+        let ports = ports(9);
+        let address = |at: usize| format!("127.0.0.1:{}", ports[at]);
+        let nodes: Vec<_> =
+            NAMES.iter().enumerate().map(|(at, name)| format!("{name}@{}/{}", address(at), address(3 + at))).collect();
+        let mut servers: Vec<_> = NAMES.iter().map(|_| Server::start(&["--cores", "1"])).collect();
+        servers.iter_mut().for_each(|server| assert_eq!(server.stop(), Some(0)));
+        let issuer = std::fs::read(servers[0].data_dir().join(ISSUER_FILE)).unwrap();
+        for (at, (server, name)) in servers.iter_mut().zip(NAMES).enumerate() {
+            // Tokens of one issuer are good at every node.
+            std::fs::write(server.data_dir().join(ISSUER_FILE), &issuer).unwrap();
+            let arguments = arguments(&certs, &nodes.join(","), (name, &address(3 + at), &address(6 + at)));
+            server.restart(Some(&arguments.iter().map(String::as_str).collect::<Vec<_>>()));
+        }
+        let (clients, admins) = ((3..6).map(address).collect(), (6..9).map(address).collect());
+        let cluster = Self { servers, clients, admins, _folder: folder };
+        cluster.wait_until_whole();
+        cluster
+    }
+
+    /// Asks until every node sees every other.
+    fn wait_until_whole(&self) {
+        let deadline = std::time::Instant::now() + PATIENCE;
+        for admin in &self.admins {
+            while self.status(admin).0 != Some(0) {
+                assert!(std::time::Instant::now() < deadline, "{}", self.status(admin).1);
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+    }
+
+    fn status(&self, admin: &str) -> (Option<i32>, String) {
+        let output = common::run(&["cluster", "status", "--admin", admin]);
+        (output.status.code(), String::from_utf8(output.stdout).unwrap())
+    }
+
+    /// A user, by way of one of the nodes.
+    async fn log_in(&self, user: u64, by: usize) -> (Client, Events) {
+        let token = self.servers[0].token(&name(user));
+        let builder =
+            Client::builder(&self.clients[by]).user(&name(user)).device(DeviceId(user + 1)).token(move || {
+                let token = token.clone();
+                Box::pin(async move { Ok(token) })
+            });
+        builder.connect().await.unwrap()
+    }
+
+    async fn everybody(&self) -> Vec<(Client, Events)> {
+        let mut all = Vec::new();
+        for user in 0..USERS {
+            all.push(self.log_in(user, user as usize % 3).await);
+        }
+        all
+    }
+}
+
+fn name(user: u64) -> String {
+    format!("user{user}")
+}
+
+/// Takes messages until each of the others has sent so many: each once, in order.
+async fn expect(own: u64, events: &mut Events, from_each: u64) {
+    let mut next: BTreeMap<String, u64> = (0..USERS).filter(|user| *user != own).map(|user| (name(user), 0)).collect();
+    while next.values().any(|next| *next < from_each) {
+        let event = tokio::time::timeout(PATIENCE, events.next()).await;
+        let event = event.unwrap_or_else(|_| panic!("{} waits: {next:?}", name(own))).expect("an event");
+        let Event::Message(message) = event else { continue };
+        if message.from.as_str() == name(own) {
+            continue;
+        }
+        let expected = next.get_mut(message.from.as_str()).expect("somebody of us");
+        let text = String::from_utf8(message.body.to_vec()).unwrap();
+        assert_eq!(text, expected.to_string(), "from {} to {}", message.from.as_str(), name(own));
+        *expected += 1;
+    }
+}
+
+/// Message number `number` from everybody to everybody else. All are accepted in the end.
+async fn round(all: &[(Client, Events)], number: u64) {
+    let mut sendings = Vec::new();
+    for (own, (client, _)) in all.iter().enumerate() {
+        for other in (0..USERS).filter(|other| *other != own as u64) {
+            sendings.push(client.send(&name(other), number.to_string()));
+        }
+    }
+    for sending in sendings {
+        tokio::time::timeout(PATIENCE, sending).await.expect("in time").expect("accepted");
+    }
+}
+
+#[test]
+fn everything_accepted_comes_once_and_in_order_though_a_node_dies() {
+    let mut cluster = Cluster::start();
+    let (code, table) = cluster.status(&cluster.admins[0]);
+    assert_eq!((code, table.lines().count()), (Some(0), 3), "{table}");
+    run(async {
+        let mut all = cluster.everybody().await;
+        for number in 0..3 {
+            round(&all, number).await;
+        }
+        // While one is away what it owns waits; the others go on.
+        cluster.servers[2].kill();
+        let away = async {
+            while cluster.status(&cluster.admins[0]).0 != Some(2) {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, away).await.expect("c is seen away");
+        let mut waiting = Vec::new();
+        for (own, (client, _)) in all.iter().enumerate() {
+            for other in (0..USERS).filter(|other| *other != own as u64) {
+                waiting.push(client.send(&name(other), "3"));
+            }
+        }
+        cluster.servers[2].restart(None);
+        for sending in waiting {
+            tokio::time::timeout(PATIENCE, sending).await.expect("in time").expect("accepted");
+        }
+        round(&all, 4).await;
+        for (own, (_, events)) in all.iter_mut().enumerate() {
+            expect(own as u64, events, 5).await;
+        }
+    });
+    cluster.wait_until_whole();
+    for server in &mut cluster.servers {
+        assert_eq!(server.stop(), Some(0), "{}", server.log.join("\n"));
+    }
+}
+
+#[test]
+fn mistakes_of_a_cluster_are_told_before_it_starts() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    let refused = |sets: &[&str]| {
+        let mut all = vec!["serve", "--listen", "127.0.0.1:0", "--data-dir", data.to_str().unwrap(), "--cores", "1"];
+        sets.iter().for_each(|set| all.extend(["--set", set]));
+        let (code, text) = complaint(&all);
+        assert_eq!(code, 1, "{text}");
+        text.lines().last().unwrap_or_default().to_owned()
+    };
+    let nodes = "cluster.nodes=a@127.0.0.1:1/127.0.0.1:2";
+    assert!(refused(&["cluster.mode=etcd"]).contains("cluster.mode = \"etcd\" is not in this build yet"));
+    assert!(refused(&["cluster.mode=static"]).contains("cluster.nodes is empty"));
+    assert!(refused(&["cluster.mode=static", nodes]).contains("does not list this node, node.name = \"ringline\""));
+    assert!(refused(&["cluster.mode=static", "node.name=a", nodes]).contains("cluster.ca is empty"));
+    let files = ["cluster.ca=/nowhere.pem", "cluster.cert=/nowhere.pem", "cluster.key=/nowhere.pem"];
+    let error = refused(&[&["cluster.mode=static", "node.name=a", nodes][..], &files].concat());
+    assert!(error.contains("cluster.ca: cannot read /nowhere.pem"), "{error}");
+}
