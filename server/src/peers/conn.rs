@@ -125,7 +125,11 @@ impl PeerLinks {
             Ok(()) => self.advance(conn, now_ms),
             Err(error) => self.refuse(conn, Reason::from(&error), &error, now_ms),
         }
-        Flow::Continue
+        // What follows is for the core that it goes to.
+        match self.conns.get(&conn).map(|own| &own.stage) {
+            Some(Stage::Leaving { .. }) | None => Flow::Stop,
+            Some(Stage::Greeting { .. } | Stage::Live(_) | Stage::Ending { .. }) => Flow::Continue,
+        }
     }
 
     /// A buffer is in the kernel.
