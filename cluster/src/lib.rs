@@ -1,7 +1,7 @@
 //! Where things live and how nodes speak, floor 1: pure, without sockets, clocks or randomness.
 //!
 //! Partition → node is [`rendezvous`], partition → core within a node is [`placement`], and [`balance`] picks the node a
-//! client should connect to. [`membership`] is who is there, [`link`] what two nodes say to each other. The server uses [`placement`] alone so far.
+//! client should connect to. [`membership`] is who is there, [`link`] what two nodes say to each other.
 
 pub mod balance;
 pub mod link;
