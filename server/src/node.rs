@@ -154,8 +154,7 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
 /// What this build can't do is said before anything is touched.
 fn check_mode(config: &Config) -> Result<(), BootError> {
     let mode = match config.cluster_mode {
-        ClusterMode::None => return Ok(()),
-        ClusterMode::Static => "static",
+        ClusterMode::None | ClusterMode::Static => return Ok(()),
         ClusterMode::Etcd => "etcd",
     };
     Err(BootError::NotInThisBuild(mode))
