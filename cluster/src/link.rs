@@ -2,7 +2,7 @@
 //!
 //! - [`frame`]: the bytes between two nodes. [`hello`]: who they are, and whether they may speak.
 //! - [`channel`]: batches in order, once each, over any number of connections, within a window that the receiver grants.
-//! - [`dial`]: when to connect again. [`line`]: what becomes of a link when connections come and go, and which of two survives.
+//! - [`dial`]: when to connect again. [`mod@line`]: what becomes of a link when connections come and go, and which of two stays.
 //! - [`batch`]: the messages in a batch, each from one shard to another.
 //!
 //! What a connection loses, the channel sends again on the next one, and the receiver drops what it has. Only the end of
