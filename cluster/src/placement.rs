@@ -90,6 +90,7 @@ pub struct ClusterPlacement {
     cores: Vec<Option<CorePlacement>>,
     /// By number of partition.
     owners: Vec<NodeIndex>,
+    fingerprint: u64,
 }
 
 impl ClusterPlacement {
@@ -107,11 +108,23 @@ impl ClusterPlacement {
         let place = place.ok_or_else(|| PlacementError::NotListed(own.to_owned()))?;
         let owners = rendezvous::owners(&sorted).into_iter().map(|owner| Some(NodeIndex(owner? as u16)));
         let owners = owners.collect::<Option<Vec<_>>>().ok_or(PlacementError::NoOwner)?;
+        let mut text = Vec::new();
+        for node in &sorted {
+            text.extend_from_slice(node.name.as_bytes());
+            text.push(b'\n');
+        }
+        owners.iter().for_each(|owner| text.extend_from_slice(&owner.0.to_le_bytes()));
+        let fingerprint = xxhash_rust::xxh3::xxh3_64(&text);
         let mut all = vec![None; sorted.len()];
         if let Some(known) = all.get_mut(place) {
             *known = Some(cores);
         }
-        Ok(Self { own: NodeIndex(place as u16), cores: all, owners })
+        Ok(Self { own: NodeIndex(place as u16), cores: all, owners, fingerprint })
+    }
+
+    /// The same on nodes that agree on who is who and who owns what.
+    pub fn fingerprint(&self) -> u64 {
+        self.fingerprint
     }
 
     pub fn own(&self) -> NodeIndex {
@@ -152,6 +165,19 @@ impl ClusterPlacement {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_fingerprint_tells_names_and_owners_apart_and_nothing_else() {
+        let of = |own: &str, cores, nodes: &[(&str, u32)]| {
+            let nodes: Vec<_> = nodes.iter().map(|&(name, weight)| (name.to_owned(), weight)).collect();
+            ClusterPlacement::new(own, CorePlacement::new(cores).unwrap(), &nodes).unwrap().fingerprint()
+        };
+        let here = of("a", 1, &[("a", 1), ("b", 1)]);
+        assert_eq!(here, of("b", 8, &[("b", 1), ("a", 1)]));
+        for other in [&[("a", 1), ("b", 2)][..], &[("a", 1), ("c", 1)], &[("a", 1), ("b", 1), ("c", 0)], &[("a", 1)]] {
+            assert_ne!(here, of("a", 1, other));
+        }
+    }
 
     #[test]
     fn every_partition_has_one_shard_and_shares_differ_by_at_most_one() {

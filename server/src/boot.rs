@@ -20,6 +20,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use crate::auth::AuthError;
 use crate::config::{ClusterMode, Config, ConfigError, Cores, StoreKind};
 use crate::peers::roster::RosterError;
+use crate::placed::PlacedError;
 
 /// Memory of each executor's ring for file buffers, which nothing here uses: the least it takes.
 pub const RING_IO_BYTES: usize = 64 * 1024;
@@ -68,6 +69,8 @@ pub enum BootError {
     Roster(#[from] RosterError),
     #[error(transparent)]
     Placement(#[from] PlacementError),
+    #[error(transparent)]
+    Placed(#[from] PlacedError),
     #[error("other nodes cannot connect to {0}: {1}; choose another cluster.listen, or this node's peer_address")]
     PeerListen(SocketAddr, std::io::Error),
     #[error("{what} could not be started: {error}")]

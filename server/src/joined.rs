@@ -53,7 +53,7 @@ pub fn join(config: &Config, wakers: &[Arc<Waker>]) -> Result<Option<Joined>, Bo
     let mut nodes: Vec<_> =
         config.cluster_nodes.iter().map(|node| (node.name.clone(), node.client_address.clone())).collect();
     nodes.sort();
-    let roster = Arc::new(Roster::from_config(config, shards)?);
+    let roster = Arc::new(Roster::from_config(config, shards)?.with_list(placement.fingerprint()));
     let own = config.cluster_nodes.iter().find(|node| node.name == config.node_name);
     let listen = config.cluster_listen.or(own.map(|own| own.peer_address));
     let listen = listen.ok_or_else(|| PlacementError::NotListed(config.node_name.clone()))?;

@@ -24,6 +24,7 @@ pub mod net;
 pub mod node;
 pub mod park;
 pub mod peers;
+mod placed;
 pub mod reactor;
 pub mod signals;
 pub mod stop;

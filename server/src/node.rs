@@ -35,6 +35,7 @@ use crate::net::epoll::EpollNet;
 use crate::net::ring::RingNet;
 use crate::net::{Admission, Net, NetKind, NetOptions};
 use crate::park::{ParkKind, Parker};
+use crate::placed::Placed;
 use crate::reactor::{CoreReport, Ended, Parts, Reactor};
 use crate::signals::StopSignals;
 use crate::stop::Control;
@@ -101,6 +102,7 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
     doctor::at_start(&config, &cores, features).iter().for_each(|line| tracing::warn!("{line}"));
     let admin_listener = config.admin_listen.map(admin::bind).transpose()?;
     let net_kind = pick_net(config.net_kind);
+    let placed = Placed::check(&config)?;
     let stores = match open_store(&config, cores.len(), signals.asked()) {
         Err(BootError::Store(OpenError::Stopped)) => {
             tracing::info!("stopped while the logs were read; the next start goes on from here");
@@ -108,6 +110,7 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
         }
         stores => stores?,
     };
+    placed.keep()?;
     let verifier = open_auth(&config)?;
     let threads = worker_threads(&config, cores.len());
     say_what_is_used(&config, &cores, threads);

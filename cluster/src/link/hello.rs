@@ -24,6 +24,8 @@ pub struct Hello {
     pub cluster: String,
     pub node: String,
     pub incarnation: Incarnation,
+    /// The fingerprint of its list of nodes: with other names or weights in it two nodes would own the same.
+    pub list: u64,
     /// Lowest and highest version it speaks.
     pub protocol: (u16, u16),
     /// How many cores it has, and which of them speaks here: a node with another number places partitions otherwise.
@@ -38,6 +40,8 @@ pub struct Hello {
 pub enum Refusal {
     #[error("the peer belongs to cluster {theirs:?}, this node to {ours:?}")]
     OtherCluster { ours: String, theirs: String },
+    #[error("{0:?} has another list of nodes, by names or weights: it has to be the same on all nodes")]
+    OtherList(String),
     #[error("the peer calls itself {said:?}, its certificate says {certified:?}")]
     OtherName { said: String, certified: String },
     #[error("the peer has this node's own name, {0:?}: names are unique in a cluster")]
@@ -66,6 +70,7 @@ impl Hello {
         out.text(&self.cluster);
         out.text(&self.node);
         out.number(self.incarnation.0);
+        out.number(self.list);
         out.number(self.protocol.0.into());
         out.number(self.protocol.1.into());
         out.number(self.cores.into());
@@ -81,6 +86,7 @@ impl Hello {
             cluster: name(from)?,
             node: name(from)?,
             incarnation: Incarnation(from.number()?),
+            list: from.number()?,
             protocol: (small(from)?, small(from)?),
             cores: small(from)?,
             core: small(from)?,
@@ -103,6 +109,9 @@ impl Hello {
         }
         if theirs.node == self.node {
             return Err(Refusal::OwnName(self.node.clone()));
+        }
+        if theirs.list != self.list {
+            return Err(Refusal::OtherList(theirs.node.clone()));
         }
         let newest = newest.unwrap_or_default();
         if theirs.incarnation < newest {
@@ -150,6 +159,7 @@ mod tests {
             cluster: "c".into(),
             node: node.into(),
             incarnation: Incarnation(5),
+            list: 9,
             protocol: (1, 3),
             cores: 2,
             core: 1,
@@ -178,6 +188,7 @@ mod tests {
         };
         let other = Hello { cluster: "d".into(), ..good.clone() };
         assert!(matches!(refused(&other, "b", 0), Refusal::OtherCluster { .. }));
+        assert!(matches!(refused(&Hello { list: 8, ..good.clone() }, "b", 0), Refusal::OtherList(_)));
         assert!(matches!(refused(&good, "c", 0), Refusal::OtherName { .. }));
         assert!(matches!(refused(&hello("a"), "a", 0), Refusal::OwnName(_)));
         assert!(matches!(refused(&good, "b", 6), Refusal::OldIncarnation { said: 5, newest: 6, .. }));

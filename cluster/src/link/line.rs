@@ -271,7 +271,7 @@ mod tests {
     fn hello(incarnation: u64) -> Hello {
         let (cluster, node) = ("c".to_owned(), "b".to_owned());
         let incarnation = Incarnation(incarnation);
-        Hello { cluster, node, incarnation, protocol: (1, 1), cores: 3, core: 0, knows: None }
+        Hello { cluster, node, incarnation, list: 0, protocol: (1, 1), cores: 3, core: 0, knows: None }
     }
 
     fn process(incarnation: u64) -> Process {

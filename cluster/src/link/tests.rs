@@ -177,7 +177,7 @@ proptest! {
             0 => Frame::Batch { number: one, bytes: Bytes::copy_from_slice(&other.to_le_bytes()[..(one % 9) as usize]) },
             1 => Frame::Taken { number: one, window_end: other },
             2 => Frame::Hello(Hello {
-                cluster: "c1".into(), node: format!("n{other}"), incarnation: Incarnation(one.max(1)),
+                cluster: "c1".into(), node: format!("n{other}"), incarnation: Incarnation(one.max(1)), list: other,
                 protocol: (one as u16, other as u16), cores: 8, core: 3,
                 knows: (other != 0).then_some((Incarnation(other), one)),
             }),
@@ -323,6 +323,7 @@ fn a_stranger_may_only_say_hello() {
         cluster: "c".repeat(NAME_BYTES_MAX),
         node: "n".repeat(NAME_BYTES_MAX),
         incarnation: Incarnation(u64::MAX),
+        list: u64::MAX,
         protocol: (u16::MAX, u16::MAX),
         cores: u16::MAX,
         core: u16::MAX,

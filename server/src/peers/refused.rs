@@ -39,6 +39,7 @@ reasons! {
     OwnName "own_name" "It has this node's own name.";
     UnknownNode "unknown_node" "It is not on the list of nodes.";
     OtherCluster "other_cluster" "It belongs to another cluster.";
+    OtherList "other_list" "Its list of nodes has other names or weights.";
     Protocol "protocol" "No version of the protocol is common to both.";
     OldIncarnation "old_incarnation" "A newer process of that node is known.";
     Core "core" "It speaks for a core that it does not have.";
@@ -75,6 +76,7 @@ impl From<&Refusal> for Reason {
     fn from(refusal: &Refusal) -> Self {
         match refusal {
             Refusal::OtherCluster { .. } => Self::OtherCluster,
+            Refusal::OtherList(_) => Self::OtherList,
             Refusal::OtherName { .. } => Self::OtherName,
             Refusal::OwnName(_) => Self::OwnName,
             Refusal::Protocol { .. } => Self::Protocol,

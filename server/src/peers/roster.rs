@@ -45,6 +45,8 @@ pub struct Roster {
     own: NodeIndex,
     incarnation: Incarnation,
     shards: u16,
+    /// What all nodes must have alike: who is on the list, and who owns what.
+    list: u64,
     identity: Option<Identity>,
 }
 
@@ -83,8 +85,14 @@ impl Roster {
             own: NodeIndex(at as u16),
             incarnation,
             shards,
+            list: 0,
             identity,
         })
+    }
+
+    /// With the fingerprint of the placement that follows from the list.
+    pub fn with_list(self, list: u64) -> Self {
+        Self { list, ..self }
     }
 
     pub fn own(&self) -> NodeIndex {
@@ -134,6 +142,7 @@ impl Roster {
             cluster: self.cluster.clone(),
             node: self.own_name().to_owned(),
             incarnation: self.incarnation,
+            list: self.list,
             protocol: (*PROTOCOL.start(), *PROTOCOL.end()),
             cores: self.shards,
             core,

@@ -92,7 +92,7 @@ fn plain(address: std::net::SocketAddr, bytes: Vec<u8>) {
 
 fn hello(node: &str) -> Hello {
     let (cluster, node) = ("test".to_owned(), node.to_owned());
-    Hello { cluster, node, incarnation: Incarnation(77), protocol: (1, 1), cores: 1, core: 0, knows: None }
+    Hello { cluster, node, incarnation: Incarnation(77), list: 0, protocol: (1, 1), cores: 1, core: 0, knows: None }
 }
 
 fn said(frames: &[Frame]) -> Vec<u8> {
@@ -136,6 +136,7 @@ fn strangers_are_refused_and_counted_by_their_reason() {
         refused(&mut cluster, Reason::WrongCa, move || stranger(at, Some((other, "b")), Vec::new()));
         let cases = [
             (Reason::OtherCluster, "b", Frame::Hello(Hello { cluster: "prod".into(), ..hello("b") })),
+            (Reason::OtherList, "b", Frame::Hello(Hello { list: 1, ..hello("b") })),
             (Reason::OtherName, "b", Frame::Hello(hello("c"))),
             (Reason::OtherName, "d", Frame::Hello(hello("b"))),
             (Reason::OwnName, "a", Frame::Hello(hello("a"))),
