@@ -343,7 +343,7 @@ pub enum Rule {
     NothingVanishes,
     /// Pushes of a conversation rise on a connection.
     PushesRise,
-    /// A delivery that is reported has happened.
+    /// A delivery that is reported has happened; of what retention let go before, nobody knows.
     TrueReceipts,
     /// What was acknowledged before a restart is not handed out again.
     CursorIsKept,
