@@ -60,7 +60,7 @@ pub(super) struct Index {
     database: Database,
     /// Held from the reading of rows to the commit of what was made of them.
     writing: Mutex<()>,
-    /// The next flush fails with this error number.
+    /// The next flush fails with this error number; below 0 it panics.
     #[cfg(test)]
     pub fault: std::sync::atomic::AtomicI32,
 }
@@ -287,8 +287,10 @@ impl Index {
     /// the caller, afterwards.
     pub fn flush(&self, overlay: &Overlay, log: u16, watermark: Watermark) -> Result<(), IndexError> {
         #[cfg(test)]
-        if let error @ 1.. = self.fault.swap(0, std::sync::atomic::Ordering::Relaxed) {
-            return Err(fjall::Error::Io(std::io::Error::from_raw_os_error(error)).into());
+        match self.fault.swap(0, std::sync::atomic::Ordering::Relaxed) {
+            0 => {}
+            error @ 1.. => return Err(fjall::Error::Io(std::io::Error::from_raw_os_error(error)).into()),
+            ..0 => panic!("as a defect of the library"),
         }
         let _writing = self.lock();
         let batch = self.database.batch().durability(Some(PersistMode::SyncData));

@@ -106,9 +106,12 @@ impl Indexer {
         // Without room a flush waits for it, and for the one before.
         let flush_due = self.flush_due.filter(|_| !self.space.is_full() && !self.flusher.busy);
         let due = flush_due.into_iter().chain(self.space.due()).min().map_or_else(never, at);
+        // A thread that has ended leaves its line ready for ever: only who waits for it looks.
+        let nothing = never();
+        let done = if self.flusher.busy { &self.flusher.done } else { &nothing };
         select! {
             recv(self.jobs) -> job => job.ok().map(Some),
-            recv(self.flusher.done) -> flushed => {
+            recv(done) -> flushed => {
                 self.flushed(flushed);
                 Some(None)
             }

@@ -597,10 +597,19 @@ fn a_disk_error_of_a_checkpoint_poisons_and_a_full_disk_only_puts_it_off() {
 
 #[test]
 fn a_disk_error_of_an_index_flush_poisons() {
+    a_fault_of_a_flush_poisons(libc::EIO);
+}
+
+#[test]
+fn a_flush_thread_that_ends_poisons_and_is_told_once() {
+    a_fault_of_a_flush_poisons(-1);
+}
+
+fn a_fault_of_a_flush_poisons(fault: i32) {
     let (dir, pair) = (tempfile::tempdir().unwrap(), Pair::new("ann", "bob"));
     let mut store = EmbeddedStore::open(dir.path(), 1, small()).unwrap().0.remove(0);
     store.append(&pair.record()).unwrap();
-    store.node.index.fault.store(libc::EIO, Ordering::Relaxed);
+    store.node.index.fault.store(fault, Ordering::Relaxed);
     let (mut events, mut seq) = (Vec::new(), 0);
     while !events.contains(&StoreEvent::Failed) {
         match store.append(&Record::Message(pair.message(seq + 1).into())) {
@@ -614,6 +623,12 @@ fn a_disk_error_of_an_index_flush_poisons() {
     assert_eq!(events.last(), Some(&StoreEvent::Failed), "nothing is acknowledged after it");
     assert!(matches!(store.append(&pair.record()), Err(StoreError::Poisoned)));
     let told = events.iter().filter(|event| matches!(event, StoreEvent::Committed(_))).count();
+    // Once it is told, the index thread has nothing more to say.
+    let rest = || std::thread::sleep(std::time::Duration::from_millis(20));
+    rest();
+    store.poll(&mut Vec::new());
+    rest();
+    assert_eq!(store.replies.len(), 0);
     drop(store);
     let (mut node, report) = open(dir.path(), 1, &small());
     assert!(told > 0 && report.index_rebuilt.is_some(), "an index that failed is not trusted");
