@@ -54,15 +54,18 @@ impl Cluster {
         let address = |at: usize| format!("127.0.0.1:{}", ports[at]);
         let nodes: Vec<_> =
             NAMES.iter().enumerate().map(|(at, name)| format!("{name}@{}/{}", address(at), address(3 + at))).collect();
-        let mut servers: Vec<_> = NAMES.iter().map(|_| Server::start(&["--cores", "1"])).collect();
-        servers.iter_mut().for_each(|server| assert_eq!(server.stop(), Some(0)));
+        let arguments_of =
+            |at: usize| arguments(&certs, &nodes.join(","), (NAMES[at], &address(3 + at), &address(6 + at)));
+        let mut servers: Vec<_> = (0..NAMES.len())
+            .map(|at| Server::start(&arguments_of(at).iter().map(String::as_str).collect::<Vec<_>>()))
+            .collect();
+        // Tokens of one issuer are good at every node.
         let issuer = std::fs::read(servers[0].data_dir().join(ISSUER_FILE)).unwrap();
-        for (at, (server, name)) in servers.iter_mut().zip(NAMES).enumerate() {
-            // Tokens of one issuer are good at every node.
+        for server in &mut servers {
+            assert_eq!(server.stop(), Some(0), "{}", server.log.join("\n"));
             std::fs::write(server.data_dir().join(ISSUER_FILE), &issuer).unwrap();
-            let arguments = arguments(&certs, &nodes.join(","), (name, &address(3 + at), &address(6 + at)));
-            server.restart(Some(&arguments.iter().map(String::as_str).collect::<Vec<_>>()));
         }
+        servers.iter_mut().for_each(|server| server.restart(None));
         let (clients, admins) = ((3..6).map(address).collect(), (6..9).map(address).collect());
         let cluster = Self { servers, clients, admins, _folder: folder };
         cluster.wait_until_whole();
