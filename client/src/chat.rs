@@ -72,15 +72,17 @@ const HELP: &str = "\
 /help               this list
 /quit               leave (or Ctrl-D)";
 
-/// Where the password comes from.
+/// Where the password comes from, or the token.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum PasswordSource {
+pub enum ProofSource {
     /// Asked at the terminal without echo; without a terminal, the first line of the standard input.
     Ask,
     /// The first line of the standard input.
     Stdin,
     /// The first line of a file.
     File(PathBuf),
+    /// A token, the first line of a file, which is read anew for each connection.
+    TokenFile(PathBuf),
 }
 
 /// What `ringline chat` was told.
@@ -91,7 +93,7 @@ pub struct ChatOptions {
     pub user: String,
     /// Register the user first.
     pub register: bool,
-    pub password: PasswordSource,
+    pub proof: ProofSource,
     /// Where the device id is kept; `None`: a file of this user under `$XDG_STATE_HOME/ringline`.
     pub device_file: Option<PathBuf>,
 }
@@ -107,8 +109,10 @@ pub enum ChatError {
     NoLogin,
     #[error("this user exists, and the password is wrong")]
     WrongPassword,
-    #[error("no password: {0}")]
-    Password(io::Error),
+    #[error("the token is not good: it is for this user and server, and has not expired?")]
+    BadToken,
+    #[error("no password or token: {0}")]
+    Proof(io::Error),
     #[error("device file {}: {error}", .path.display())]
     DeviceFile { path: PathBuf, error: io::Error },
     #[error("no place for the device file: neither XDG_STATE_HOME nor HOME is set")]
@@ -125,16 +129,20 @@ pub fn run(options: ChatOptions) -> Result<(), ChatError> {
     let interactive = io::stdin().is_terminal() && io::stdout().is_terminal();
     let device_file = options.device_file.map_or_else(|| default_device_file(&user), Ok)?;
     let device = load_device(&device_file).map_err(|error| ChatError::DeviceFile { path: device_file, error })?;
-    let password = read_password(&options.password, &user).map_err(ChatError::Password)?;
-    let builder = Client::builder(options.server)
-        .user(user.as_str())
-        .password(&password)
+    let proof = options.proof;
+    let by_token = matches!(proof, ProofSource::TokenFile(_));
+    let builder =
+        proven(Client::builder(options.server).user(user.as_str()), proof, &user).map_err(ChatError::Proof)?;
+    let builder = builder
         .device(device)
         .device_kind(DeviceKind::Desktop)
         .agent(concat!("ringline-chat/", env!("CARGO_PKG_VERSION")));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let (client, events) = log_in(builder, options.register, |question| interactive && confirm(question)).await?;
+        let (client, events) = match by_token {
+            true => log_in_by_token(builder).await?,
+            false => log_in(builder, options.register, |question| interactive && confirm(question)).await?,
+        };
         let (lines, screen) = if interactive {
             terminal(format!("{user}> "))?
         } else {
@@ -175,6 +183,13 @@ async fn log_in(
     }
 }
 
+async fn log_in_by_token(builder: ClientBuilder) -> Result<(Client, Events), ChatError> {
+    match builder.connect().await {
+        Err(ConnectError::AuthFailed) => Err(ChatError::BadToken),
+        connected => Ok(connected?),
+    }
+}
+
 /// Asks at the terminal. Anything but yes is no.
 fn confirm(question: &str) -> bool {
     let mut answer = String::new();
@@ -184,14 +199,24 @@ fn confirm(question: &str) -> bool {
         && matches!(answer.trim().to_lowercase().as_str(), "y" | "yes")
 }
 
-fn read_password(source: &PasswordSource, user: &UserName) -> io::Result<String> {
-    match source {
-        PasswordSource::Ask if io::stdin().is_terminal() => {
-            rpassword::prompt_password(format!("password of {}: ", clean(user.as_str())))
+/// With what the user logs in by. Errors: those of reading it; a token is read once here to find them.
+fn proven(builder: ClientBuilder, source: ProofSource, user: &UserName) -> io::Result<ClientBuilder> {
+    let first_line_of = |path: &Path| first_line(io::BufReader::new(fs::File::open(path)?));
+    let password = match source {
+        ProofSource::Ask if io::stdin().is_terminal() => {
+            rpassword::prompt_password(format!("password of {}: ", clean(user.as_str())))?
         }
-        PasswordSource::Ask | PasswordSource::Stdin => first_line(io::stdin().lock()),
-        PasswordSource::File(path) => first_line(io::BufReader::new(fs::File::open(path)?)),
-    }
+        ProofSource::Ask | ProofSource::Stdin => first_line(io::stdin().lock())?,
+        ProofSource::File(path) => first_line_of(&path)?,
+        ProofSource::TokenFile(path) => {
+            first_line_of(&path)?;
+            return Ok(builder.token(move || {
+                let token = first_line_of(&path).map(|line| line.trim().to_owned());
+                Box::pin(std::future::ready(token.map_err(|error| error.to_string())))
+            }));
+        }
+    };
+    Ok(builder.password(&password))
 }
 
 fn first_line(mut input: impl BufRead) -> io::Result<String> {

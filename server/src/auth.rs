@@ -1,7 +1,8 @@
-//! Tokens: the issuer key in the data directory, what `ringline token` prints, and what a LOGIN by token must show.
+//! Tokens: the issuer key, what `ringline token` prints, and what a LOGIN by token must show.
 //!
-//! EdDSA (Ed25519) and nothing else, whatever a token's header says. The key file is made once and never replaced; a
-//! private key that others can read is refused. Verification runs on the workers and shares nothing mutable.
+//! EdDSA (Ed25519) and nothing else, whatever a token's header says. The key is that of the data directory, made once and
+//! never replaced, or a file that `auth.issuer` names, which nodes of a cluster share. A private key that others can read is
+//! refused. Verification runs on the workers and shares nothing mutable.
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{ErrorKind, Write};
@@ -15,6 +16,8 @@ use ed25519_dalek::pkcs8::{DecodePrivateKey, EncodePrivateKey, EncodePublicKey};
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation, decode, encode};
 use ringline_schema::ids::UserName;
 use serde::{Deserialize, Serialize};
+
+use crate::config::Config;
 
 /// PKCS#8 PEM, mode 0600.
 pub const ISSUER_FILE: &str = "issuer.pem";
@@ -36,6 +39,8 @@ pub enum AuthError {
     NotAKey(PathBuf, String),
     #[error("cannot sign a token: {0}")]
     Sign(String),
+    #[error("auth.issuer: {0}")]
+    Named(Box<AuthError>),
 }
 
 /// What a token says.
@@ -47,40 +52,82 @@ struct Claims {
     exp: u64,
 }
 
+/// The text of a new key's two files.
+pub struct KeyPair {
+    /// For [`ISSUER_FILE`], readable by its owner alone.
+    pub private: String,
+    /// For [`ISSUER_PUBLIC_FILE`].
+    pub public: String,
+}
+
+impl KeyPair {
+    /// A new key. Errors: [`AuthError::Sign`], when it has no text, which none of them is known to lack.
+    pub fn generate() -> Result<Self, AuthError> {
+        let key = SigningKey::from_bytes(&rand::random());
+        let failed = |error: String| AuthError::Sign(error);
+        let private = key.to_pkcs8_pem(LineEnding::LF).map_err(|error| failed(error.to_string()))?;
+        let public = key.verifying_key().to_public_key_pem(LineEnding::LF).map_err(|e| failed(e.to_string()))?;
+        Ok(Self { private: private.to_string(), public })
+    }
+}
+
 /// The node's own signing key.
 pub struct Issuer {
     key: SigningKey,
 }
 
 impl Issuer {
-    /// Reads the key of a data directory, or makes it. True: it was made now.
-    pub fn open_or_create(data_dir: &Path) -> Result<(Self, bool), AuthError> {
-        match Self::open(data_dir) {
+    /// The key that a configuration means; that of the data directory is made when it is not there. True: it was made now.
+    ///
+    /// Errors: [`AuthError`]; a file that `auth.issuer` names must be there.
+    pub fn of(config: &Config) -> Result<(Self, bool), AuthError> {
+        if config.auth_issuer.is_empty() {
+            return Self::open_or_create(&config.data_dir);
+        }
+        Self::named(config).map(|issuer| (issuer, false))
+    }
+
+    /// The key that a configuration means, which must be there. Errors: `Io` with `NotFound` when that of the data
+    /// directory was not made yet.
+    pub fn existing(config: &Config) -> Result<Self, AuthError> {
+        if config.auth_issuer.is_empty() { Self::open(&Self::file_of(config)) } else { Self::named(config) }
+    }
+
+    fn named(config: &Config) -> Result<Self, AuthError> {
+        Self::open(&Self::file_of(config)).map_err(|error| AuthError::Named(Box::new(error)))
+    }
+
+    fn file_of(config: &Config) -> PathBuf {
+        match config.auth_issuer.as_str() {
+            "" => config.data_dir.join(ISSUER_FILE),
+            named => PathBuf::from(named),
+        }
+    }
+
+    fn open_or_create(data_dir: &Path) -> Result<(Self, bool), AuthError> {
+        let path = data_dir.join(ISSUER_FILE);
+        match Self::open(&path) {
             Err(AuthError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {}
             outcome => return Ok((outcome?, false)),
         }
-        let key = SigningKey::from_bytes(&rand::random());
-        let path = data_dir.join(ISSUER_FILE);
-        let broken = |error: String| AuthError::NotAKey(path.clone(), error);
-        let private = key.to_pkcs8_pem(LineEnding::LF).map_err(|error| broken(error.to_string()))?;
-        let public = key.verifying_key().to_public_key_pem(LineEnding::LF).map_err(|e| broken(e.to_string()))?;
+        let KeyPair { private, public } = KeyPair::generate()?;
         write_new(&data_dir.join(ISSUER_PUBLIC_FILE), public.as_bytes(), 0o644)?;
         // The private one last: it alone says that the pair is whole.
         write_new(&path, private.as_bytes(), 0o600)?;
         sync_folder(data_dir)?;
-        Ok((Self { key }, true))
+        Self::open(&path).map(|issuer| (issuer, true))
     }
 
-    /// Reads the key of a data directory. Errors: `Io` with `NotFound` when there is none.
-    pub fn open(data_dir: &Path) -> Result<Self, AuthError> {
-        let path = data_dir.join(ISSUER_FILE);
-        let pem = read_small(&path)?;
-        let metadata = path.metadata().map_err(io("read", &path))?;
+    /// Reads a key file. Errors: `Io` with `NotFound` when there is none.
+    pub fn open(path: &Path) -> Result<Self, AuthError> {
+        let pem = read_small(path)?;
+        let metadata = path.metadata().map_err(io("read", path))?;
         let mode = metadata.permissions().mode() & 0o777;
         if mode & 0o077 != 0 {
-            return Err(AuthError::Exposed(path, mode));
+            return Err(AuthError::Exposed(path.to_owned(), mode));
         }
-        let key = SigningKey::from_pkcs8_pem(&pem).map_err(|error| AuthError::NotAKey(path, error.to_string()))?;
+        let not_a_key = |error: String| AuthError::NotAKey(path.to_owned(), error);
+        let key = SigningKey::from_pkcs8_pem(&pem).map_err(|error| not_a_key(error.to_string()))?;
         Ok(Self { key })
     }
 
@@ -271,6 +318,28 @@ mod tests {
         std::fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
         std::fs::write(&path, "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n").unwrap();
         assert!(matches!(Issuer::open_or_create(folder.path()), Err(AuthError::NotAKey(..))), "never replaced");
+    }
+
+    #[test]
+    fn a_key_that_the_configuration_names_is_used_and_never_made() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("shared.pem");
+        let data_dir = folder.path().join("data");
+        let mut config = Config::default();
+        (config.auth_issuer, config.data_dir) = (path.display().to_string(), data_dir.clone());
+        let error = Issuer::of(&config).err().unwrap().to_string();
+        assert!(error.contains("auth.issuer: cannot read") && error.contains("shared.pem"), "{error}");
+        assert!(!path.exists() && !data_dir.exists(), "nothing is made");
+        std::fs::write(&path, KeyPair::generate().unwrap().private).unwrap();
+        let error = Issuer::of(&config).err().unwrap().to_string();
+        assert!(error.contains("can be read by others"), "{error}");
+        std::fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+        let token = Issuer::of(&config).unwrap().0.token(&ann(), "ringline", Duration::from_secs(60)).unwrap();
+        let (again, made) = Issuer::of(&config).unwrap();
+        assert!(!made && Verifier::new(&again, &[], "ringline").unwrap().verify(&token, &ann()));
+        assert_eq!(Issuer::file_of(&config), path);
+        config.auth_issuer.clear();
+        assert_eq!(Issuer::file_of(&config), data_dir.join(ISSUER_FILE));
     }
 
     #[test]

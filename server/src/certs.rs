@@ -1,5 +1,5 @@
-//! `ringline certs`: a certificate authority for development and small clusters, and the certificates of nodes. Runs once,
-//! on the main thread.
+//! `ringline certs`: a certificate authority for development and small clusters, the certificates of nodes, and the key that
+//! signs login tokens at all of them. Runs once, on the main thread.
 //!
 //! A node's certificate carries the node's name as a DNS name (subject alternative name), and may be used by either side of
 //! a connection. Whoever runs an authority of their own only has to keep to that. Keys are written readable by their owner
@@ -17,17 +17,20 @@ use rcgen::{
     KeyUsagePurpose,
 };
 
+use crate::auth::{self, AuthError, ISSUER_FILE, ISSUER_PUBLIC_FILE};
 use crate::config::{NODE_NAME_BYTES_MAX, is_node_name};
 
 /// Name of the authority in its certificate.
 const AUTHORITY: &str = "Ringline cluster CA";
+/// What is in the folder beside the files of nodes: no node is called so.
+const RESERVED: [&str; 2] = ["ca", "issuer"];
 const DAYS_DEFAULT: u64 = 3_650;
 const DAYS_MAX: u64 = 36_500;
 const DAY: Duration = Duration::from_secs(86_400);
 
 #[derive(Debug, Subcommand)]
 pub enum CertsCommand {
-    /// Make a certificate authority and the certificates of nodes in a new or empty folder.
+    /// Make a certificate authority, the certificates of nodes, and an issuer key for tokens, in a new or empty folder.
     Init(CertsArgs),
     /// Sign certificates of more nodes by the authority in a folder.
     Add(CertsArgs),
@@ -35,7 +38,7 @@ pub enum CertsCommand {
 
 #[derive(Debug, Args)]
 pub struct CertsArgs {
-    /// Folder of ca.pem, ca.key, and NODE.pem and NODE.key of each node.
+    /// Folder of ca.pem, ca.key, issuer.pem, and NODE.pem and NODE.key of each node.
     dir: PathBuf,
     /// Names of the nodes, as in node.name.
     #[arg(long, value_delimiter = ',', required = true, value_name = "NAME,…")]
@@ -53,7 +56,7 @@ pub enum CertsError {
          last"
     )]
     BadName(String),
-    #[error("{0:?} is the authority's own name here; choose another for the node")]
+    #[error("files of the cluster are called {0:?} here; choose another name for the node")]
     Reserved(String),
     #[error("node {0:?} is named twice")]
     Twice(String),
@@ -65,6 +68,8 @@ pub enum CertsError {
     Key { path: PathBuf, error: rcgen::Error },
     #[error("a certificate could not be made: {0}")]
     Make(#[from] rcgen::Error),
+    #[error(transparent)]
+    Issuer(#[from] AuthError),
 }
 
 /// A file to be written.
@@ -87,7 +92,8 @@ pub fn run(command: &CertsCommand) -> Result<u8, String> {
             "[cluster] of node {node}:  ca = \"{dir}/ca.pem\"  cert = \"{dir}/{node}.pem\"  key = \"{dir}/{node}.key\""
         );
     }
-    println!("Give each node ca.pem and its own two files; keep ca.key away from all of them.");
+    println!("[auth] of every node:  issuer = \"{dir}/{ISSUER_FILE}\"");
+    println!("Give each node ca.pem, {ISSUER_FILE} and its own two files; keep ca.key away from all of them.");
     Ok(0)
 }
 
@@ -103,6 +109,9 @@ pub fn make(dir: &Path, nodes: &[String], (days, new): (u64, bool)) -> Result<()
         let authority = authority(days)?.self_signed(&key)?;
         outputs.push(Output { path: file("ca.key"), text: key.serialize_pem(), secret: true });
         outputs.push(Output { path: file("ca.pem"), text: authority.pem(), secret: false });
+        let issuer = auth::KeyPair::generate()?;
+        outputs.push(Output { path: file(ISSUER_FILE), text: issuer.private, secret: true });
+        outputs.push(Output { path: file(ISSUER_PUBLIC_FILE), text: issuer.public, secret: false });
         key
     } else {
         let path = file("ca.key");
@@ -130,7 +139,7 @@ fn check_names(nodes: &[String]) -> Result<(), CertsError> {
         if !is_node_name(node) {
             return Err(CertsError::BadName(node.clone()));
         }
-        if node == "ca" {
+        if RESERVED.contains(&node.as_str()) {
             return Err(CertsError::Reserved(node.clone()));
         }
         if nodes.iter().skip(at + 1).any(|other| other == node) {
@@ -203,15 +212,18 @@ mod tests {
         make(&dir, &names(&["a", "node-2"]), (30, true)).unwrap();
         let mode = |path: PathBuf| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!(mode(dir.clone()), 0o700);
-        for key in ["ca.key", "a.key", "node-2.key"] {
+        for key in ["ca.key", "a.key", "node-2.key", ISSUER_FILE] {
             assert_eq!(mode(dir.join(key)), 0o600, "{key}");
         }
+        auth::Issuer::open(&dir.join(ISSUER_FILE)).unwrap();
+        let issuer = std::fs::read(dir.join(ISSUER_FILE)).unwrap();
         load(&dir, "a", "a").unwrap();
         load(&dir, "node-2", "node-2").unwrap();
         let error = load(&dir, "a", "node-2").unwrap_err().to_string();
         assert!(error.contains("a.pem is a certificate for a, this node is \"node-2\""), "{error}");
         make(&dir, &names(&["c"]), (30, false)).unwrap();
         load(&dir, "c", "c").unwrap();
+        assert_eq!(std::fs::read(dir.join(ISSUER_FILE)).unwrap(), issuer, "one issuer for all");
         std::fs::write(dir.join("c.key"), "rubbish").unwrap();
         assert!(load(&dir, "c", "c").unwrap_err().to_string().contains("no private key"));
         assert!(load(&dir, "d", "d").unwrap_err().to_string().contains("d.pem"));
@@ -228,7 +240,9 @@ mod tests {
         assert!(!dir.join("b.key").exists());
         assert_eq!(std::fs::read(dir.join("a.key")).unwrap(), before);
         assert!(matches!(make(dir, &names(&["B"]), (30, false)), Err(CertsError::BadName(_))));
-        assert!(matches!(make(dir, &names(&["ca"]), (30, false)), Err(CertsError::Reserved(_))));
+        for name in RESERVED {
+            assert!(matches!(make(dir, &names(&[name]), (30, false)), Err(CertsError::Reserved(_))), "{name}");
+        }
         assert!(matches!(make(dir, &names(&["b", "b"]), (30, false)), Err(CertsError::Twice(_))));
         let empty = dir.join("empty");
         assert!(matches!(make(&empty, &names(&["b"]), (30, false)), Err(CertsError::File { .. })));

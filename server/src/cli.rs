@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use ringline_client::chat::{self, ChatOptions, PasswordSource};
+use ringline_client::chat::{self, ChatOptions, ProofSource};
 use ringline_schema::ids::UserName;
 
 use crate::auth::{AuthError, Issuer};
@@ -36,7 +36,7 @@ enum Command {
     Serve(ConfigArgs),
     /// Chat at the terminal.
     Chat(ChatArgs),
-    /// Print a login token for a user, signed with the server's own key.
+    /// Print a login token for a user, signed with the server's key (auth.issuer, or that of the data folder).
     Token(TokenArgs),
     /// Check this machine: what was found, why it matters, the command that mends it. Exits with 1 if something fails.
     Doctor(DoctorArgs),
@@ -127,6 +127,9 @@ struct ChatArgs {
     /// Read the password from the first line of the standard input.
     #[arg(long)]
     password_stdin: bool,
+    /// Log in with the token in the first line of a file, as `ringline token` prints it, instead of a password.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["password_stdin", "password_file", "register"])]
+    token_file: Option<PathBuf>,
     /// Where this device's id is kept.
     #[arg(long, value_name = "FILE")]
     device_file: Option<PathBuf>,
@@ -220,7 +223,7 @@ fn print_config(args: &ConfigCommand) -> Result<u8, String> {
 fn print_token(args: &TokenArgs) -> Result<u8, String> {
     let (config, _) = args.config.load()?;
     let user = UserName::new(&args.user).map_err(|code| code.text().to_owned())?;
-    let issuer = Issuer::open(&config.data_dir).map_err(|error| match error {
+    let issuer = Issuer::existing(&config).map_err(|error| match error {
         AuthError::Io { source, path, .. } if source.kind() == std::io::ErrorKind::NotFound => {
             format!("{} does not exist: start the server once to make it, or give its --data-dir", path.display())
         }
@@ -232,13 +235,14 @@ fn print_token(args: &TokenArgs) -> Result<u8, String> {
 }
 
 fn chat_at_terminal(args: ChatArgs) -> Result<u8, String> {
-    let password = match (args.password_file, args.password_stdin) {
-        (Some(file), _) => PasswordSource::File(file),
-        (None, true) => PasswordSource::Stdin,
-        (None, false) => PasswordSource::Ask,
+    let proof = match (args.token_file, args.password_file, args.password_stdin) {
+        (Some(file), ..) => ProofSource::TokenFile(file),
+        (None, Some(file), _) => ProofSource::File(file),
+        (None, None, true) => ProofSource::Stdin,
+        (None, None, false) => ProofSource::Ask,
     };
     let ChatArgs { server, user, register, device_file, .. } = args;
-    let options = ChatOptions { server, user, register, password, device_file };
+    let options = ChatOptions { server, user, register, proof, device_file };
     chat::run(options).map(|()| 0).map_err(|error| error.to_string())
 }
 

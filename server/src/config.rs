@@ -473,6 +473,8 @@ settings! {
         "Devices of one user under the policy \"many\".";
     auth_public_keys: Vec<String> = "auth.public_keys" [""] Vec::new(), Bounds::List,
         "PEM files with Ed25519 public keys of outside token issuers.";
+    auth_issuer: String = "auth.issuer" [""] String::new(), Bounds::Text { may_be_empty: true },
+        "PEM file of the Ed25519 key that signs tokens here, which must exist; empty: issuer.pem in the data directory.";
     auth_admins: Vec<UserName> = "auth.admins" [""] Vec::new(), Bounds::Users,
         "Users who may send a notice to everyone online, and delete others.";
     auth_audience: String = "auth.audience" [""] "ringline".to_owned(), ANY,

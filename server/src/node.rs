@@ -82,7 +82,7 @@ struct SeedRest {
 /// Runs a node until it is told to stop. The result is the process's exit code.
 pub fn serve(mut config: Config) -> Result<u8, BootError> {
     let started = Instant::now();
-    check_mode(&config)?;
+    check_early(&config)?;
     // Before any thread exists this takes almost no time.
     glommio::early_init();
     let signals = StopSignals::watch().map_err(system("signal handling"))?;
@@ -154,13 +154,16 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
     Ok(code)
 }
 
-/// What this build can't do is said before anything is touched.
-fn check_mode(config: &Config) -> Result<(), BootError> {
-    let mode = match config.cluster_mode {
-        ClusterMode::None | ClusterMode::Static => return Ok(()),
-        ClusterMode::Etcd => "etcd",
-    };
-    Err(BootError::NotInThisBuild(mode))
+/// What this build can't do, and a key that is not there, are told before anything is touched.
+fn check_early(config: &Config) -> Result<(), BootError> {
+    match config.cluster_mode {
+        ClusterMode::None | ClusterMode::Static => {}
+        ClusterMode::Etcd => return Err(BootError::NotInThisBuild("etcd")),
+    }
+    if !config.auth_issuer.is_empty() {
+        Issuer::existing(config)?;
+    }
+    Ok(())
 }
 
 fn system(what: &'static str) -> impl FnOnce(std::io::Error) -> BootError {
@@ -211,7 +214,7 @@ fn say_what_was_found(data_dir: &Path, report: &OpenReport) {
 }
 
 fn open_auth(config: &Config) -> Result<Arc<Verifier>, BootError> {
-    let (issuer, new) = Issuer::open_or_create(&config.data_dir)?;
+    let (issuer, new) = Issuer::of(config)?;
     if new {
         tracing::info!("a new token issuer key was made in {}", config.data_dir.display());
     }

@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use common::sdk::run;
 use common::{PATIENCE, Server, complaint};
-use ringline::auth::ISSUER_FILE;
 use ringline_client::{Client, DeviceId, Event, Events};
 
 const NAMES: [&str; 3] = ["a", "b", "c"];
@@ -18,6 +17,8 @@ const USERS: u64 = 9;
 
 struct Cluster {
     servers: Vec<Server>,
+    /// A setting.
+    issuer: String,
     clients: Vec<String>,
     admins: Vec<String>,
     _folder: tempfile::TempDir,
@@ -38,6 +39,8 @@ fn arguments(certs: &Path, nodes: &str, (name, client, admin): (&str, &str, &str
         ("cluster.ca", file("ca.pem".into())),
         ("cluster.cert", file(format!("{name}.pem"))),
         ("cluster.key", file(format!("{name}.key"))),
+        // Tokens of one issuer are good at every node.
+        ("auth.issuer", file("issuer.pem".into())),
         ("admin.listen", admin.to_owned()),
     ];
     let sets = keys.into_iter().flat_map(|(key, value)| ["--set".to_owned(), format!("{key}={value}")]);
@@ -56,18 +59,12 @@ impl Cluster {
             NAMES.iter().enumerate().map(|(at, name)| format!("{name}@{}/{}", address(at), address(3 + at))).collect();
         let arguments_of =
             |at: usize| arguments(&certs, &nodes.join(","), (NAMES[at], &address(3 + at), &address(6 + at)));
-        let mut servers: Vec<_> = (0..NAMES.len())
+        let servers: Vec<_> = (0..NAMES.len())
             .map(|at| Server::start(&arguments_of(at).iter().map(String::as_str).collect::<Vec<_>>()))
             .collect();
-        // Tokens of one issuer are good at every node.
-        let issuer = std::fs::read(servers[0].data_dir().join(ISSUER_FILE)).unwrap();
-        for server in &mut servers {
-            assert_eq!(server.stop(), Some(0), "{}", server.log.join("\n"));
-            std::fs::write(server.data_dir().join(ISSUER_FILE), &issuer).unwrap();
-        }
-        servers.iter_mut().for_each(|server| server.restart(None));
         let (clients, admins) = ((3..6).map(address).collect(), (6..9).map(address).collect());
-        let cluster = Self { servers, clients, admins, _folder: folder };
+        let issuer = format!("auth.issuer={}", certs.join("issuer.pem").display());
+        let cluster = Self { servers, issuer, clients, admins, _folder: folder };
         cluster.wait_until_whole();
         cluster
     }
@@ -90,7 +87,9 @@ impl Cluster {
 
     /// A user, by way of one of the nodes.
     async fn log_in(&self, user: u64, by: usize) -> (Client, Events) {
-        let token = self.servers[0].token(&name(user));
+        let made = common::run(&["token", "--user", &name(user), "--set", &self.issuer]);
+        assert!(made.status.success(), "{made:?}");
+        let token = String::from_utf8(made.stdout).unwrap().trim().to_owned();
         let builder =
             Client::builder(&self.clients[by]).user(&name(user)).device(DeviceId(user + 1)).token(move || {
                 let token = token.clone();
@@ -200,4 +199,7 @@ fn mistakes_of_a_cluster_are_told_before_it_starts() {
     let files = ["cluster.ca=/nowhere.pem", "cluster.cert=/nowhere.pem", "cluster.key=/nowhere.pem"];
     let error = refused(&[&["cluster.mode=static", "node.name=a", nodes][..], &files].concat());
     assert!(error.contains("cluster.ca: cannot read /nowhere.pem"), "{error}");
+    assert!(refused(&["auth.issuer=/nowhere.pem"]).contains("auth.issuer: cannot read /nowhere.pem"));
+    let (code, error) = complaint(&["token", "--user", "ann", "--set", "auth.issuer=/nowhere.pem"]);
+    assert!(code == 1 && error.contains("auth.issuer: cannot read /nowhere.pem"), "{error}");
 }
