@@ -16,13 +16,11 @@ use ringline_schema::ids::Partition;
 
 use crate::balance::Target;
 use crate::link::hello::Incarnation;
+use crate::placement::NODES_MAX;
 use crate::rendezvous::{self, Candidate};
 
-/// Nodes in one cluster.
-pub const MEMBERS_MAX: usize = 256;
-
 /// Names whose newest incarnation is remembered; above it those that are not on the list are forgotten.
-const NEWEST_MAX: usize = 16 * MEMBERS_MAX;
+const NEWEST_MAX: usize = 16 * NODES_MAX;
 
 /// What a node does for the cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,7 +75,7 @@ pub enum Change {
 /// A list that can't be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ListError {
-    #[error("{0} nodes on the list, where {MEMBERS_MAX} are the most")]
+    #[error("{0} nodes on the list, where {NODES_MAX} are the most")]
     TooMany(usize),
     /// This process has been replaced and must stop: two that believe to be the same node would both write.
     #[error("another process runs as node {name:?}: it started later (incarnation {theirs}, this one is {ours})")]
@@ -112,7 +110,7 @@ impl Membership {
 
     /// Takes the whole list as it is now. Errors: [`ListError`]; what was known stays.
     pub fn update(&mut self, list: BTreeMap<String, Member>) -> Result<Vec<Change>, ListError> {
-        if list.len() > MEMBERS_MAX {
+        if list.len() > NODES_MAX {
             return Err(ListError::TooMany(list.len()));
         }
         if let Some(theirs) = list.get(&self.own).map(|own| own.incarnation).filter(|theirs| *theirs > self.incarnation)
@@ -286,8 +284,8 @@ mod tests {
         membership.update(list(&[(1, 5), (2, 6)])).unwrap();
         let error = membership.update(list(&[(1, 6), (2, 6)])).unwrap_err();
         assert_eq!(error, ListError::Replaced { name: "n1".into(), ours: 5, theirs: 6 });
-        let many: Vec<_> = (0..=MEMBERS_MAX as u16).map(|at| (at, 1)).collect();
-        assert_eq!(membership.update(list(&many)), Err(ListError::TooMany(MEMBERS_MAX + 1)));
+        let many: Vec<_> = (0..=NODES_MAX as u16).map(|at| (at, 1)).collect();
+        assert_eq!(membership.update(list(&many)), Err(ListError::TooMany(NODES_MAX + 1)));
         assert_eq!(membership.targets().len(), 2, "what was known stays");
     }
 

@@ -181,6 +181,11 @@ fn valid(mut params: CertificateParams, days: u64) -> CertificateParams {
     params
 }
 
+/// A new file, or an old one emptied, that its owner alone can read. Errors: the kernel's.
+pub(crate) fn private_file(path: &Path) -> io::Result<std::fs::File> {
+    OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)
+}
+
 fn write(Output { path, text, secret }: &Output) -> Result<(), CertsError> {
     let failed = |error| CertsError::File { path: path.clone(), error };
     let mode = if *secret { 0o600 } else { 0o644 };

@@ -1,5 +1,5 @@
-//! `ringline cluster`: what a running node says of the others, asked of its admin endpoint. Runs on the main thread of a
-//! command.
+//! `ringline cluster`: what a running node says of the others, asked of its admin endpoint, and a cluster to try ([`demo`]).
+//! Runs on the main thread of a command.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -11,6 +11,8 @@ use serde_json::Value;
 
 use crate::cli::ConfigArgs;
 
+mod demo;
+
 /// How long the node may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// The longest answer: many more links than a cluster can have.
@@ -20,6 +22,8 @@ const ANSWER_BYTES_MAX: u64 = 64 * 1024 * 1024;
 pub enum ClusterCommand {
     /// The other nodes as a running node sees them. Exit code 2: one of them is away.
     Status(StatusArgs),
+    /// Start a cluster on this machine to try: makes what it needs, prints how to connect, stops all on Ctrl-C.
+    Demo(demo::DemoArgs),
 }
 
 #[derive(Debug, Args)]
@@ -53,7 +57,13 @@ struct Line {
 
 /// Runs the command. The result is the exit code; errors are one line.
 pub fn run(command: &ClusterCommand) -> Result<u8, String> {
-    let ClusterCommand::Status(args) = command;
+    match command {
+        ClusterCommand::Status(args) => status(args),
+        ClusterCommand::Demo(args) => demo::run(args),
+    }
+}
+
+fn status(args: &StatusArgs) -> Result<u8, String> {
     let address = match args.admin {
         Some(address) => address,
         None => {
@@ -134,10 +144,15 @@ fn table(lines: &BTreeMap<String, Line>) -> String {
             bytes(line.waiting),
         ]);
     }
-    let width = |at: usize| rows.iter().map(|row| row[at].chars().count()).max().unwrap_or(0);
-    let widths: [usize; 10] = std::array::from_fn(width);
+    columns(&rows)
+}
+
+/// Rows below each other, two spaces between columns.
+fn columns<const N: usize>(rows: &[[String; N]]) -> String {
+    let width = |at: usize| rows.iter().filter_map(|row| row.get(at)).map(|cell| cell.chars().count()).max();
+    let widths: [usize; N] = std::array::from_fn(|at| width(at).unwrap_or(0));
     let mut text = String::new();
-    for row in &rows {
+    for row in rows {
         let cells: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}")).collect();
         text.push_str(cells.join("  ").trim_end());
         text.push('\n');
