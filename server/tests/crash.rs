@@ -3,13 +3,14 @@
 
 mod common;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use common::{Server, Wire};
+use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::Seq;
 use ringline_schema::message::{BodyKind, ChatReply, Class, Fetch, Mentions, Reply, Request, Send};
 
@@ -24,6 +25,8 @@ struct Sender {
     next_client_seq: u64,
     /// Sent and not acknowledged, oldest first: sent again after every crash under the same number.
     unanswered: BTreeMap<u64, String>,
+    /// Refused at least once, as a busy machine does: sent again, so others may have come before them.
+    refused: BTreeSet<u64>,
     /// client_seq → seq.
     accepted: BTreeMap<u64, Seq>,
 }
@@ -57,6 +60,14 @@ impl Sender {
                     self.unanswered.remove(&client_seq);
                     let seq = *self.accepted.entry(client_seq).or_insert(ack.seq);
                     assert_eq!(seq, ack.seq, "a repeat was given another number");
+                }
+                Reply::Failure { code: ErrorCode::Busy, retry_after_ms, .. } => {
+                    let client_seq = requests[&frame.header.request_id];
+                    self.refused.insert(client_seq);
+                    std::thread::sleep(Duration::from_millis(retry_after_ms.into()));
+                    if !self.transmit(&mut wire, client_seq, &mut requests) {
+                        return;
+                    }
                 }
                 Reply::Deliver(_) | Reply::Chat(ChatReply::ReceiptUpto { .. }) => {}
                 other => panic!("unexpected {other:?}"),
@@ -99,10 +110,13 @@ impl Sender {
                 break;
             }
         }
-        let mine: Vec<&str> = log.iter().filter(|(from, _)| *from == self.me).map(|(_, body)| body.as_str()).collect();
-        let expected: Vec<String> =
-            (1..self.next_client_seq).map(|client_seq| format!("{} says {client_seq}", self.me)).collect();
-        assert_eq!(mine, expected, "{}: everything once, in order", self.me);
+        let mine = log.iter().filter(|(from, _)| *from == self.me);
+        let said = |body: &str| body.strip_prefix(&format!("{} says ", self.me)).unwrap().parse::<u64>().unwrap();
+        let mut mine: Vec<u64> = mine.map(|(_, body)| said(body)).collect();
+        let in_order = mine.iter().filter(|client_seq| !self.refused.contains(client_seq));
+        assert!(in_order.is_sorted(), "{}: in order", self.me);
+        mine.sort_unstable();
+        assert!(mine.iter().copied().eq(1..self.next_client_seq), "{}: everything once: {mine:?}", self.me);
         for (client_seq, seq) in &self.accepted {
             assert_eq!(log[seq.0 as usize - 1].1, format!("{} says {client_seq}", self.me));
         }
@@ -134,6 +148,7 @@ fn pairs() -> Vec<Sender> {
         to: format!("client-{}", at ^ 1),
         next_client_seq: 1,
         unanswered: BTreeMap::new(),
+        refused: BTreeSet::new(),
         accepted: BTreeMap::new(),
     };
     (0..CLIENTS).map(sender).collect()
