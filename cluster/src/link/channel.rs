@@ -19,7 +19,7 @@ use ringline_schema::ids::{ConversationId, Seq};
 use super::frame::{BATCH_BYTES_MAX, Frame};
 
 /// Bytes that may be sent and not yet worked off by the receiver.
-pub const WINDOW_BYTES: u64 = 4 * 1024 * 1024;
+pub const WINDOW_BYTES: u64 = 4 * BATCH_BYTES_MAX as u64;
 /// The receiver grants more when a quarter of the window has been worked off, so that grants do not become traffic.
 const GRANT_BYTES_MIN: u64 = WINDOW_BYTES / 4;
 /// Bytes of batches that are kept: under way, or waiting for credit.

@@ -10,8 +10,8 @@ use super::hello::Hello;
 
 /// Length of the body and kind of the frame.
 pub const HEAD_BYTES: usize = 8;
-/// The largest batch of one frame.
-pub const BATCH_BYTES_MAX: usize = 1024 * 1024;
+/// The largest batch of one frame: the largest message there is and the names of the members of the largest group fit.
+pub const BATCH_BYTES_MAX: usize = 2 * 1024 * 1024;
 /// The largest hello: two names and a few numbers.
 pub const HELLO_BYTES_MAX: usize = 256;
 /// The largest body: a batch and its number.

@@ -217,7 +217,7 @@ fn a_peer_that_breaks_a_rule_is_told_which() {
     assert_eq!(channel.hear(batch(1, 1), 0), Ok(Heard::Again));
     let taken = Frame::Taken { number: 1, window_end: 0 };
     assert_eq!(channel.hear(taken, 0), Err(Violation::NeverSent { said: 1, sent: 0 }));
-    // Nothing is worked off: four batches of a MiB do not fit into the window of four.
+    // Nothing is worked off: what came first and four of the largest batches do not fit into the window of four.
     for number in 2..5 {
         assert!(matches!(channel.hear(batch(number, BATCH_BYTES_MAX), 0), Ok(Heard::Batch(_))));
     }

@@ -154,6 +154,10 @@ pub const FAN_OUT_SLICE_UNITS: usize = 128 * FAN_OUT_VISIT_UNITS;
 pub const FAN_OUT_VISIT_UNITS: usize = 16;
 /// Bytes copied to devices that count as one more unit.
 pub const FAN_OUT_UNIT_BYTES: usize = 256;
+/// Pauses between slices of what is behind are as long as the turn of the slice; shorter ones are not worth a sleep.
+pub const FAN_OUT_PAUSE_US_MIN: u64 = 50;
+/// The longest, though everyone else kept the core for longer.
+pub const FAN_OUT_PAUSE_US_MAX: u64 = 2_000;
 /// Messages of one group under way; durable ones over it become LAGGED, transient ones are dropped and counted. Their
 /// bytes are bounded by half of what may wait for one client, because each device is given them together.
 pub const FAN_OUT_MESSAGES_MAX: usize = 256;

@@ -11,6 +11,7 @@ use ringline_schema::record::{Record, StoredMessage};
 
 use crate::config::{CURSORS_PER_TURN_MAX, DELIVERY_ACKS_MAX};
 use crate::event::{ConnId, Effects, ShardMessage};
+use crate::group::list::MemberList;
 use crate::peer::{Origin, Wanted};
 use crate::planted::Bug;
 use crate::session::Login;
@@ -35,7 +36,7 @@ pub(crate) enum Whose {
     Member {
         but: UserName,
         /// Who was given it, in order of name: who joins later has a place behind it and was not.
-        of: Arc<[UserName]>,
+        of: MemberList,
         owner: ShardIndex,
         wait: u64,
     },
@@ -157,9 +158,7 @@ impl Shard {
     fn counts(&self, number: u64, user: &UserName) -> bool {
         self.delivery_waits.get(&number).is_some_and(|wait| match &wait.whose {
             Whose::User(whose) => whose == user,
-            Whose::Member { but, of, .. } => {
-                of.binary_search(user).is_ok() && (but != user || self.planted.is(Bug::OwnAckCounts))
-            }
+            Whose::Member { but, of, .. } => of.contains(user) && (but != user || self.planted.is(Bug::OwnAckCounts)),
             Whose::Relayed => false,
         })
     }

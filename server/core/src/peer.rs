@@ -14,6 +14,7 @@ use crate::amend::Amending;
 use crate::event::ConnId;
 use crate::group::act::Act;
 use crate::group::fan_out::{GroupAnswer, GroupPush};
+use crate::group::list::MemberList;
 use crate::group::passing::{Pass, Passing, Relay};
 use crate::nodes::reads::NodeRead;
 use crate::receipt_list::{NoReceipts, ReceiptAsk, ReceiptPage};
@@ -208,7 +209,7 @@ pub enum ShardMessage {
     /// To a shard with members of a group. Message and list are shared, not copied.
     DeliverGroup {
         message: Arc<StoredMessage>,
-        members: Arc<[UserName]>,
+        members: MemberList,
         /// The connection that sent it.
         skip: Option<ConnId>,
         relay: Option<Relay>,
@@ -216,7 +217,7 @@ pub enum ShardMessage {
     /// To a shard with members of a group: what is not stored.
     PassGroup {
         pass: Arc<Pass>,
-        members: Arc<[UserName]>,
+        members: MemberList,
     },
     /// To the owner of a group: a device of a member has acknowledged what is waited for.
     GroupReached {

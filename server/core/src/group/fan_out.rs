@@ -11,6 +11,7 @@ use ringline_schema::record::{StoredChange, StoredMessage};
 use ringline_schema::rows::{GroupRow, MemberRow};
 
 use crate::event::{ConnId, Effects, ShardMessage};
+use crate::group::list::MemberList;
 use crate::group::passing::Relay;
 use crate::group::scan::Cargo;
 use crate::group::state::Targets;
@@ -115,7 +116,7 @@ impl Shard {
             if self.is_here(*shard) {
                 self.deliver_to_members(message, members, (skip, relay), fx);
             } else if !self.planted.is(Bug::LostGroupPush) {
-                let (message, members) = (Arc::clone(message), Arc::clone(members));
+                let (message, members) = (Arc::clone(message), members.clone());
                 self.tell_shard(*shard, ShardMessage::DeliverGroup { message, members, skip, relay }, fx);
             }
         }
@@ -125,7 +126,7 @@ impl Shard {
     pub(crate) fn deliver_to_members(
         &mut self,
         message: &Arc<StoredMessage>,
-        members: &Arc<[UserName]>,
+        members: &MemberList,
         (skip, relay): (Option<ConnId>, Option<Relay>),
         fx: &mut Effects,
     ) {
@@ -149,7 +150,7 @@ impl Shard {
     }
 
     /// The sender wants to hear of the first device that has it.
-    fn await_relay(&mut self, message: &StoredMessage, members: &Arc<[UserName]>, relay: Option<Relay>) {
+    fn await_relay(&mut self, message: &StoredMessage, members: &MemberList, relay: Option<Relay>) {
         let Some(relay) = relay else { return };
         let (conversation, seq, none) = (message.conversation, message.seq, ConnId { slot: u32::MAX, generation: 0 });
         // The owner knows the origin; here only who does not count does.
@@ -162,11 +163,11 @@ impl Shard {
     }
 
     /// The devices of these members that are online here, in an order that replays agree on; without those of `but`.
-    pub(crate) fn online_members(&self, members: &[UserName], but: Option<&UserName>) -> Vec<ConnId> {
+    pub(crate) fn online_members(&self, members: &MemberList, but: Option<&UserName>) -> Vec<ConnId> {
         // Whichever is shorter is walked, the other looked into.
         let mut conns: Vec<ConnId> = Vec::new();
         if self.online.len() < members.len() {
-            let here = self.online.iter().filter(|(user, _)| members.binary_search(user).is_ok());
+            let here = self.online.iter().filter(|(user, _)| members.contains(user));
             conns.extend(here.flat_map(|(_, devices)| devices.iter().copied()));
             // The table has no order of its own; replays must agree.
             conns.sort_unstable();

@@ -4,7 +4,7 @@
 //! message: to the owner, checked there when it is numbered, one record of the log, answered when that is on disk. So
 //! whoever was a member when a message got its number sees it, and nobody else.
 //!
-//! - [`state`]: one group in memory. [`cache`]: loading and letting go. [`act`]: commands at the session's shard, and the
+//! - [`state`]: one group in memory, [`list`] its members on a shard. [`cache`]: loading and letting go. [`act`]: commands at the session's shard, and the
 //!   visits to the shards of the users they name. [`decide`]: the rules. [`change`]: from a decision to the log.
 //!   [`fan_out`]: from the log to the members; to many of them in [`slices`], by a [`scan`]. [`passing`]: what is not stored.
 //!   [`reached`]: what writers are told of who has received and read.
@@ -14,6 +14,7 @@ pub(crate) mod cache;
 pub(crate) mod change;
 mod decide;
 pub(crate) mod fan_out;
+pub mod list;
 pub(crate) mod passing;
 pub(crate) mod reached;
 pub(crate) mod scan;

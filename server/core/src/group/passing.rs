@@ -15,6 +15,7 @@ use ringline_schema::record::StoredMessage;
 
 use crate::deliver::{DeliveryWait, Whose, await_delivery};
 use crate::event::{Effects, ShardMessage};
+use crate::group::list::MemberList;
 use crate::group::scan::Cargo;
 use crate::group::state::Targets;
 use crate::peer::{Origin, Submit, Wanted};
@@ -133,7 +134,7 @@ impl Shard {
             if self.is_here(*shard) {
                 self.pass_to_members(*shard, &pass, members, fx);
             } else {
-                let (pass, members) = (Arc::clone(&pass), Arc::clone(members));
+                let (pass, members) = (Arc::clone(&pass), members.clone());
                 self.tell_shard(*shard, ShardMessage::PassGroup { pass, members }, fx);
             }
         }
@@ -180,11 +181,11 @@ impl Shard {
     pub(crate) fn await_member(
         &mut self,
         relay: Relay,
-        (origin, from, members): (Origin, &UserName, &Arc<[UserName]>),
+        (origin, from, members): (Origin, &UserName, &MemberList),
         (conversation, seq, client_seq): (ConversationId, Seq, u64),
     ) -> u64 {
         let Relay { owner, wait, timeout_ms } = relay;
-        let whose = Whose::Member { but: from.clone(), of: Arc::clone(members), owner, wait };
+        let whose = Whose::Member { but: from.clone(), of: members.clone(), owner, wait };
         let wanted = Wanted { origin, timeout_ms };
         let wait = DeliveryWait { wanted, whose, conversation, seq, client_seq };
         let waits = (&mut self.delivery_waits, &mut self.next_delivery);
@@ -205,7 +206,7 @@ impl Shard {
         &mut self,
         owner: ShardIndex,
         pass: &Arc<Pass>,
-        members: &Arc<[UserName]>,
+        members: &MemberList,
         fx: &mut Effects,
     ) {
         let submit = &pass.submit;

@@ -16,6 +16,7 @@ use ringline_schema::ids::{ConversationId, Seq, UserName};
 use ringline_schema::record::StoredMessage;
 
 use crate::event::ConnId;
+use crate::group::list::{Differences, MemberList};
 use crate::group::passing::Pass;
 use crate::session::Shared;
 
@@ -59,7 +60,7 @@ pub(crate) struct UnderWay {
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Scan {
-    members: Arc<[UserName]>,
+    members: MemberList,
     /// The next place to visit.
     at: usize,
     lap: u64,
@@ -71,9 +72,9 @@ pub(crate) struct Scan {
 }
 
 impl Scan {
-    pub fn new(members: &Arc<[UserName]>) -> Self {
+    pub fn new(members: &MemberList) -> Self {
         Self {
-            members: Arc::clone(members),
+            members: members.clone(),
             at: 0,
             lap: 0,
             under_way: VecDeque::new(),
@@ -83,7 +84,7 @@ impl Scan {
         }
     }
 
-    pub fn members(&self) -> &Arc<[UserName]> {
+    pub fn members(&self) -> &MemberList {
         &self.members
     }
 
@@ -155,26 +156,28 @@ impl Scan {
     /// The first message that this member has not had; from now on he gets only what enters later. The caller gives him
     /// the rest. `None`: he is no member.
     pub fn rest_of(&mut self, user: &UserName) -> Option<usize> {
-        let place = self.members.binary_search(user).ok()?;
+        let place = self.members.place_of(user).ok()?;
         let first = self.first_for(place, user);
         self.floors.insert(user.clone(), self.next_number);
         Some(first)
     }
 
     /// Goes on with these members. Those who are gone, and the first message that each of them has not had.
-    pub fn change(&mut self, members: &Arc<[UserName]>) -> Vec<(UserName, usize)> {
-        if Arc::ptr_eq(&self.members, members) {
+    pub fn change(&mut self, members: &MemberList) -> Vec<(UserName, usize)> {
+        if self.members.is(members) {
             return Vec::new();
         }
-        let (gone, come) = self.compare(members);
+        let Differences { gone, come } = self.members.differences(members);
+        let rest_of = |(place, user): (usize, UserName)| (user.clone(), self.first_for(place, &user));
+        let gone: Vec<_> = gone.into_iter().map(rest_of).collect();
         for (user, _) in &gone {
             self.floors.remove(user);
         }
         self.floors.extend(come.into_iter().map(|user| (user, self.next_number)));
-        let (before, after) = (std::mem::replace(&mut self.members, Arc::clone(members)), members);
+        let (before, after) = (std::mem::replace(&mut self.members, members.clone()), members);
         let moved = |(lap, at): (u64, usize)| {
             let name = before.get(at);
-            let place = name.map_or(after.len(), |name| after.partition_point(|other| other < name));
+            let place = name.map_or(after.len(), |name| after.place_of(name).unwrap_or_else(|place| place));
             if place < after.len() { (lap, place) } else { (lap + 1, 0) }
         };
         for message in &mut self.under_way {
@@ -182,22 +185,6 @@ impl Scan {
         }
         (self.lap, self.at) = moved((self.lap, self.at));
         gone
-    }
-
-    /// Who is on the list and not on this one, with the first message that he has not had; and who is only on this one.
-    fn compare(&self, members: &[UserName]) -> (Vec<(UserName, usize)>, Vec<UserName>) {
-        let (mut gone, mut come) = (Vec::new(), Vec::new());
-        let mut after = members.iter().peekable();
-        for (place, user) in self.members.iter().enumerate() {
-            while let Some(other) = after.next_if(|other| *other < user) {
-                come.push(other.clone());
-            }
-            if after.next_if(|other| *other == user).is_none() {
-                gone.push((user.clone(), self.first_for(place, user)));
-            }
-        }
-        come.extend(after.cloned());
-        (gone, come)
     }
 
     /// The first message that the member of this place has not had.
@@ -283,7 +270,7 @@ mod tests {
 
         fn step(&mut self, scan: &mut Scan) {
             let (place, first) = scan.place().unwrap();
-            let user = scan.members()[place].clone();
+            let user = scan.members().get(place).unwrap().clone();
             self.give(scan, &user, first);
             scan.advance();
             while scan.finished().is_some() {}
@@ -297,13 +284,13 @@ mod tests {
         for seed in 0..400 {
             let mut rng = StdRng::seed_from_u64(seed);
             let all: Vec<_> = (0..12).map(|at| UserName::new(&format!("user-{at:02}")).unwrap()).collect();
-            let mut list: Arc<[UserName]> = all.iter().take(6).cloned().collect();
+            let mut list = MemberList::new(&all[..6]).unwrap();
             let (mut scan, mut book) = (Scan::new(&list), Book::default());
             for seq in 1..=200 {
                 if rng.random_ratio(1, 5) {
                     let kept = all.iter().filter(|user| list.contains(user) != rng.random_ratio(1, 6));
                     let kept: Vec<_> = kept.cloned().collect();
-                    list = if kept.is_empty() { Arc::clone(&list) } else { kept.into() };
+                    list = if kept.is_empty() { list } else { MemberList::new(&kept).unwrap() };
                 }
                 for (user, first) in scan.change(&list) {
                     book.give(&mut scan, &user, first);
@@ -334,7 +321,8 @@ mod tests {
 
     #[test]
     fn a_lap_gives_all_that_came_meanwhile_in_one_visit() {
-        let list: Arc<[UserName]> = (0..100).map(|at| UserName::new(&format!("user-{at:02}")).unwrap()).collect();
+        let names: Vec<_> = (0..100).map(|at| UserName::new(&format!("user-{at:02}")).unwrap()).collect();
+        let list = MemberList::new(&names).unwrap();
         let (mut scan, mut book) = (Scan::new(&list), Book::default());
         scan.enter(Cargo::Stored { message: message(1), skip: None });
         for seq in 2..=50 {
@@ -352,7 +340,7 @@ mod tests {
 
     #[test]
     fn what_there_was_no_room_for_is_one_entry() {
-        let list: Arc<[UserName]> = [UserName::new("ann").unwrap(), UserName::new("bob").unwrap()].into();
+        let list = MemberList::new(&[UserName::new("ann").unwrap(), UserName::new("bob").unwrap()]).unwrap();
         let mut scan = Scan::new(&list);
         scan.enter(Cargo::Stored { message: message(1), skip: None });
         (2..=9).for_each(|seq| scan.miss(&message(seq)));

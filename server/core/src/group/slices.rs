@@ -7,22 +7,26 @@
 //! the message was on disk before the login, and SYNC has it. A message to few goes at once, with no list and no wait,
 //! unless earlier ones of its group are under way or the turn has given out enough already.
 //!
+//! A group that gets its next message before the last one has been everywhere is behind. Then a slice is followed by as
+//! long a pause: the lap takes longer, each visit gives several messages, and at least half of the core is left to
+//! everyone else. A group that is not behind goes round without pauses.
+//!
 //! Bounds: [`FAN_OUT_MESSAGES_MAX`] a group, and no more bytes of it than half an outbox takes; [`FAN_OUT_BYTES_MAX`] and
 //! [`FAN_OUT_GROUPS_MAX`] a shard. Over them durable messages become LAGGED and transient ones are dropped and counted.
 //! Invariant: each scan is in the circle once and has something under way.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
 
 use ringline_schema::ids::{ConversationId, UserName};
 use ringline_schema::message::Standing;
 
 use crate::config::{
-    FAN_OUT_BYTES_MAX, FAN_OUT_GROUPS_MAX, FAN_OUT_MESSAGES_MAX, FAN_OUT_UNIT_BYTES, FAN_OUT_VISIT_UNITS,
-    FAN_OUTS_AT_ONCE_MAX,
+    FAN_OUT_BYTES_MAX, FAN_OUT_GROUPS_MAX, FAN_OUT_MESSAGES_MAX, FAN_OUT_PAUSE_US_MAX, FAN_OUT_PAUSE_US_MIN,
+    FAN_OUT_UNIT_BYTES, FAN_OUT_VISIT_UNITS, FAN_OUTS_AT_ONCE_MAX,
 };
 use crate::event::{ConnId, Effects};
 use crate::group::fan_out::GroupAnswer;
+use crate::group::list::MemberList;
 use crate::group::scan::{Cargo, Scan, UnderWay};
 use crate::session::Sessions;
 use crate::shard::Shard;
@@ -38,6 +42,8 @@ pub(crate) struct FanOuts {
     circle: VecDeque<ConversationId>,
     bytes: usize,
     armed: bool,
+    /// When the last slice began, until the pause after it has been thought of.
+    slice_began_us: Option<u64>,
     /// Members that were given something at once in the turn of this time.
     at_once: (u64, usize),
 }
@@ -57,6 +63,15 @@ impl FanOuts {
         self.bytes
     }
 
+    /// The turn after a slice: until when there is to be none, if something is behind. What a turn took is known by when the
+    /// next one begins.
+    fn pause(&mut self, now_us: u64) -> Option<u64> {
+        let took_us = now_us.saturating_sub(self.slice_began_us.take()?).min(FAN_OUT_PAUSE_US_MAX);
+        let mut next = self.circle.iter().take(GROUPS_PER_SLICE_MAX).filter_map(|group| self.scans.get(group));
+        let behind = next.any(|scan| scan.len() > 1);
+        (behind && took_us >= FAN_OUT_PAUSE_US_MIN).then(|| now_us + took_us)
+    }
+
     /// For the sweep.
     pub fn check_invariants(&self) {
         assert!(self.scans.values().all(|scan| scan.is_well_formed() && !scan.is_done()));
@@ -69,7 +84,7 @@ impl FanOuts {
 
 impl Shard {
     /// Whether a message to these members can't go to all of them now.
-    pub(crate) fn goes_in_slices(&mut self, group: ConversationId, members: &[UserName]) -> bool {
+    pub(crate) fn goes_in_slices(&mut self, group: ConversationId, members: &MemberList) -> bool {
         if self.fan_outs.scans.contains_key(&group) {
             return true;
         }
@@ -84,13 +99,7 @@ impl Shard {
     }
 
     /// Sends a message round these members, beginning with the next slice.
-    pub(crate) fn send_round(
-        &mut self,
-        group: ConversationId,
-        members: &Arc<[UserName]>,
-        cargo: Cargo,
-        fx: &mut Effects,
-    ) {
+    pub(crate) fn send_round(&mut self, group: ConversationId, members: &MemberList, cargo: Cargo, fx: &mut Effects) {
         let mut scan = match self.fan_outs.scans.remove(&group) {
             Some(scan) => scan,
             None => {
@@ -152,6 +161,11 @@ impl Shard {
     /// A slice: every group in turn, until it is used up.
     pub(crate) fn fan_outs_due(&mut self, fx: &mut Effects) {
         self.fan_outs.armed = false;
+        if let Some(until_us) = self.fan_outs.pause(self.now.mono_us) {
+            self.fan_outs.armed = true;
+            return self.timers.arm(until_us, Timer::FanOut);
+        }
+        self.fan_outs.slice_began_us = Some(self.now.mono_us);
         let mut left = self.config.fan_out_slice_units;
         let share = left / self.fan_outs.circle.len().clamp(1, GROUPS_PER_SLICE_MAX);
         while left > 0
@@ -170,7 +184,7 @@ impl Shard {
     /// one member's part.
     fn go_round(&mut self, group: ConversationId, units_max: usize, fx: &mut Effects) -> usize {
         let Some(mut scan) = self.fan_outs.scans.remove(&group) else { return 0 };
-        let members = Arc::clone(scan.members());
+        let members = scan.members().clone();
         let mut units = 0_usize;
         while units < units_max
             && !scan.is_done()

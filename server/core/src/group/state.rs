@@ -13,15 +13,13 @@ use ringline_schema::message::Standing;
 use ringline_schema::message::group::Role;
 use ringline_schema::rows::{GroupRow, MemberRow, Membership};
 
+use crate::group::list::MemberList;
+
 /// Guests kept in memory; above it those that were only looked up are let go.
 const GUESTS_MAX: usize = 2 * limits::GROUP_PENDING_MAX;
 
-/// Names that go to a shard in one message: they fit into a batch of a link to another node.
-const TARGET_NAMES_MAX: usize = 8_192;
-
-/// The members on each shard that has any; a shard with many has several lists. Shared by every message until the next
-/// change.
-pub type Targets = Arc<[(ShardIndex, Arc<[UserName]>)]>;
+/// The members on each shard that has any. Shared by every message until the next change.
+pub type Targets = Arc<[(ShardIndex, MemberList)]>;
 
 /// A present member. About 100 bytes with its name.
 #[derive(Clone, Debug)]
@@ -59,12 +57,24 @@ pub(crate) struct Group {
     members: Vec<Member>,
     /// Everyone who is invited or has asked, and others that were looked up (`None`: nothing is known of them).
     guests: BTreeMap<UserName, Option<MemberRow>>,
+    /// The members by shard as they were before `changed`; `None`: they have to be sorted anew.
+    lists: Option<BTreeMap<ShardIndex, MemberList>>,
+    /// Who has come or gone since.
+    changed: Vec<UserName>,
     targets: Option<Targets>,
 }
 
 impl Group {
     pub fn new(row: GroupRow, stamp: u64) -> Self {
-        Self { row, stamp, members: Vec::new(), guests: BTreeMap::new(), targets: None }
+        Self {
+            row,
+            stamp,
+            members: Vec::new(),
+            guests: BTreeMap::new(),
+            lists: None,
+            changed: Vec::new(),
+            targets: None,
+        }
     }
 
     pub fn members(&self) -> &[Member] {
@@ -119,6 +129,7 @@ impl Group {
 
     /// Gives somebody a new row, or none.
     pub fn set(&mut self, name: UserName, row: Option<MemberRow>) {
+        let who = name.clone();
         let place = self.members.binary_search_by(|member| member.name.cmp(&name));
         let joins = row.as_ref().is_some_and(|row| row.standing == Standing::Member);
         match (place, row) {
@@ -133,11 +144,13 @@ impl Group {
                 self.members.insert(at, Member::new(name, row));
             }
             (place, row) => {
-                if let Ok(at) = place {
-                    self.members.remove(at);
-                }
+                let Ok(at) = place else { return self.looked_up(name, row) };
+                self.members.remove(at);
                 self.looked_up(name, row);
             }
+        }
+        if self.lists.is_some() {
+            self.changed.push(who);
         }
         self.targets = None;
     }
@@ -147,22 +160,25 @@ impl Group {
         if let Some(targets) = &self.targets {
             return Arc::clone(targets);
         }
-        let mut lists: BTreeMap<ShardIndex, Vec<UserName>> = BTreeMap::new();
-        for member in &self.members {
-            lists.entry(owner(member.name.partition())).or_default().push(member.name.clone());
+        let mut lists = self.lists.take().unwrap_or_else(|| {
+            self.changed.clear();
+            sorted_out(&self.members, &owner)
+        });
+        for name in std::mem::take(&mut self.changed) {
+            let is_member = self.member(&name).is_some();
+            let list = lists.entry(owner(name.partition())).or_default();
+            *list = if is_member { list.with(&name) } else { list.without(&name) };
         }
-        let parts = |(shard, list): (&ShardIndex, &Vec<UserName>)| {
-            let shard = *shard;
-            list.chunks(TARGET_NAMES_MAX).map(|part| (shard, Arc::from(part))).collect::<Vec<_>>()
-        };
-        let targets: Targets = lists.iter().flat_map(parts).collect();
+        lists.retain(|_, list| !list.is_empty());
+        let targets: Targets = lists.iter().map(|(shard, list)| (*shard, list.clone())).collect();
+        self.lists = Some(lists);
         self.targets = Some(Arc::clone(&targets));
         targets
     }
 
     /// Shards have other partitions now.
     pub fn forget_targets(&mut self) {
-        self.targets = None;
+        (self.lists, self.targets) = (None, None);
     }
 
     /// A group that was dissolved loses its owner when that user is deleted.
@@ -175,6 +191,15 @@ impl Group {
             && self.guests.keys().all(|name| self.member(name).is_none())
             && (self.row.dissolved != Seq::ZERO || self.owners() == 1)
     }
+}
+
+fn sorted_out(members: &[Member], owner: impl Fn(Partition) -> ShardIndex) -> BTreeMap<ShardIndex, MemberList> {
+    let mut names: BTreeMap<ShardIndex, Vec<UserName>> = BTreeMap::new();
+    for member in members {
+        names.entry(owner(member.name.partition())).or_default().push(member.name.clone());
+    }
+    let list = |names: Vec<UserName>| MemberList::new(&names).unwrap_or_default();
+    names.into_iter().map(|(shard, names)| (shard, list(names))).collect()
 }
 
 fn is_pending(row: &MemberRow) -> bool {
@@ -217,8 +242,22 @@ mod tests {
         assert_eq!(targets.iter().map(|(_, list)| list.len()).sum::<usize>(), 199);
         for (shard, list) in &*targets {
             assert!(list.iter().all(|user| placement.shard_of(user.partition()) == *shard));
-            assert!(list.is_sorted());
+            assert!(list.iter().is_sorted());
         }
+        // What follows changes is what sorting anew gives.
+        for number in [7, 11, 150, 199] {
+            let standing = if number == 7 { Standing::Member } else { Standing::Left };
+            group.set(name(&format!("user-{number}")), Some(row(standing, Role::Member)));
+        }
+        let changed = group.targets(|partition| placement.shard_of(partition));
+        group.forget_targets();
+        let anew = group.targets(|partition| placement.shard_of(partition));
+        let names = |targets: &Targets| -> Vec<Vec<UserName>> {
+            targets.iter().map(|(_, list)| list.iter().cloned().collect()).collect()
+        };
+        assert_eq!(names(&changed), names(&anew));
+        assert_eq!(names(&anew).concat().len(), 197);
+        group.set(name("user-7"), Some(row(Standing::Left, Role::Member)));
         assert_eq!(group.members_above("user-98")[0].name, name("user-99"));
         assert!(group.member(&name("user-7")).is_none() && group.pending().count() == 1);
         for number in 0..3 * GUESTS_MAX {

@@ -20,6 +20,7 @@ use super::reads::NodeRead;
 use crate::amend::Amending;
 use crate::deletion::DeleteAsk;
 use crate::event::{Act, ConnId, GroupAnswer, GroupPush, InfoAnswer, MemberAnswer, Pass, Passing, Relay};
+use crate::group::list::MemberList;
 use crate::peer::{Ask, Origin, ShardMessage, SocialMessage, Submit, SubmitMore, TransientSend, Wanted};
 use crate::receipt_list::{NoReceipts, ReceiptAsk, ReceiptPage};
 use crate::receipts::{ReceiptNews, ReceiptUp};
@@ -330,6 +331,26 @@ impl<T: Field + Clone> Field for Arc<[T]> {
     #[cfg(test)]
     fn throw(dice: &mut super::record::Dice) -> Self {
         Vec::throw(dice).into()
+    }
+}
+
+/// As a list of names; one whose names do not rise is refused.
+impl Field for MemberList {
+    fn put(&self, out: &mut Writer) {
+        out.number(self.len() as u64);
+        self.iter().for_each(|name| name.put(out));
+    }
+
+    fn take(from: &mut Reader<'_>) -> Result<Self, BadPack> {
+        Self::new(&Vec::take(from)?).ok_or(BadPack("members"))
+    }
+
+    #[cfg(test)]
+    fn throw(dice: &mut super::record::Dice) -> Self {
+        let mut names: Vec<UserName> = Vec::throw(dice);
+        names.sort_unstable();
+        names.dedup();
+        Self::new(&names).unwrap_or_default()
     }
 }
 

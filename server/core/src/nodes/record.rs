@@ -6,6 +6,8 @@
 //! read, and a name takes its length and one byte. Peers are authenticated, and still a node with a defect must not take
 //! another with it: whatever the bytes are, they are a message or a [`BadRecord`].
 
+use ringline_cluster::link::batch::PAYLOAD_BYTES_MAX;
+use ringline_schema::limits;
 use ringline_schema::pack::{BadPack, Reader, Writer};
 
 use super::fields::Field;
@@ -15,6 +17,12 @@ use crate::event::ShardMessage;
 pub const VERSION: u8 = 1;
 /// The last byte: what was cut short does not end by chance where fields at the end may be 0.
 const END: u64 = 0x5a;
+
+/// A message of the largest frame goes with the names of all members of the largest group: lengths, ids and marks beside.
+const _: () = assert!(
+    limits::FRAME_BYTES_CEILING as usize + limits::GROUP_MEMBERS_MAX * (limits::USER_NAME_BYTES_MAX + 2) + 64 * 1024
+        <= PAYLOAD_BYTES_MAX
+);
 
 /// Bytes that are no message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

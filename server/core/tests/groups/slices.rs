@@ -73,6 +73,36 @@ fn a_message_of_two_is_handled_between_two_slices() {
     assert!(town.is_quiet() && town.levels().fan_out_bytes == 0);
 }
 
+/// A slice takes 500 µs. What two messages at once cost in visits and time, the second after a part of the first lap.
+#[test]
+fn a_group_that_is_behind_pauses_as_long_as_its_slices_take_and_one_that_is_not_does_not() {
+    const SLICE_US: u64 = 500;
+    let go_on = |town: &mut Town| {
+        let mut turns = 0;
+        while town.levels().fan_outs > 0 {
+            town.turn_after(SLICE_US);
+            turns += 1;
+        }
+        turns
+    };
+    let (mut town, seats) = crowd(1, &[TEAM]);
+    town.send(seats[0], TEAM, 1).unwrap();
+    let alone = go_on(&mut town);
+    assert!((9..=12).contains(&alone), "two members a turn: {alone}");
+
+    let before = town.count(|counters| counters.fan_out_visits);
+    let first = town.send(seats[0], TEAM, 2).unwrap().0;
+    (0..3).for_each(|_| town.turn_after(SLICE_US));
+    let second = town.send(seats[0], TEAM, 3).unwrap().0;
+    let behind = go_on(&mut town);
+    let visits = town.count(|counters| counters.fan_out_visits) - before;
+    assert!((16..=28).contains(&behind), "every second turn is left to others while both are under way: {behind}");
+    assert!(visits <= MEMBERS as u64 + 8, "most were given both in one visit: {visits}");
+    for &seat in &seats[1..] {
+        assert_eq!(got(&mut town, seat, TEAM)[1..], numbers([first, second]));
+    }
+}
+
 #[test]
 fn three_groups_at_once_take_turns_and_each_member_has_each_message_once_and_in_order() {
     const GROUPS: [&str; 3] = ["#one", "#two", "#three"];

@@ -354,7 +354,12 @@ impl Town {
 
     /// One turn of every shard: a slice of what goes to many.
     pub fn turn(&mut self) {
-        self.now.mono_us += 1;
+        self.turn_after(1);
+    }
+
+    /// The same, when the turn before took so long.
+    pub fn turn_after(&mut self, us: u64) {
+        self.now.mono_us += us;
         for at in 0..self.sides.len() {
             self.event(at, Event::Timer);
         }
