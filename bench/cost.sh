@@ -139,10 +139,11 @@ instructions() { # instructions NAME CLIENTS WINDOW ARGUMENT...
   # One file a thread and dump: the core's is the one of the first dump in which most was done.
   file=$(awk '$1 == "totals:" { print $2, FILENAME }' "$folder"/callgrind.1-* | sort -n | tail -1 | cut -d' ' -f2)
   callgrind_annotate --threshold=100 --tree=caller "$file" >"$folder/tree"
-  # Each delivery is written once: the profile counts its own messages, as the calls of the function that writes it.
+  # Each delivery is written once: the profile counts its own messages, as the calls of the functions that write them.
   messages=$(awk '
     / < / { if (match($0, /\([0-9,]+x\)/)) { calls = substr($0, RSTART + 1, RLENGTH - 3); gsub(",", "", calls); sum += calls }; next }
-    / \* / { if ($0 ~ /hot::write::write_message/) { print sum; exit }; sum = 0 }' "$folder/tree")
+    / \* / { if ($0 ~ /hot::write::write_message|PlainSend.*::deliver/) written += sum; sum = 0 }
+    END { if (written) print written }' "$folder/tree")
   [ -n "$messages" ] || { echo "the profile shows no message that was written" >&2; exit 1; }
   printf '%s: %s messages\n' "$name" "$messages"
   awk -v n="$messages" '

@@ -52,6 +52,13 @@ macro_rules! commands {
                 match self { $(Self::$variant => $max,)* }
             }
 
+            /// No command has a lower limit: a body up to this needs no look at which command it is of.
+            pub const ANY_BODY_BYTES_MAX: u32 = {
+                let mut least = u32::MAX;
+                $(if $max < least { least = $max; })*
+                least
+            };
+
             /// Whether the server serves it on a connection that has not logged in.
             pub fn before_login(self) -> bool {
                 match self { $(Self::$variant => $before,)* }
@@ -162,6 +169,7 @@ mod tests {
         for &command in Command::ALL {
             assert_eq!(Command::from_number(command as u16), Some(command));
             assert!((command as u16) < 0x8000);
+            assert!(command.body_bytes_max() >= Command::ANY_BODY_BYTES_MAX);
             assert!(names.insert(command.name()));
         }
     }

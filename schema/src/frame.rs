@@ -65,6 +65,7 @@ impl Header {
     /// Checks a header against everything that would make the rest of the stream unreadable.
     ///
     /// `frame_bytes_max` counts header and body.
+    #[inline]
     pub fn decode(bytes: &[u8; FRAME_HEADER_BYTES], frame_bytes_max: u32) -> Result<Self, FrameError> {
         let [m0, m1, version, codec, c0, c1, f0, f1, r0, r1, r2, r3, b0, b1, b2, b3] = *bytes;
         let request_id = u32::from_le_bytes([r0, r1, r2, r3]);
@@ -75,12 +76,14 @@ impl Header {
         if version != VERSION {
             return Err(refuse(ErrorCode::BadVersion));
         }
-        let codec = Codec::from_number(codec).ok_or(refuse(ErrorCode::BadCodec))?;
-        let flags = Flags::from_bits(u16::from_le_bytes([f0, f1])).ok_or(refuse(ErrorCode::BadFlags))?;
+        let Some(codec) = Codec::from_number(codec) else { return Err(refuse(ErrorCode::BadCodec)) };
+        let Some(flags) = Flags::from_bits(u16::from_le_bytes([f0, f1])) else {
+            return Err(refuse(ErrorCode::BadFlags));
+        };
         let body_bytes = u32::from_le_bytes([b0, b1, b2, b3]);
         let command = u16::from_le_bytes([c0, c1]);
-        let own_max = Command::from_number(command).map_or(u32::MAX, Command::body_bytes_max);
-        if body_bytes > own_max || body_bytes > frame_bytes_max.saturating_sub(FRAME_HEADER_BYTES as u32) {
+        let in_frame = body_bytes <= frame_bytes_max.saturating_sub(FRAME_HEADER_BYTES as u32);
+        if !in_frame || (body_bytes > Command::ANY_BODY_BYTES_MAX && body_bytes > own_max(command)) {
             return Err(refuse(ErrorCode::FrameTooLarge));
         }
         Ok(Self { codec, command, flags, request_id, body_bytes })
@@ -89,6 +92,11 @@ impl Header {
     fn frame_bytes(&self) -> usize {
         FRAME_HEADER_BYTES + self.body_bytes as usize
     }
+}
+
+/// The longest body of a command. One that is not known is not bound by that.
+fn own_max(command: u16) -> u32 {
+    Command::from_number(command).map_or(u32::MAX, Command::body_bytes_max)
 }
 
 /// Why a byte stream can't be read on. Always the sender's fault; the connection ends.
@@ -180,7 +188,25 @@ impl FrameDecoder {
     }
 
     /// The same, with a tail from a pool, which gets it back at the call after the frame in it was given out.
+    #[inline]
     pub fn next_pooled<'s, 'i: 's>(
+        &'s mut self,
+        input: &mut &'i [u8],
+        frame_bytes_max: u32,
+        pool: &mut TailPool,
+    ) -> Result<Option<Frame<'s>>, FrameError> {
+        if self.tail.is_none()
+            && let Some((frame, rest)) = first_frame(input, frame_bytes_max)?
+        {
+            *input = rest;
+            return Ok(Some(frame));
+        }
+        self.next_cut(input, frame_bytes_max, pool)
+    }
+
+    /// The next frame where one is cut: at the ends of an input.
+    #[inline(never)]
+    fn next_cut<'s, 'i: 's>(
         &'s mut self,
         input: &mut &'i [u8],
         frame_bytes_max: u32,
@@ -204,17 +230,13 @@ impl FrameDecoder {
         if self.tail.as_ref().is_some_and(|tail| !tail.bytes.is_empty()) {
             return self.finish_tail(input, frame_bytes_max);
         }
-        let Some(header_bytes) = input.first_chunk::<FRAME_HEADER_BYTES>() else {
-            self.keep(input, 0);
-            return Ok(None);
-        };
-        let header = Header::decode(header_bytes, frame_bytes_max)?;
-        let Some((raw, rest)) = input.split_at_checked(header.frame_bytes()) else {
-            self.keep(input, header.frame_bytes());
-            return Ok(None);
-        };
-        *input = rest;
-        Ok(Some(Frame { header, body: raw.get(FRAME_HEADER_BYTES..).unwrap_or(&[]), raw }))
+        if let Some((frame, rest)) = first_frame(input, frame_bytes_max)? {
+            *input = rest;
+            return Ok(Some(frame));
+        }
+        let frame_bytes = input.first_chunk().map(|header| Header::decode(header, frame_bytes_max)).transpose()?;
+        self.keep(input, frame_bytes.map_or(0, |header| header.frame_bytes()));
+        Ok(None)
     }
 
     fn finish_tail<'s>(&'s mut self, input: &mut &[u8], frame_bytes_max: u32) -> Result<Option<Frame<'s>>, FrameError> {
@@ -257,6 +279,15 @@ impl Tail {
     }
 }
 
+/// The frame that the input begins with, and what comes behind it. `None`: it does not hold a whole one.
+#[inline]
+fn first_frame(input: &[u8], frame_bytes_max: u32) -> Result<Option<(Frame<'_>, &[u8])>, FrameError> {
+    let Some(header_bytes) = input.first_chunk::<FRAME_HEADER_BYTES>() else { return Ok(None) };
+    let header = Header::decode(header_bytes, frame_bytes_max)?;
+    let Some((raw, rest)) = input.split_at_checked(header.frame_bytes()) else { return Ok(None) };
+    Ok(Some((Frame { header, body: raw.get(FRAME_HEADER_BYTES..).unwrap_or(&[]), raw }, rest)))
+}
+
 /// Whether the input begins with a whole frame, if its header is one at all.
 fn holds_frame(input: &[u8]) -> bool {
     let Some((_, [b0, b1, b2, b3])) =
@@ -286,6 +317,12 @@ mod tests {
 
     /// All frames of a stream cut at the given points.
     fn decode_in_parts(stream: &[u8], cuts: &[usize]) -> (Vec<Owned>, Option<FrameError>) {
+        let alone = decode_by(stream, cuts, None);
+        assert_eq!(alone, decode_by(stream, cuts, Some(TailPool::default())));
+        alone
+    }
+
+    fn decode_by(stream: &[u8], cuts: &[usize], mut pool: Option<TailPool>) -> (Vec<Owned>, Option<FrameError>) {
         let mut decoder = FrameDecoder::new();
         let mut frames = Vec::new();
         let mut bounds: Vec<usize> = cuts.iter().map(|cut| cut % (stream.len() + 1)).collect();
@@ -294,7 +331,11 @@ mod tests {
         for window in bounds.windows(2) {
             let mut input = &stream[window[0]..window[1]];
             loop {
-                match decoder.next(&mut input, MAX) {
+                let frame = match &mut pool {
+                    Some(pool) => decoder.next_pooled(&mut input, MAX, pool),
+                    None => decoder.next(&mut input, MAX),
+                };
+                match frame {
                     Ok(Some(frame)) => {
                         assert_eq!(frame.raw.len(), 16 + frame.body.len());
                         frames.push((frame.header.command, frame.header.request_id, frame.body.to_vec()));

@@ -11,7 +11,7 @@ use std::os::fd::OwnedFd;
 use ringline_cluster::placement::ShardIndex;
 use ringline_core::Shard;
 use ringline_core::event::{ConnId, Effects, Event, Now, Verdict};
-use ringline_schema::codec::{Codec, decode_request};
+use ringline_schema::codec::Codec;
 use ringline_schema::frame::{FrameDecoder, TailPool};
 
 use crate::net::{Flow, Net, Sending};
@@ -295,8 +295,9 @@ fn decode(
     tails: &mut TailPool,
 ) -> Decoded {
     let (shard, fx, now) = (&mut *turn.shard, &mut *turn.fx, turn.now);
+    let mut frame_bytes_max = shard.frame_limit(conn);
     loop {
-        let frame = match connection.decoder.next_pooled(&mut input, shard.frame_limit(conn), tails) {
+        let frame = match connection.decoder.next_pooled(&mut input, frame_bytes_max, tails) {
             Ok(None) => return Decoded::All,
             Ok(Some(frame)) => frame,
             Err(error) => {
@@ -307,13 +308,12 @@ fn decode(
                 return Decoded::Stopped;
             }
         };
-        let (codec, request_id) = (frame.header.codec, frame.header.request_id);
-        let event = match decode_request(&frame.header, frame.body) {
-            Ok(request) => Event::Request { conn, codec, flags: frame.header.flags, request_id, request },
-            Err(code) => Event::Refused { conn, codec, request_id, code },
-        };
+        let event = Event::of_frame(conn, &frame);
+        // A message changes nothing of how large the next frame may be.
+        let is_send = matches!(event, Event::Send { .. });
         match shard.handle(event, now, fx) {
-            Verdict::Continue => {}
+            Verdict::Continue if is_send => {}
+            Verdict::Continue => frame_bytes_max = shard.frame_limit(conn),
             Verdict::Stop => return Decoded::Stopped,
             Verdict::HandOver(to) => {
                 let bytes = [frame.raw, input].concat();

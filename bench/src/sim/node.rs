@@ -11,7 +11,6 @@ use ringline_cluster::placement::{CorePlacement, ShardIndex};
 use ringline_core::Shard;
 use ringline_core::config::{CoreConfig, FAN_OUT_VISIT_UNITS};
 use ringline_core::event::{ConnId, Effect, Effects, Event, Now, ShardMessage, Token, Verdict, Work, WorkOutcome};
-use ringline_schema::codec::decode_request;
 use ringline_schema::frame::FrameDecoder;
 use ringline_schema::record::Query;
 
@@ -218,14 +217,9 @@ impl World {
             let (raw, verdict) = match decoder.next(&mut input, limit) {
                 Ok(None) => break None,
                 Err(error) => panic!("the SDK wrote what is no frame: {error:?}"),
-                Ok(Some(frame)) => match decode_request(&frame.header, frame.body) {
-                    Err(code) => panic!("the SDK wrote what is no request: {code}"),
-                    Ok(request) => {
-                        let (codec, flags, request_id) =
-                            (frame.header.codec, frame.header.flags, frame.header.request_id);
-                        let event = Event::Request { conn, codec, flags, request_id, request };
-                        (frame.raw.to_vec(), self.handle(shard, event))
-                    }
+                Ok(Some(frame)) => match Event::of_frame(conn, &frame) {
+                    Event::Refused { code, .. } => panic!("the SDK wrote what is no request: {code}"),
+                    event => (frame.raw.to_vec(), self.handle(shard, event)),
                 },
             };
             match verdict {

@@ -36,6 +36,7 @@ counters! {
     kicked               "devices told to go";
     sends_durable        "durable sends taken from clients";
     sends_transient      "transient sends taken from clients";
+    sends_straight       "of these, those that went straight into the output of their receiver";
     accepted             "durable messages committed";
     duplicates           "durable sends recognised as repeats";
     delivered            "DELIVER frames queued to devices";

@@ -1,9 +1,9 @@
 //! The shard's whole interface: events in, effects out, and what shards say to each other.
 
 use ringline_cluster::placement::{NodeIndex, ShardIndex};
-use ringline_schema::codec::Codec;
+use ringline_schema::codec::{Codec, PlainSend, decode_plain_send, decode_request};
 use ringline_schema::errors::ErrorCode;
-use ringline_schema::frame::Flags;
+use ringline_schema::frame::{Flags, Frame, Header};
 use ringline_schema::ids::UserName;
 use ringline_schema::message::Request;
 use ringline_schema::record::{Answer, Query, Record};
@@ -49,6 +49,15 @@ pub enum Event<'a> {
         flags: Flags,
         request_id: u32,
         request: Request<'a>,
+    },
+    /// A SEND, the request that most are, before its name was looked at: the straight way of a message begins with it. The
+    /// same to the shard as the `Request` that it is.
+    Send {
+        conn: ConnId,
+        codec: Codec,
+        flags: Flags,
+        request_id: u32,
+        send: PlainSend<'a>,
     },
     /// The edge could not decode what came; it is answered, and the connection ends if `code.closes()`.
     Refused {
@@ -105,6 +114,21 @@ pub enum Event<'a> {
     Timer,
     /// The node is stopping: refuse new work, tell clients, let what is in flight be answered.
     Drain,
+}
+
+impl<'a> Event<'a> {
+    /// What a frame of a client is to the shard.
+    #[inline]
+    pub fn of_frame(conn: ConnId, frame: &Frame<'a>) -> Self {
+        let Header { codec, flags, request_id, .. } = frame.header;
+        if let Some(send) = decode_plain_send(&frame.header, frame.body) {
+            return Self::Send { conn, codec, flags, request_id, send };
+        }
+        match decode_request(&frame.header, frame.body) {
+            Ok(request) => Self::Request { conn, codec, flags, request_id, request },
+            Err(code) => Self::Refused { conn, codec, request_id, code },
+        }
+    }
 }
 
 /// What a link says of the node at its other end.

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::collections::btree_set::Range;
-use std::hash::BuildHasher;
+use std::hash::{BuildHasher, Hasher};
 use std::ops::Bound::{Excluded, Unbounded};
 
 use foldhash::fast::FixedState;
@@ -130,27 +130,39 @@ impl Online {
         self.person(user).map(|person| &person.settings)
     }
 
+    /// The device of the user with this name, where there is just one and everybody may write to it. Bytes that are no
+    /// name are nobody's.
+    #[inline]
+    pub(crate) fn plain_device(&self, name: &[u8]) -> Option<ConnId> {
+        let person = self.find(name).filter(|person| matches!(person.settings, Held::Plain { .. }))?;
+        match person.devices[..] {
+            [conn] => Some(conn),
+            _ => None,
+        }
+    }
+
     pub(crate) fn settings_mut(&mut self, user: &UserName) -> Option<&mut Held> {
-        let hash = self.hasher.hash_one(user);
+        let hash = hash_of(&self.hasher, user.as_str().as_bytes());
         self.table.find_mut(hash, |person| person.user == *user).map(|person| &mut person.settings)
     }
 
     /// A device has logged in. True: it is the first of its user, who is listed once it is known that others may see it.
     pub(crate) fn add(&mut self, user: &UserName, conn: ConnId) -> bool {
         self.devices += 1;
-        let hash = self.hasher.hash_one(user);
+        let hash = hash_of(&self.hasher, user.as_str().as_bytes());
         if let Some(person) = self.table.find_mut(hash, |person| person.user == *user) {
             person.devices.push(conn);
             return false;
         }
         let person = Person { user: user.clone(), devices: Devices::from_slice(&[conn]), settings: Held::NotLoaded };
-        self.table.insert_unique(hash, Box::new(person), |person| self.hasher.hash_one(&person.user));
+        self.table
+            .insert_unique(hash, Box::new(person), |person| hash_of(&self.hasher, person.user.as_str().as_bytes()));
         true
     }
 
     /// A device is gone. `Some`: it was the last of its user, who had set this.
     pub(crate) fn remove(&mut self, user: &UserName, conn: ConnId) -> Option<Held> {
-        let hash = self.hasher.hash_one(user);
+        let hash = hash_of(&self.hasher, user.as_str().as_bytes());
         let mut found = self.table.find_entry(hash, |person| person.user == *user).ok()?;
         let devices = &mut found.get_mut().devices;
         let before = devices.len();
@@ -178,9 +190,22 @@ impl Online {
     }
 
     fn person(&self, user: &UserName) -> Option<&Person> {
-        let hash = self.hasher.hash_one(user);
-        self.table.find(hash, |person| person.user == *user).map(|person| &**person)
+        self.find(user.as_str().as_bytes())
     }
+
+    #[inline]
+    fn find(&self, name: &[u8]) -> Option<&Person> {
+        let hash = hash_of(&self.hasher, name);
+        self.table.find(hash, |person| person.user.as_str().as_bytes() == name).map(|person| &**person)
+    }
+}
+
+/// Of the bytes alone: nothing else is hashed with them, so no end mark is needed.
+#[inline]
+fn hash_of(hasher: &FixedState, name: &[u8]) -> u64 {
+    let mut hasher = hasher.build_hasher();
+    hasher.write(name);
+    hasher.finish()
 }
 
 #[cfg(test)]

@@ -66,19 +66,24 @@ impl Shard {
 
     /// What a send must be, whomever it goes to.
     pub(crate) fn check_send(&self, send: &Send<'_>) -> Result<(), ErrorCode> {
+        self.may_send(send.client_seq, send.body)
+    }
+
+    #[inline]
+    pub(crate) fn may_send(&self, client_seq: u64, body: &[u8]) -> Result<(), ErrorCode> {
         let body_bytes_max = self.config.frame_bytes_max.saturating_sub(limits::MESSAGE_OVERHEAD_BYTES_MAX);
         if self.draining {
             Err(ErrorCode::ShuttingDown)
-        } else if send.client_seq == 0 {
+        } else if client_seq == 0 {
             Err(ErrorCode::BadRequest)
-        } else if send.body.len() > body_bytes_max as usize {
+        } else if body.len() > body_bytes_max as usize {
             Err(ErrorCode::BodyTooLarge)
         } else {
             Ok(())
         }
     }
 
-    fn origin(&self, conn: ConnId, request_id: u32) -> Origin {
+    pub(crate) fn origin(&self, conn: ConnId, request_id: u32) -> Origin {
         Origin { shard: self.config.shard, conn, request_id }
     }
 

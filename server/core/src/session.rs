@@ -4,6 +4,8 @@
 //! `outbox_bytes_max` durable pushes become LAGGED and transient ones are dropped; answers may reach twice that, then
 //! the connection is closed as SLOW_READER. An idle connection owns no buffer.
 
+mod straight;
+
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
@@ -236,8 +238,8 @@ impl Session {
     }
 
     /// Counts a request against the connection's rate; `Err`: after how many milliseconds it may come again.
-    pub fn take_rate(&mut self, now_us: u64, config: &CoreConfig) -> Result<(), u32> {
-        self.bucket.take(now_us, config.requests_per_s, config.requests_burst)
+    pub fn take_rate(&mut self, now_us: u64, rate: &Rate) -> Result<(), u32> {
+        self.bucket.take(now_us, rate)
     }
 }
 
@@ -288,6 +290,20 @@ impl Pen<'_> {
 // What an idle connection pays for; see "Cost of a connection" in tuning.md.
 const _: () = assert!(size_of::<Option<Session>>() <= 96 && size_of::<Login>() <= 48);
 
+/// How many requests a connection may make, as a [`Bucket`] counts them: with nothing left to divide.
+#[derive(Clone, Copy, Debug)]
+pub struct Rate {
+    one_ns: u64,
+    burst_ns: u64,
+}
+
+impl Rate {
+    fn new(per_s: u32, burst: u32) -> Self {
+        let one_ns = 1_000_000_000 / u64::from(per_s.max(1));
+        Self { one_ns, burst_ns: one_ns.saturating_mul(u64::from(burst)) }
+    }
+}
+
 /// Token bucket, kept as one time: when it will be full. Each request puts that off by what it takes to refill.
 ///
 /// In nanoseconds, so a rate that does not divide them is passed by less than one request in a thousand at the highest.
@@ -298,11 +314,10 @@ struct Bucket {
 
 impl Bucket {
     /// Takes one request, or says after how many milliseconds one will be there.
-    fn take(&mut self, now_us: u64, per_s: u32, burst: u32) -> Result<(), u32> {
-        let one_ns = 1_000_000_000 / u64::from(per_s.max(1));
+    fn take(&mut self, now_us: u64, rate: &Rate) -> Result<(), u32> {
         let now_ns = now_us.saturating_mul(1_000);
-        let full_ns = self.full_ns.max(now_ns).saturating_add(one_ns);
-        let excess_ns = full_ns.saturating_sub(now_ns).saturating_sub(one_ns.saturating_mul(u64::from(burst)));
+        let full_ns = self.full_ns.max(now_ns).saturating_add(rate.one_ns);
+        let excess_ns = full_ns.saturating_sub(now_ns).saturating_sub(rate.burst_ns);
         if excess_ns == 0 {
             self.full_ns = full_ns;
             return Ok(());
@@ -318,6 +333,7 @@ pub struct Sessions {
     encoder: Encoder,
     spare: Vec<Vec<u8>>,
     outbox_bytes_max: usize,
+    pub rate: Rate,
     pub counters: Counters,
     pub now_us: u64,
     /// Logins that ended during this event.
@@ -334,6 +350,7 @@ impl Sessions {
             encoder: Encoder::new(),
             spare: Vec::new(),
             outbox_bytes_max: config.outbox_bytes_max,
+            rate: Rate::new(config.requests_per_s, config.requests_burst),
             counters: Counters::default(),
             now_us: 0,
             ended: Vec::new(),

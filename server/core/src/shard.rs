@@ -6,7 +6,7 @@ use bytes::BytesMut;
 use foldhash::fast::FixedState;
 use lru::LruCache;
 use ringline_cluster::placement::ShardIndex;
-use ringline_schema::codec::Codec;
+use ringline_schema::codec::{Codec, PlainSend};
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::frame::Flags;
 use ringline_schema::ids::{ConversationId, DeviceKey, Seq, UserName};
@@ -213,13 +213,15 @@ impl Shard {
             Event::Request { conn, codec, flags, request_id, request } => {
                 self.request(conn, (codec, request_id, flags), request, fx)
             }
-            Event::Refused { conn, codec, request_id, code } => {
-                if let Some(session) = self.sessions.get_mut(conn) {
-                    session.codec = codec;
+            Event::Send { conn, codec, flags, request_id, send } => {
+                let head = (codec, request_id, flags);
+                if self.send_straight(conn, head, &send, fx) {
+                    Verdict::Continue
+                } else {
+                    self.send_checked(conn, head, &send, fx)
                 }
-                self.sessions.fail(conn, request_id, code, fx);
-                if code.closes() { Verdict::Stop } else { Verdict::Continue }
             }
+            Event::Refused { conn, codec, request_id, code } => self.refused(conn, (codec, request_id), code, fx),
             other => {
                 self.background(other, fx);
                 Verdict::Continue
@@ -232,6 +234,35 @@ impl Shard {
             self.forget_login(conn, &login, fx);
         }
         verdict
+    }
+
+    /// A SEND that is not for the straight way.
+    #[inline(never)]
+    fn send_checked(
+        &mut self,
+        conn: ConnId,
+        (codec, request_id, flags): (Codec, u32, Flags),
+        send: &PlainSend<'_>,
+        fx: &mut Effects,
+    ) -> Verdict {
+        match send.check() {
+            Ok(send) => self.request(conn, (codec, request_id, flags), Request::Send(send), fx),
+            Err(code) => self.refused(conn, (codec, request_id), code, fx),
+        }
+    }
+
+    fn refused(
+        &mut self,
+        conn: ConnId,
+        (codec, request_id): (Codec, u32),
+        code: ErrorCode,
+        fx: &mut Effects,
+    ) -> Verdict {
+        if let Some(session) = self.sessions.get_mut(conn) {
+            session.codec = codec;
+        }
+        self.sessions.fail(conn, request_id, code, fx);
+        if code.closes() { Verdict::Stop } else { Verdict::Continue }
     }
 
     /// Every event that is not a client's request.
@@ -260,7 +291,9 @@ impl Shard {
             Event::Unsent { to, message } => self.unsent(to, message, fx),
             Event::Timer => self.timers_due(fx),
             Event::Drain => self.drain(fx),
-            Event::Request { .. } | Event::Refused { .. } => debug_assert!(false, "handled by the caller"),
+            Event::Request { .. } | Event::Send { .. } | Event::Refused { .. } => {
+                debug_assert!(false, "handled by the caller")
+            }
         }
     }
 
@@ -292,7 +325,7 @@ impl Shard {
         request: Request<'_>,
         fx: &mut Effects,
     ) -> Verdict {
-        let now_us = self.now.mono_us;
+        let (now_us, rate) = (self.now.mono_us, self.sessions.rate);
         let Some(session) = self.sessions.get_mut(conn).filter(|session| !session.is_draining()) else {
             return Verdict::Stop;
         };
@@ -302,7 +335,7 @@ impl Shard {
             session.state = State::Greeted(None);
         }
         let logged_in = session.login().is_some();
-        let rate = session.take_rate(now_us, &self.config);
+        let rate = session.take_rate(now_us, &rate);
         self.sessions.counters.requests += 1;
         if let Err(retry_ms) = rate {
             self.sessions.fail_after(conn, request_id, (ErrorCode::RateLimited, retry_ms), fx);

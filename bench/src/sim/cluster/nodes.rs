@@ -8,7 +8,6 @@ use ringline_core::Shard;
 use ringline_core::config::{ClusterConfig, CoreConfig};
 use ringline_core::event::{ConnId, Effect, Effects, Event, NodeNews, Now, ShardMessage, Verdict, Work, WorkOutcome};
 use ringline_core::nodes::record;
-use ringline_schema::codec::decode_request;
 use ringline_schema::frame::FrameDecoder;
 
 use super::super::device::EPOCH_US;
@@ -432,14 +431,9 @@ impl Cluster {
             let (raw, verdict) = match decoder.next(&mut input, limit) {
                 Ok(None) => break None,
                 Err(error) => panic!("the SDK wrote what is no frame: {error:?}"),
-                Ok(Some(frame)) => match decode_request(&frame.header, frame.body) {
-                    Err(code) => panic!("the SDK wrote what is no request: {code}"),
-                    Ok(request) => {
-                        let (codec, flags, request_id) =
-                            (frame.header.codec, frame.header.flags, frame.header.request_id);
-                        let event = Event::Request { conn, codec, flags, request_id, request };
-                        (frame.raw.to_vec(), self.handle((node, shard), event))
-                    }
+                Ok(Some(frame)) => match Event::of_frame(conn, &frame) {
+                    Event::Refused { code, .. } => panic!("the SDK wrote what is no request: {code}"),
+                    event => (frame.raw.to_vec(), self.handle((node, shard), event)),
                 },
             };
             match verdict {

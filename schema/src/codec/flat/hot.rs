@@ -10,9 +10,11 @@
 //! of its value from the table's beginning, 0 where the field has its default. Strings and vectors lie anywhere
 //! behind the `u32` that tells their distance. All little-endian, numbers aligned to their size from the body's beginning.
 
+mod plain;
 mod read;
 mod write;
 
+pub use plain::{PlainSend, PlainSender};
 pub(super) use read::{read_ack, read_message, read_send, read_send_ack};
 pub(in crate::codec) use write::{write_reply, write_request};
 

@@ -159,6 +159,6 @@ fn aligned<const N: usize>(body: &[u8], at: usize) -> Result<[u8; N], ErrorCode>
 }
 
 #[inline]
-fn chunk<const N: usize>(body: &[u8], at: usize) -> Result<[u8; N], ErrorCode> {
+pub(super) fn chunk<const N: usize>(body: &[u8], at: usize) -> Result<[u8; N], ErrorCode> {
     body.get(at..).and_then(|rest| rest.first_chunk()).copied().ok_or(ErrorCode::BadBody)
 }

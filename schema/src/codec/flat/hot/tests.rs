@@ -9,7 +9,7 @@ use crate::commands::Command;
 use crate::errors::ErrorCode;
 use crate::frame::{Flags, Header};
 use crate::ids::{ConversationId, DeviceId, Seq};
-use crate::limits::FRAME_HEADER_BYTES;
+use crate::limits::{FRAME_HEADER_BYTES, USER_NAME_BYTES_MAX};
 use crate::message::{
     Ack, BodyKind, Class, Extra, Mentions, Message, MessageState, Names, Reply, Request, Send, SendAck,
 };
@@ -105,6 +105,9 @@ fn check_request(request: &Request<'_>) {
     }
     assert_eq!(&decode_any_request(command, written).unwrap(), request);
     assert_eq!(hot_request(command, written).unwrap().as_ref(), Ok(request));
+    if let Request::Send(send) = request {
+        assert_eq!(PlainSend::read(written).unwrap().check(), Ok(*send), "our own layout is the plain one");
+    }
     let mut builder = Builder::default();
     assert_eq!(hot_request(command, builder.request(request)).unwrap().as_ref(), Ok(request));
 }
@@ -145,6 +148,9 @@ fn check_damaged(command: Command, body: &[u8], (flips, cut): (&[(prop::sample::
         if let Some(hot) = hot_request(command, candidate) {
             assert_eq!(hot, decode_any_request(command, candidate));
         }
+        if let Some(plain) = PlainSend::read(candidate).filter(|_| command == Command::Send) {
+            assert_eq!(plain.check().map(Request::Send), decode_any_request(command, candidate));
+        }
         if let Some(hot) = hot_reply(command, candidate) {
             assert_eq!(hot, decode_any_reply(command, candidate));
         }
@@ -156,8 +162,84 @@ fn damage() -> impl Strategy<Value = (Vec<(prop::sample::Index, u8)>, prop::samp
     (prop::collection::vec((any::<prop::sample::Index>(), value), 0..4), any::<prop::sample::Index>())
 }
 
+fn written(request: &Request<'_>) -> Vec<u8> {
+    let mut frame = Vec::new();
+    assert!(write_request(header(request.command()), request, &mut frame));
+    frame.split_off(FRAME_HEADER_BYTES)
+}
+
+/// What becomes of a plain send is what is written of its message, byte for byte.
+fn check_plain(body: &[u8], from: &str, (device, time_ms, request_id): (u64, u64, u32)) {
+    let (plain, codec) = (PlainSend::read(body).unwrap(), Codec::FlatBuffers);
+    let Ok(send) = plain.check() else { panic!("it was text") };
+    let message = Message {
+        conversation: ConversationId(0),
+        seq: Seq::ZERO,
+        time_ms,
+        from,
+        to: send.to,
+        device: DeviceId(device),
+        client_seq: send.client_seq,
+        class: Class::Transient,
+        kind: send.kind,
+        delivery: 0,
+        body: send.body,
+        extra: Extra::default(),
+    };
+    // Behind other output, as in an outbox.
+    let (mut straight, mut long) = (vec![1, 2, 3], vec![1, 2, 3]);
+    plain.deliver(codec, &PlainSender { from, device: DeviceId(device), time_ms }, &mut straight);
+    let push = Header { request_id: 0, ..header(Command::Deliver) };
+    assert!(write_reply(push, &Reply::Deliver(message), &mut long));
+    plain.acknowledge((codec, request_id), time_ms, &mut straight);
+    let ack = SendAck { conversation: ConversationId(0), seq: Seq::ZERO, time_ms, dup: false };
+    assert!(write_reply(Header { request_id, ..header(Command::SendAck) }, &Reply::SendAck(ack), &mut long));
+    assert_eq!(straight, long);
+}
+
+#[test]
+fn only_its_own_layout_is_plain() {
+    let (class, kind, mentions) = (Class::Transient, BodyKind::Text, Mentions::default());
+    for bytes in 0..=USER_NAME_BYTES_MAX + 1 {
+        let to = "n".repeat(bytes);
+        let send = Send { to: &to, class, kind, client_seq: 1, ack_timeout_ms: None, body: b"hello", mentions };
+        let body = written(&Request::Send(send));
+        assert_eq!(PlainSend::read(&body).is_some(), bytes <= USER_NAME_BYTES_MAX, "a name of {bytes} bytes");
+        // Sound to the general verifier: room behind the body, and something in the room behind the name.
+        let longer = [&body[..], &[0; 4]].concat();
+        let mut rubbish = body.clone();
+        rubbish[48 + 4 + bytes] = 9;
+        for body in [&longer[..], &rubbish[..], Builder::default().request(&Request::Send(send))] {
+            assert_eq!(PlainSend::read(body), None);
+            assert_eq!(read_send(body), Ok(Some(send)));
+        }
+        for cut in 0..body.len() {
+            assert_eq!(PlainSend::read(&body[..cut]), None);
+        }
+    }
+    let send = Send { to: "ann", class, kind, client_seq: 1, ack_timeout_ms: None, body: b"hello", mentions };
+    let mut body = written(&Request::Send(send));
+    for (class, kind, plain) in
+        [(0, 7, true), (1, 0, true), (2, 0, false), (1, 8, false), (1, 9, false), (1, 10, false)]
+    {
+        (body[44], body[45]) = (class, kind);
+        assert_eq!(PlainSend::read(&body).is_some(), plain);
+        assert_eq!(read_send(&body).is_ok(), plain);
+    }
+    (body[44], body[45], body[52]) = (1, 0, 0xff);
+    assert_eq!(PlainSend::read(&body).unwrap().check(), Err(ErrorCode::BadBody), "no text");
+    assert_eq!(read_send(&body), Err(ErrorCode::BadBody));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(1_000))]
+
+    #[test]
+    fn a_plain_send_becomes_what_its_message_would(
+        (to, bytes, send) in any_send(), from in ".{0,30}", more in any::<(u64, u64, u32)>(),
+    ) {
+        check_plain(&written(&Request::Send(Send { to: &to, body: &bytes, ..send })), &from, more);
+    }
 
     #[test]
     fn sends_and_acks_come_back_the_same((to, bytes, send) in any_send(), ack in any_ack()) {

@@ -73,13 +73,30 @@ const fn put_u16(bytes: &mut [u8], at: usize, value: u16) {
     bytes[FRAME_HEADER_BYTES + at + 1] = high;
 }
 
-/// The fixed part of one frame on its way out.
-struct Fixed<const BYTES: usize>([u8; BYTES]);
+/// The fixed part of a frame that was just appended, to put its numbers in.
+pub(super) struct Fixed<'a, const BYTES: usize>(&'a mut [u8; BYTES]);
 
-impl<const BYTES: usize> Fixed<BYTES> {
+/// Appends the fixed part of a frame and makes room for the rest of it: `body_bytes` counts that too. `put` fills it in.
+#[inline(always)]
+pub(super) fn append_fixed<const BYTES: usize>(
+    fixed: &[u8; BYTES],
+    (header, body_bytes): (Header, usize),
+    out: &mut Vec<u8>,
+    put: impl FnOnce(Fixed<'_, BYTES>),
+) {
+    let header = Header { body_bytes: body_bytes as u32, ..header };
+    out.reserve(FRAME_HEADER_BYTES + body_bytes);
+    out.extend_from_slice(fixed);
+    if let Some(appended) = out.last_chunk_mut::<BYTES>() {
+        appended[..FRAME_HEADER_BYTES].copy_from_slice(&header.encode());
+        put(Fixed(appended));
+    }
+}
+
+impl<const BYTES: usize> Fixed<'_, BYTES> {
     /// Puts a value at a place of the body. Places are constants of a layout, checked against `BYTES` at build time.
     #[inline(always)]
-    fn put<const N: usize>(&mut self, at: usize, value: [u8; N]) {
+    pub(super) fn put<const N: usize>(&mut self, at: usize, value: [u8; N]) {
         self.0[FRAME_HEADER_BYTES + at..FRAME_HEADER_BYTES + at + N].copy_from_slice(&value);
     }
 
@@ -91,32 +108,27 @@ impl<const BYTES: usize> Fixed<BYTES> {
 
     /// Puts the distance from the field at `at` to `target`, both places in the body.
     #[inline(always)]
-    fn point(&mut self, at: usize, target: usize) {
+    pub(super) fn point(&mut self, at: usize, target: usize) {
         self.put(at, ((target - at) as u32).to_le_bytes());
     }
-
-    /// Appends the fixed part with its header; `body_bytes` counts what follows it too.
-    #[inline(always)]
-    fn append(mut self, header: Header, body_bytes: usize, out: &mut Vec<u8>) {
-        let header = Header { body_bytes: body_bytes as u32, ..header };
-        self.0[..FRAME_HEADER_BYTES].copy_from_slice(&header.encode());
-        out.reserve(FRAME_HEADER_BYTES + body_bytes);
-        out.extend_from_slice(&self.0);
-    }
 }
 
-/// Bytes of a string: its length, the text, an end mark, and zeros up to the next multiple of four.
+/// Bytes of a string of so many bytes of text: its length, the text, an end mark, and zeros up to the next multiple of
+/// four.
 #[inline(always)]
-fn string_bytes(text: &str) -> usize {
-    (4 + text.len() + 1).next_multiple_of(4)
+pub(super) const fn string_bytes(text_bytes: usize) -> usize {
+    (4 + text_bytes + 1).next_multiple_of(4)
 }
 
+/// Appends a string. Something is always behind it in a frame, so that room for up to three bytes more is there.
 #[inline(always)]
-fn append_string(text: &str, out: &mut Vec<u8>) {
+pub(super) fn append_string(text: &str, out: &mut Vec<u8>) {
+    let end = out.len() + string_bytes(text.len());
     out.extend_from_slice(&(text.len() as u32).to_le_bytes());
     out.extend_from_slice(text.as_bytes());
-    const ZEROS: [u8; 4] = [0; 4];
-    out.extend_from_slice(&ZEROS[..string_bytes(text) - 4 - text.len()]);
+    // One piece of fixed size, cut where the string ends, costs less than one of the right size.
+    out.extend_from_slice(&[0; 4]);
+    out.truncate(end);
 }
 
 #[inline(always)]
@@ -125,15 +137,19 @@ fn append_bytes(bytes: &[u8], out: &mut Vec<u8>) {
     out.extend_from_slice(bytes);
 }
 
-fn write_send(header: Header, send: &Send<'_>, out: &mut Vec<u8>) {
-    const CLIENT_SEQ: usize = 24;
-    const TO: usize = 32;
-    const BODY: usize = 36;
-    const ACK_TIMEOUT_MS: usize = 40;
-    const CLASS: usize = 44;
-    const KIND: usize = 45;
-    const NAMES: usize = 48;
-    const FIXED: [u8; FRAME_HEADER_BYTES + NAMES] = {
+/// Where the fields of a SEND lie, for its writer and for those who know it by that.
+pub(super) mod send_places {
+    use super::*;
+
+    pub const TABLE: usize = 20;
+    pub const CLIENT_SEQ: usize = 24;
+    pub const TO: usize = 32;
+    pub const BODY: usize = 36;
+    pub const ACK_TIMEOUT_MS: usize = 40;
+    pub const CLASS: usize = 44;
+    pub const KIND: usize = 45;
+    pub const NAMES: usize = 48;
+    pub const FIXED: [u8; FRAME_HEADER_BYTES + NAMES] = {
         let mut places = [0; send::RARE];
         places[send::TO] = TO;
         places[send::CLASS] = CLASS;
@@ -141,16 +157,20 @@ fn write_send(header: Header, send: &Send<'_>, out: &mut Vec<u8>) {
         places[send::CLIENT_SEQ] = CLIENT_SEQ;
         places[send::ACK_TIMEOUT_MS] = ACK_TIMEOUT_MS;
         places[send::BODY] = BODY;
-        Layout { table: 20, end: KIND + 1, places }.prepare()
+        Layout { table: TABLE, end: KIND + 1, places }.prepare()
     };
-    let body = NAMES + string_bytes(send.to);
-    let mut fixed = Fixed(FIXED);
-    fixed.put(CLIENT_SEQ, send.client_seq.to_le_bytes());
-    fixed.put(ACK_TIMEOUT_MS, send.ack_timeout_ms.unwrap_or(0).to_le_bytes());
-    fixed.put(CLASS, [send.class as u8, send.kind as u8]);
-    fixed.point(TO, NAMES);
-    fixed.point(BODY, body);
-    fixed.append(header, body + 4 + send.body.len(), out);
+}
+
+fn write_send(header: Header, send: &Send<'_>, out: &mut Vec<u8>) {
+    use send_places::*;
+    let body = NAMES + string_bytes(send.to.len());
+    append_fixed(&FIXED, (header, body + 4 + send.body.len()), out, |mut fixed| {
+        fixed.put(CLIENT_SEQ, send.client_seq.to_le_bytes());
+        fixed.put(ACK_TIMEOUT_MS, send.ack_timeout_ms.unwrap_or(0).to_le_bytes());
+        fixed.put(CLASS, [send.class as u8, send.kind as u8]);
+        fixed.point(TO, NAMES);
+        fixed.point(BODY, body);
+    });
     append_string(send.to, out);
     append_bytes(send.body, out);
 }
@@ -174,21 +194,22 @@ fn write_ack(header: Header, ack: &Ack, out: &mut Vec<u8>) {
     };
     match ack {
         Ack::Upto { conversation, seq } => {
-            let mut fixed = Fixed(UPTO);
-            fixed.put_id(CONVERSATION, *conversation);
-            fixed.put(SEQ, seq.0.to_le_bytes());
-            fixed.append(header, END, out);
+            append_fixed(&UPTO, (header, END), out, |mut fixed| {
+                fixed.put_id(CONVERSATION, *conversation);
+                fixed.put(SEQ, seq.0.to_le_bytes());
+            });
         }
         Ack::Delivery(delivery) => {
-            let mut fixed = Fixed(ONE);
-            fixed.put(DELIVERY, delivery.to_le_bytes());
-            fixed.append(header, DELIVERY_END, out);
+            append_fixed(&ONE, (header, DELIVERY_END), out, |mut fixed| {
+                fixed.put(DELIVERY, delivery.to_le_bytes());
+            });
         }
     }
 }
 
 /// A transient message has no conversation and no seq: they are left out.
-fn write_send_ack(header: Header, ack: &SendAck, out: &mut Vec<u8>) {
+#[inline]
+pub(super) fn write_send_ack(header: Header, ack: &SendAck, out: &mut Vec<u8>) {
     const TIME_MS: usize = 24;
     const DUP: usize = 32;
     const TRANSIENT_END: usize = DUP + 1;
@@ -210,22 +231,22 @@ fn write_send_ack(header: Header, ack: &SendAck, out: &mut Vec<u8>) {
         Layout { table: 20, end: END, places }.prepare()
     };
     if is_transient(ack.conversation, ack.seq) {
-        let mut fixed = Fixed(TRANSIENT);
-        fixed.put(TIME_MS, ack.time_ms.to_le_bytes());
-        fixed.put(DUP, [u8::from(ack.dup)]);
-        fixed.append(header, TRANSIENT_END, out);
+        append_fixed(&TRANSIENT, (header, TRANSIENT_END), out, |mut fixed| {
+            fixed.put(TIME_MS, ack.time_ms.to_le_bytes());
+            fixed.put(DUP, [u8::from(ack.dup)]);
+        });
     } else {
-        let mut fixed = Fixed(DURABLE);
-        fixed.put(TIME_MS, ack.time_ms.to_le_bytes());
-        fixed.put(DUP, [u8::from(ack.dup)]);
-        fixed.put(SEQ, ack.seq.0.to_le_bytes());
-        fixed.put_id(CONVERSATION, ack.conversation);
-        fixed.append(header, END, out);
+        append_fixed(&DURABLE, (header, END), out, |mut fixed| {
+            fixed.put(TIME_MS, ack.time_ms.to_le_bytes());
+            fixed.put(DUP, [u8::from(ack.dup)]);
+            fixed.put(SEQ, ack.seq.0.to_le_bytes());
+            fixed.put_id(CONVERSATION, ack.conversation);
+        });
     }
 }
 
 /// Places that both layouts of a message share.
-mod shared {
+pub(super) mod shared {
     pub const TABLE: usize = 36;
     pub const TIME_MS: usize = 40;
     pub const DEVICE: usize = 48;
@@ -263,14 +284,16 @@ fn has_layout(message: &Message<'_>) -> bool {
     message.extra.is_empty() && (message.delivery == 0 || is_transient(message.conversation, message.seq))
 }
 
+/// Where the names of a transient message begin.
+pub(super) const TRANSIENT_NAMES: usize = 88;
+pub(super) const TRANSIENT_MESSAGE: [u8; FRAME_HEADER_BYTES + TRANSIENT_NAMES] = {
+    let mut places = message_places();
+    places[message::DELIVERY] = shared::NUMBER;
+    Layout { table: shared::TABLE, end: shared::END, places }.prepare()
+};
+
 #[inline(never)] // bench/cost.sh counts its calls
 fn write_message(header: Header, message: &Message<'_>, out: &mut Vec<u8>) {
-    const NAMES: usize = 88;
-    const TRANSIENT: [u8; FRAME_HEADER_BYTES + NAMES] = {
-        let mut places = message_places();
-        places[message::DELIVERY] = shared::NUMBER;
-        Layout { table: shared::TABLE, end: shared::END, places }.prepare()
-    };
     const CONVERSATION: usize = 88;
     const DURABLE_NAMES: usize = 104;
     const DURABLE: [u8; FRAME_HEADER_BYTES + DURABLE_NAMES] = {
@@ -280,34 +303,36 @@ fn write_message(header: Header, message: &Message<'_>, out: &mut Vec<u8>) {
         Layout { table: shared::TABLE, end: DURABLE_NAMES, places }.prepare()
     };
     if is_transient(message.conversation, message.seq) {
-        let mut fixed = Fixed(TRANSIENT);
-        fixed.put(shared::NUMBER, message.delivery.to_le_bytes());
-        append_message(fixed, (header, NAMES), message, out);
+        let layout = (header, TRANSIENT_NAMES, &TRANSIENT_MESSAGE);
+        append_message(layout, message, out, |fixed| fixed.put(shared::NUMBER, message.delivery.to_le_bytes()));
     } else {
-        let mut fixed = Fixed(DURABLE);
-        fixed.put(shared::NUMBER, message.seq.0.to_le_bytes());
-        fixed.put_id(CONVERSATION, message.conversation);
-        append_message(fixed, (header, DURABLE_NAMES), message, out);
+        append_message((header, DURABLE_NAMES, &DURABLE), message, out, |fixed| {
+            fixed.put(shared::NUMBER, message.seq.0.to_le_bytes());
+            fixed.put_id(CONVERSATION, message.conversation);
+        });
     }
 }
 
+/// Appends the frame of a message: what both layouts share, and what `put` adds.
 #[inline(always)]
 fn append_message<const BYTES: usize>(
-    mut fixed: Fixed<BYTES>,
-    (header, from): (Header, usize),
+    (header, from, prepared): (Header, usize, &[u8; BYTES]),
     message: &Message<'_>,
     out: &mut Vec<u8>,
+    put: impl FnOnce(&mut Fixed<'_, BYTES>),
 ) {
-    let to = from + string_bytes(message.from);
-    let body = to + string_bytes(message.to);
-    fixed.put(shared::TIME_MS, message.time_ms.to_le_bytes());
-    fixed.put(shared::DEVICE, message.device.0.to_le_bytes());
-    fixed.put(shared::CLIENT_SEQ, message.client_seq.to_le_bytes());
-    fixed.put(shared::CLASS, [message.class as u8, message.kind as u8]);
-    fixed.point(shared::FROM, from);
-    fixed.point(shared::TO, to);
-    fixed.point(shared::BODY, body);
-    fixed.append(header, body + 4 + message.body.len(), out);
+    let to = from + string_bytes(message.from.len());
+    let body = to + string_bytes(message.to.len());
+    append_fixed(prepared, (header, body + 4 + message.body.len()), out, |mut fixed| {
+        fixed.put(shared::TIME_MS, message.time_ms.to_le_bytes());
+        fixed.put(shared::DEVICE, message.device.0.to_le_bytes());
+        fixed.put(shared::CLIENT_SEQ, message.client_seq.to_le_bytes());
+        fixed.put(shared::CLASS, [message.class as u8, message.kind as u8]);
+        fixed.point(shared::FROM, from);
+        fixed.point(shared::TO, to);
+        fixed.point(shared::BODY, body);
+        put(&mut fixed);
+    });
     append_string(message.from, out);
     append_string(message.to, out);
     append_bytes(message.body, out);
