@@ -154,6 +154,7 @@ impl StoredMessage {
     }
 
     /// The wire form.
+    #[inline]
     pub fn as_wire(&self) -> message::Message<'_> {
         message::Message {
             conversation: self.conversation,

@@ -11,7 +11,7 @@ use crate::commands::{Command, Direction};
 use crate::errors::ErrorCode;
 use crate::frame::{Flags, Header};
 use crate::limits::FRAME_HEADER_BYTES;
-use crate::message::{Reply, Request};
+use crate::message::{Message, Reply, Request};
 
 /// How a body is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -92,6 +92,20 @@ impl Encoder {
             Codec::FlatBuffers => {
                 if !flat::hot::write_request(header, request, out) {
                     append(header, self.flat.request(request), out);
+                }
+            }
+        }
+    }
+
+    /// Appends the DELIVER of a message: the same as [`Encoder::reply`] of it, without a copy of it.
+    #[inline]
+    pub fn deliver(&mut self, codec: Codec, message: &Message<'_>, out: &mut Vec<u8>) {
+        let (command, flags) = (Command::Deliver as u16, Flags::default());
+        let header = Header { codec, command, flags, request_id: 0, body_bytes: 0 };
+        match codec {
+            Codec::FlatBuffers => {
+                if !flat::hot::write_deliver(header, message, out) {
+                    append(header, self.flat.reply(&Reply::Deliver(*message)), out);
                 }
             }
         }

@@ -107,6 +107,11 @@ impl Login {
         self.active().key
     }
 
+    /// Whom the last durable send went to.
+    pub fn last_sent_to(&self) -> Option<&UserName> {
+        self.active.as_ref()?.last_sent.as_ref().map(|(name, _)| name)
+    }
+
     /// The user or group with this name, and the id of the conversation with it. Errors: `BAD_NAME`.
     pub fn conversation(&mut self, to: &str) -> Result<(UserName, ConversationId), ErrorCode> {
         if let Some((name, conversation)) = self.active.as_ref().and_then(|active| active.last_sent.as_ref())
@@ -284,6 +289,12 @@ impl Pen<'_> {
     fn write(mut self, session: &mut Session, request_id: u32, reply: &Reply<'_>, fx: &mut Effects) {
         self.begin(session, fx);
         self.encoder.reply(session.codec, request_id, reply, &mut session.out);
+    }
+
+    #[inline]
+    fn deliver(mut self, session: &mut Session, message: &Message<'_>, fx: &mut Effects) {
+        self.begin(session, fx);
+        self.encoder.deliver(session.codec, message, &mut session.out);
     }
 }
 
@@ -478,10 +489,22 @@ impl Sessions {
 
     /// Queues a push that nobody misses for ever, or drops and counts it. True when queued.
     pub fn offer(&mut self, conn: ConnId, reply: &Reply<'_>, fx: &mut Effects) -> bool {
+        self.write_if_room(conn, |pen, session| pen.write(session, 0, reply, fx))
+    }
+
+    /// Queues a transient delivery, or drops and counts it. True when queued.
+    pub fn deliver_transient(&mut self, conn: ConnId, message: &Message<'_>, fx: &mut Effects) -> bool {
+        let queued = self.write_if_room(conn, |pen, session| pen.deliver(session, message, fx));
+        self.counters.delivered += u64::from(queued);
+        queued
+    }
+
+    #[inline]
+    fn write_if_room(&mut self, conn: ConnId, write: impl FnOnce(Pen<'_>, &mut Session)) -> bool {
         let outbox_bytes_max = self.outbox_bytes_max;
         match self.open_session(conn).filter(|(session, _)| session.has_room(outbox_bytes_max)) {
             Some((session, pen)) => {
-                pen.write(session, 0, reply, fx);
+                write(pen, session);
                 true
             }
             None => {
@@ -489,13 +512,6 @@ impl Sessions {
                 false
             }
         }
-    }
-
-    /// Queues a transient delivery, or drops and counts it. True when queued.
-    pub fn deliver_transient(&mut self, conn: ConnId, message: &Message<'_>, fx: &mut Effects) -> bool {
-        let queued = self.offer(conn, &Reply::Deliver(*message), fx);
-        self.counters.delivered += u64::from(queued);
-        queued
     }
 
     /// Queues a durable delivery, or notes that the device lags. `with` names the conversation to the device.
@@ -526,7 +542,7 @@ impl Sessions {
             return self.miss(conn, (conversation, with), (seq, seq), fx);
         }
         if room && !login.lags(conversation) {
-            pen.write(session, 0, &Reply::Deliver(message.as_wire()), fx);
+            pen.deliver(session, &message.as_wire(), fx);
             self.counters.delivered += 1;
         } else {
             self.counters.dropped_durable += 1;

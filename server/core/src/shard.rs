@@ -245,7 +245,9 @@ impl Shard {
         send: &PlainSend<'_>,
         fx: &mut Effects,
     ) -> Verdict {
-        match send.check() {
+        // A run of messages to one name: it was looked at with the first of them.
+        let last = self.sessions.get(conn).and_then(|session| session.login()?.last_sent_to()).cloned();
+        match last.as_ref().and_then(|name| send.to_name(name.as_str())).map_or_else(|| send.check(), Ok) {
             Ok(send) => self.request(conn, (codec, request_id, flags), Request::Send(send), fx),
             Err(code) => self.refused(conn, (codec, request_id), code, fx),
         }

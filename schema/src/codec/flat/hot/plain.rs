@@ -88,15 +88,32 @@ impl<'a> PlainSend<'a> {
 
     /// The same with a name that is text. Errors: `BAD_BODY`.
     pub fn check(&self) -> Result<Send<'a>, ErrorCode> {
-        Ok(Send {
-            to: std::str::from_utf8(self.to).map_err(|_| ErrorCode::BadBody)?,
+        Ok(self.with_name(std::str::from_utf8(self.to).map_err(|_| ErrorCode::BadBody)?))
+    }
+
+    /// The same if it goes to this name, which then needs no look.
+    #[inline]
+    pub fn to_name<'n>(&self, name: &'n str) -> Option<Send<'n>>
+    where
+        'a: 'n,
+    {
+        (self.to == name.as_bytes()).then(|| self.with_name(name))
+    }
+
+    #[inline]
+    fn with_name<'n>(&self, to: &'n str) -> Send<'n>
+    where
+        'a: 'n,
+    {
+        Send {
+            to,
             class: self.class,
             kind: self.kind,
             client_seq: self.client_seq,
             ack_timeout_ms: self.ack_timeout_ms,
             body: self.body,
             mentions: Mentions::default(),
-        })
+        }
     }
 
     /// Appends the DELIVER of this message as a transient one that nobody waits for. Only for a name that is known to be

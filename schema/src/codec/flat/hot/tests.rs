@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::super::{Builder, decode_any_reply, decode_any_request, fb};
 use super::*;
-use crate::codec::Codec;
+use crate::codec::{Codec, Encoder};
 use crate::commands::Command;
 use crate::errors::ErrorCode;
 use crate::frame::{Flags, Header};
@@ -118,6 +118,12 @@ fn check_reply(reply: &Reply<'_>) {
     let mut builder = Builder::default();
     let built = builder.reply(reply);
     assert_eq!(hot_reply(command, built).unwrap().as_ref(), Ok(reply));
+    if let Reply::Deliver(message) = reply {
+        let (mut straight, mut long, codec) = (Vec::new(), Vec::new(), Codec::FlatBuffers);
+        Encoder::new().deliver(codec, message, &mut straight);
+        Encoder::new().reply(codec, 0, reply, &mut long);
+        assert_eq!(straight, long);
+    }
     if !write_reply(header(command), reply, &mut frame) {
         // A durable message with a delivery number, which no server makes.
         let Reply::Deliver(message) = reply else { panic!("{reply:?} was not written") };

@@ -24,10 +24,20 @@ pub(in crate::codec) fn write_request(header: Header, request: &Request<'_>, out
 pub(in crate::codec) fn write_reply(header: Header, reply: &Reply<'_>, out: &mut Vec<u8>) -> bool {
     match reply {
         Reply::SendAck(ack) => write_send_ack(header, ack, out),
-        Reply::Deliver(message) if has_layout(message) => write_message(header, message, out),
+        Reply::Deliver(message) => return write_deliver(header, message, out),
         _ => return false,
     }
     true
+}
+
+/// Appends the frame of a DELIVER; false, and nothing is written, for one with rare fields.
+#[inline]
+pub(in crate::codec) fn write_deliver(header: Header, message: &Message<'_>, out: &mut Vec<u8>) -> bool {
+    let has_layout = has_layout(message);
+    if has_layout {
+        write_message(header, message, out);
+    }
+    has_layout
 }
 
 /// A table's fixed part: where the table begins, and the first `SLOTS` slots of its vtable, each the place of the
