@@ -390,7 +390,9 @@ impl Shard {
                 self.sessions.answer(gather.conn, gather.request_id, &reply, fx);
             }
             Gathered::Presence(watcher, seen) => {
-                let users = seen.iter().map(|seen| seen.as_wire(watcher)).collect();
+                // What has changed since a part came was told by a push already: an older answer would undo it.
+                let newest = seen.iter().map(|seen| self.social.presence.newest(seen));
+                let users = newest.map(|seen| seen.as_wire(watcher)).collect();
                 let reply = Reply::Chat(ChatReply::PresenceOk { users });
                 self.sessions.answer(gather.conn, gather.request_id, &reply, fx);
             }

@@ -87,6 +87,13 @@ pub(crate) struct Presence {
     armed: bool,
 }
 
+impl Presence {
+    /// The last that is known here of somebody who was so when he was asked for.
+    pub fn newest<'a>(&'a self, seen: &'a Seen) -> &'a Seen {
+        self.watched.get(&seen.user).and_then(|watched| watched.last.as_ref()).unwrap_or(seen)
+    }
+}
+
 impl Shard {
     /// Errors: `TOO_MANY_USERS`, `TOO_MANY_WATCHED`, `BAD_NAME`, `BUSY`; then nothing was changed.
     pub(crate) fn watch(

@@ -13,7 +13,7 @@ use ringline_schema::errors::ErrorCode;
 use ringline_schema::frame::{Flags, FrameDecoder};
 use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
 use ringline_schema::message::*;
-use ringline_schema::record::Record;
+use ringline_schema::record::{Query, Record};
 use ringline_store::memory::{self, MemoryStore};
 use ringline_store::{LoadToken, Store, StoreEvent};
 
@@ -31,6 +31,9 @@ pub struct Rig {
     pub committing: bool,
     /// Whether clients read; otherwise output stays on its way.
     pub reading: bool,
+    /// Whether stores leave what they are asked for later.
+    pub holding: bool,
+    held: Vec<(usize, LoadToken, Query)>,
     /// Messages of lanes that were delivered, for counts.
     pub lane_messages: usize,
 }
@@ -45,6 +48,8 @@ impl Rig {
             closed: Vec::new(),
             committing: true,
             reading: true,
+            holding: false,
+            held: Vec::new(),
             lane_messages: 0,
         };
         rig.boot(memory::open(shards), change);
@@ -65,6 +70,7 @@ impl Rig {
     pub fn restart(&mut self, shards: u16) {
         let stores = self.shards[0].1.reopen(shards);
         self.frames.clear();
+        self.held.clear();
         self.boot(stores, |_| ());
     }
 
@@ -89,6 +95,7 @@ impl Rig {
                 Effect::Append(record) => {
                     self.shards[at].1.append(&record).unwrap();
                 }
+                Effect::Load { token, query } if self.holding => self.held.push((at, LoadToken(token.0), query)),
                 Effect::Load { token, query } => self.shards[at].1.load(LoadToken(token.0), query).unwrap(),
                 Effect::Work { token, work } => {
                     let outcome = match work {
@@ -138,6 +145,15 @@ impl Rig {
     pub fn commit(&mut self) {
         self.committing = true;
         for at in 0..self.shards.len() {
+            let _ = self.event(at, Event::Timer);
+        }
+    }
+
+    /// Answers what was left for later.
+    pub fn release(&mut self) {
+        self.holding = false;
+        for (at, token, query) in std::mem::take(&mut self.held) {
+            self.shards[at].1.load(token, query).unwrap();
             let _ = self.event(at, Event::Timer);
         }
     }
