@@ -21,6 +21,7 @@ use crate::deletion::DeleteAsk;
 use crate::event::{ConnId, Effects, ShardMessage};
 use crate::filter::{Filter, Seen};
 use crate::group::change::GroupPending;
+use crate::group::state::Targets;
 use crate::hide::Hiding;
 use crate::peer::{Ask, Origin, Submit};
 use crate::planted::Bug;
@@ -246,6 +247,8 @@ pub(crate) enum PendingWork {
     /// A request that is answered by DONE.
     Done(Origin),
     Group(Box<GroupPending>),
+    /// What is not stored, for members of a group of whom some came or went with this record.
+    Pass(Box<(Submit, Targets)>),
     /// A user was deleted.
     Deleted(Box<DeleteAsk>),
     /// The deletion of this user has come further.
@@ -569,6 +572,7 @@ impl Shard {
                 PendingWork::Dropped(origin, device) => self.dropped(origin, device, fx),
                 PendingWork::Done(origin) => self.tell_done(origin, Ok(()), fx),
                 PendingWork::Group(pending) => self.group_committed(*pending, fx),
+                PendingWork::Pass(pass) => self.pass_on(pass.0, &pass.1, fx),
                 PendingWork::Deleted(ask) => self.deleted(*ask, fx),
                 PendingWork::Deletion(user) => self.deletion_written(&user, fx),
             }
@@ -590,6 +594,7 @@ impl Shard {
                 self.tell_done(origin, Err(ErrorCode::StoreFailed), fx);
             }
             PendingWork::Group(pending) => self.refuse(pending.origin, ErrorCode::StoreFailed, fx),
+            PendingWork::Pass(pass) => self.refuse_submit(&pass.0, ErrorCode::StoreFailed, fx),
             PendingWork::Deleted(ask) => self.tell_done(ask.origin, Err(ErrorCode::StoreFailed), fx),
             PendingWork::Deletion(_) => {}
         }

@@ -1,6 +1,6 @@
 //! The receiving side: DELIVER to the devices of a user, their ACKs, cursors, and delivery acknowledgements.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ringline_cluster::placement::ShardIndex;
@@ -54,20 +54,80 @@ impl Whose {
     }
 }
 
-/// Registers a wait and arms its timeout. `BUSY` when too many are open.
-pub(crate) fn await_delivery(
-    (waits, next): (&mut BTreeMap<u64, DeliveryWait>, &mut u64),
-    timers: &mut Timers,
-    wait: DeliveryWait,
-    now_us: u64,
-) -> Result<u64, ErrorCode> {
-    if waits.len() >= DELIVERY_ACKS_MAX {
-        return Err(ErrorCode::Busy);
+/// Those that wait, by a number that is never used again, and when each gives up.
+///
+/// Most end long before, so that each has no timer of its own, which would stay until it is due: there is one for the
+/// first of them. Invariants: `due` has exactly the waits; while there is one, a timer stands no later than the first.
+#[derive(Debug)]
+pub(crate) struct DeliveryWaits {
+    waits: BTreeMap<u64, (DeliveryWait, u64)>,
+    due: BTreeSet<(u64, u64)>,
+    next: u64,
+    /// The earliest timer that stands; `u64::MAX`: none does.
+    armed_us: u64,
+}
+
+impl DeliveryWaits {
+    pub fn new() -> Self {
+        Self { waits: BTreeMap::new(), due: BTreeSet::new(), next: 0, armed_us: u64::MAX }
     }
-    *next += 1;
-    timers.arm(now_us + u64::from(wait.wanted.timeout_ms) * 1_000, Timer::Delivery(*next));
-    waits.insert(*next, wait);
-    Ok(*next)
+
+    pub fn len(&self) -> usize {
+        self.waits.len()
+    }
+
+    pub fn get(&self, number: u64) -> Option<&DeliveryWait> {
+        self.waits.get(&number).map(|(wait, _)| wait)
+    }
+
+    pub fn remove(&mut self, number: u64) -> Option<DeliveryWait> {
+        let (wait, due_us) = self.waits.remove(&number)?;
+        self.due.remove(&(due_us, number));
+        Some(wait)
+    }
+
+    /// Registers a wait, with its timeout. `BUSY` when too many are open.
+    pub fn begin(&mut self, wait: DeliveryWait, timers: &mut Timers, now_us: u64) -> Result<u64, ErrorCode> {
+        if self.waits.len() >= DELIVERY_ACKS_MAX {
+            return Err(ErrorCode::Busy);
+        }
+        self.next += 1;
+        let due_us = now_us + u64::from(wait.wanted.timeout_ms) * 1_000;
+        self.due.insert((due_us, self.next));
+        self.waits.insert(self.next, (wait, due_us));
+        self.arm(timers);
+        Ok(self.next)
+    }
+
+    /// One whose time is over; `None`: the others have a timer again.
+    fn overdue(&mut self, timers: &mut Timers, now_us: u64) -> Option<u64> {
+        if self.armed_us <= now_us {
+            self.armed_us = u64::MAX;
+        }
+        match self.due.first() {
+            Some(&(due_us, number)) if due_us <= now_us => Some(number),
+            Some(_) | None => {
+                self.arm(timers);
+                None
+            }
+        }
+    }
+
+    fn arm(&mut self, timers: &mut Timers) {
+        if let Some(&(due_us, _)) = self.due.first()
+            && due_us < self.armed_us
+        {
+            self.armed_us = due_us;
+            timers.arm(due_us, Timer::Deliveries);
+        }
+    }
+
+    /// For the sweep.
+    pub fn check_invariants(&self) {
+        assert!(self.due.iter().all(|(due_us, number)| self.waits.get(number).is_some_and(|wait| wait.1 == *due_us)));
+        assert_eq!(self.due.len(), self.waits.len());
+        assert!(self.due.first().is_none_or(|(due_us, _)| self.armed_us <= *due_us), "somebody looks at the first");
+    }
 }
 
 impl Shard {
@@ -88,8 +148,7 @@ impl Shard {
         let (user, conversation, seq) = (message.to.clone(), message.conversation, message.seq);
         let whose = Whose::User(user.clone());
         let wait = DeliveryWait { wanted, whose, conversation, seq, client_seq: message.client_seq };
-        let waits = (&mut self.delivery_waits, &mut self.next_delivery);
-        match await_delivery(waits, &mut self.timers, wait, self.now.mono_us) {
+        match self.delivery_waits.begin(wait, &mut self.timers, self.now.mono_us) {
             Ok(number) => {
                 self.delivery_index.insert((conversation, Some(user), seq), number);
             }
@@ -133,6 +192,7 @@ impl Shard {
             return Ok(());
         }
         known.acked = seq;
+        let from = known.from;
         let newly_dirty = !std::mem::replace(&mut known.dirty, true);
         let (user, device) = (login.user.clone(), login.device);
         if newly_dirty {
@@ -143,7 +203,24 @@ impl Shard {
         } else {
             self.arm_cursors();
         }
-        let for_all = |user: Option<UserName>| (conversation, user.clone(), Seq::ZERO)..=(conversation, user, seq);
+        self.reached((user, device), conversation, (from, seq), fx);
+        Ok(())
+    }
+
+    /// A device has these messages. What is before the first was let go when the device asked, so an ACK that covers it
+    /// says nothing of it: nobody claims that it was delivered, and its sender hears of the timeout.
+    fn reached(
+        &mut self,
+        (user, device): (UserName, DeviceId),
+        conversation: ConversationId,
+        (first, last): (Seq, Seq),
+        fx: &mut Effects,
+    ) {
+        let first = if self.planted.is(Bug::AckOfTheGone) { Seq::ZERO } else { first };
+        if first > last {
+            return;
+        }
+        let for_all = |user: Option<UserName>| (conversation, user.clone(), first)..=(conversation, user, last);
         let whose = if conversation.kind() == Some(ConversationKind::Group) { None } else { Some(user.clone()) };
         let reached = self.delivery_index.range(for_all(whose)).filter(|(_, number)| self.counts(**number, &user));
         let reached: Vec<_> = reached.map(|(key, number)| (key.clone(), *number)).collect();
@@ -151,12 +228,25 @@ impl Shard {
             self.delivery_index.remove(&key);
             self.delivered(number, device, fx);
         }
-        Ok(())
+    }
+
+    /// An answer to this session names the first message of a conversation that is kept.
+    pub(crate) fn kept_from(&mut self, conn: ConnId, conversation: ConversationId, first: Seq, fx: &mut Effects) {
+        let Some(login) = self.sessions.login_mut(conn) else { return };
+        let (user, device) = (login.user.clone(), login.device);
+        let Some(known) = login.known_mut(conversation) else { return };
+        let old = *known;
+        known.tell(first);
+        // What was acknowledged before the first answer came counts from here on.
+        if !old.told && old.acked != Seq::ZERO {
+            let (from, acked) = (known.from, old.acked);
+            self.reached((user, device), conversation, (from, acked), fx);
+        }
     }
 
     /// Whether an acknowledgement of this user ends that wait.
     fn counts(&self, number: u64, user: &UserName) -> bool {
-        self.delivery_waits.get(&number).is_some_and(|wait| match &wait.whose {
+        self.delivery_waits.get(number).is_some_and(|wait| match &wait.whose {
             Whose::User(whose) => whose == user,
             Whose::Member { but, of, .. } => of.contains(user) && (but != user || self.planted.is(Bug::OwnAckCounts)),
             Whose::Relayed => false,
@@ -166,7 +256,7 @@ impl Shard {
     fn ack_delivery(&mut self, conn: ConnId, number: u64, fx: &mut Effects) -> Result<(), ErrorCode> {
         let login = self.sessions.login_mut(conn).ok_or(ErrorCode::NotLoggedIn)?;
         // Another device was first, or the time is over: nothing is left to do.
-        let Some(wait) = self.delivery_waits.get(&number) else { return Ok(()) };
+        let Some(wait) = self.delivery_waits.get(number) else { return Ok(()) };
         let mine = match &wait.whose {
             Whose::User(user) => *user == login.user,
             Whose::Member { but, .. } => *but != login.user,
@@ -181,7 +271,7 @@ impl Shard {
     }
 
     pub(crate) fn delivered(&mut self, number: u64, device: DeviceId, fx: &mut Effects) {
-        let Some(wait) = self.delivery_waits.remove(&number) else { return };
+        let Some(wait) = self.delivery_waits.remove(number) else { return };
         if let Whose::Member { owner, wait, .. } = wait.whose {
             return self.tell_reached((owner, wait), device, fx);
         }
@@ -195,9 +285,15 @@ impl Shard {
         self.tell_receipt(wait.wanted.origin, receipt, fx);
     }
 
-    /// The time for an acknowledgement is over.
-    pub(crate) fn delivery_due(&mut self, number: u64, fx: &mut Effects) {
-        let Some(wait) = self.delivery_waits.remove(&number) else { return };
+    /// The time for some acknowledgements is over, perhaps.
+    pub(crate) fn deliveries_due(&mut self, fx: &mut Effects) {
+        while let Some(number) = self.delivery_waits.overdue(&mut self.timers, self.now.mono_us) {
+            self.delivery_due(number, fx);
+        }
+    }
+
+    fn delivery_due(&mut self, number: u64, fx: &mut Effects) {
+        let Some(wait) = self.delivery_waits.remove(number) else { return };
         self.delivery_index.remove(&(wait.conversation, wait.whose.user().cloned(), wait.seq));
         if matches!(wait.whose, Whose::Member { .. }) {
             // The owner's own time is over as well.

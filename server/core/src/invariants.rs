@@ -15,8 +15,9 @@ impl Shard {
         self.fan_outs.check_invariants();
         self.check_deletions();
         assert!(self.users.len() <= self.config.users_cached_max.max(1));
+        self.delivery_waits.check_invariants();
         for (key, number) in &self.delivery_index {
-            let wait = self.delivery_waits.get(number).expect("an indexed wait exists");
+            let wait = self.delivery_waits.get(*number).expect("an indexed wait exists");
             assert_eq!((wait.conversation, wait.whose.user(), wait.seq), (key.0, key.1.as_ref(), key.2));
         }
     }
@@ -90,6 +91,7 @@ impl Shard {
                 | PendingWork::Dropped(..)
                 | PendingWork::Hidden(_)
                 | PendingWork::Done(_)
+                | PendingWork::Pass(_)
                 | PendingWork::Deleted(_)
                 | PendingWork::Deletion(_) => 0,
             };

@@ -81,7 +81,11 @@ impl Shard {
         for row in rows.iter().filter(|row| row.acked < row.head) {
             login.show(row.conversation, row.head);
         }
-        let (user, bytes_left) = (login.user.clone(), self.config.frame_bytes_max as usize / 4);
+        let user = login.user.clone();
+        for row in &rows {
+            self.kept_from(origin.conn, row.conversation, row.first, fx);
+        }
+        let (user, bytes_left) = (user, self.config.frame_bytes_max as usize / 4);
         let lasts = Vec::with_capacity(rows.len());
         self.list_on(Box::new(ListWork { origin, user, rows, lasts, bytes_left }), fx);
     }

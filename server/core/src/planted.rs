@@ -70,6 +70,10 @@ pub enum Bug {
     AllIsTruncated,
     /// A page says that it begins one later than it does.
     FirstOneHigh,
+    /// Who comes into a group is given what is not stored before he is a member on disk.
+    MemberTooEarly,
+    /// An acknowledgement counts for messages that were let go before the device could fetch them.
+    AckOfTheGone,
 }
 
 impl Bug {
@@ -104,6 +108,8 @@ impl Bug {
         Self::HasOneMore,
         Self::AllIsTruncated,
         Self::FirstOneHigh,
+        Self::MemberTooEarly,
+        Self::AckOfTheGone,
     ];
 }
 

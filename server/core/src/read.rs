@@ -98,6 +98,7 @@ impl Shard {
             return self.sessions.fail(origin.conn, origin.request_id, ErrorCode::Internal, fx);
         };
         if truncated {
+            self.kept_from(origin.conn, id, first, fx);
             let reply = Reply::Chat(ChatReply::Truncated { conversation: id, first });
             return self.sessions.answer(origin.conn, origin.request_id, &reply, fx);
         }
@@ -106,6 +107,7 @@ impl Shard {
         {
             login.show(id, last.seq);
         }
+        self.kept_from(origin.conn, id, first, fx);
         let first = Seq(first.0.saturating_add(self.planted.is(Bug::FirstOneHigh).into()));
         let messages = messages.iter().map(|message| message.as_wire()).collect();
         let reply = Reply::FetchOk { conversation: id, first, head, messages };

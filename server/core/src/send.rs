@@ -257,16 +257,14 @@ impl Shard {
                 seq: Seq::ZERO,
                 client_seq: message.client_seq,
             };
-            let timers = &mut self.timers;
-            let waits = (&mut self.delivery_waits, &mut self.next_delivery);
-            message.delivery = crate::deliver::await_delivery(waits, timers, wait, self.now.mono_us)?;
+            message.delivery = self.delivery_waits.begin(wait, &mut self.timers, self.now.mono_us)?;
         }
         let mut queued = false;
         for &conn in devices {
             queued |= self.sessions.deliver_transient(conn, &message, fx);
         }
         if !queued {
-            self.delivery_waits.remove(&message.delivery);
+            self.delivery_waits.remove(message.delivery);
             return Err(ErrorCode::Busy);
         }
         Ok(SendAck { conversation: NO_CONVERSATION, seq: Seq::ZERO, time_ms: message.time_ms, dup: false })

@@ -77,8 +77,21 @@ static NOTHING_KNOWN: BTreeMap<ConversationId, Known> = BTreeMap::new();
 pub struct Known {
     pub shown: Seq,
     pub acked: Seq,
+    /// An ACK of this session says something of messages from here on: the first that it was given, or, once it was
+    /// `told`, the first that was kept then.
+    pub from: Seq,
+    /// An answer has said which is the first that is kept.
+    pub told: bool,
     /// `acked` has moved since it was last written.
     pub dirty: bool,
+}
+
+impl Known {
+    /// Notes the first that is kept, as an answer says it; it never goes back, though answers may.
+    pub fn tell(&mut self, first: Seq) {
+        self.from = if self.told { self.from.max(first) } else { first };
+        self.told = true;
+    }
 }
 
 /// A range of dropped deliveries.
@@ -164,12 +177,17 @@ impl Login {
 
     /// Notes that this device was given `seq`.
     pub fn show(&mut self, conversation: ConversationId, seq: Seq) {
+        self.show_run(conversation, (seq, seq));
+    }
+
+    /// The same of several.
+    fn show_run(&mut self, conversation: ConversationId, (from, shown): (Seq, Seq)) {
         if let Some(known) = self.known_mut(conversation) {
-            known.shown = known.shown.max(seq);
+            known.shown = known.shown.max(shown);
             return;
         }
         let all = &mut self.active().known;
-        all.insert(conversation, Known { shown: seq, ..Known::default() });
+        all.insert(conversation, Known { shown, from, ..Known::default() });
         if all.len() > KNOWN_CONVERSATIONS_MAX {
             let clean = all.iter().find(|(id, known)| !known.dirty && **id != conversation);
             if let Some(id) = clean.map(|(id, _)| *id) {
@@ -524,8 +542,8 @@ impl Sessions {
 
     /// The same of several messages of one conversation, in order.
     pub(crate) fn deliver_run(&mut self, conn: ConnId, run: &[Sent], with: &UserName, fx: &mut Effects) {
-        let (Some(login), Some(last)) = (self.login_mut(conn), run.last()) else { return };
-        login.show(last.message.conversation, last.message.seq);
+        let (Some(login), [first, .., last] | [last @ first]) = (self.login_mut(conn), run) else { return };
+        login.show_run(last.message.conversation, (first.message.seq, last.message.seq));
         for sent in run {
             self.deliver_shown(conn, &sent.message, with, fx);
         }

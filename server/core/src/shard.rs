@@ -21,7 +21,7 @@ use crate::config::{
 use crate::conversation::{Conversation, Pending};
 use crate::counters::{Counters, Levels};
 use crate::deletion::{DeletionQuestion, Deletions};
-use crate::deliver::DeliveryWait;
+use crate::deliver::DeliveryWaits;
 use crate::devices::DeviceWork;
 use crate::event::{CloseReason, ConnId, Effect, Effects, Event, Now, ShardMessage, Token, Verdict, Work, WorkOutcome};
 use crate::export::ExportWork;
@@ -128,10 +128,9 @@ pub struct Shard {
     pub(crate) stored: u64,
 
     /// Delivery acknowledgements awaited from devices of this shard's users.
-    pub(crate) delivery_waits: BTreeMap<u64, DeliveryWait>,
+    pub(crate) delivery_waits: DeliveryWaits,
     /// The durable ones of them by what a cumulative ACK names.
     pub(crate) delivery_index: BTreeMap<(ConversationId, Option<UserName>, Seq), u64>,
-    pub(crate) next_delivery: u64,
     pub(crate) dirty_cursors: Vec<(ConnId, ConversationId)>,
     pub(crate) cursors_armed: bool,
     pub(crate) social: Social,
@@ -184,9 +183,8 @@ impl Shard {
             bodies: BytesMut::new(),
             appended: 0,
             stored: 0,
-            delivery_waits: BTreeMap::new(),
+            delivery_waits: DeliveryWaits::new(),
             delivery_index: BTreeMap::new(),
-            next_delivery: 0,
             dirty_cursors: Vec::new(),
             cursors_armed: false,
             syncs: BTreeMap::new(),
@@ -550,7 +548,7 @@ impl Shard {
         while let Some(timer) = self.timers.pop_due(self.now.mono_us) {
             match timer {
                 Timer::Session(conn) => self.session_due(conn, fx),
-                Timer::Delivery(number) => self.delivery_due(number, fx),
+                Timer::Deliveries => self.deliveries_due(fx),
                 Timer::Gathers => self.gathers_due(fx),
                 Timer::Notice => self.notice_due(fx),
                 Timer::FanOut => self.fan_outs_due(fx),

@@ -253,8 +253,17 @@ impl Shard {
                 }
                 // What this session has said is newer than what was written of it.
                 work.list(&rows, |id| login.known().get(&id).map_or(Seq::ZERO, |known| known.acked));
+                for row in &rows {
+                    self.kept_from(conn, row.conversation, row.first, fx);
+                }
             }
-            Answer::Messages { first, messages, .. } => work.take(first, messages),
+            Answer::Messages { first, messages, .. } => {
+                let conversation = work.behind.front().map(|behind| behind.conversation);
+                work.take(first, messages);
+                if let Some(conversation) = conversation {
+                    self.kept_from(conn, conversation, first, fx);
+                }
+            }
             // Left out of the group for good, or its messages went: nothing to read there.
             Answer::NotReadable => drop(work.behind.pop_front()),
             Answer::Failed

@@ -11,8 +11,8 @@ use crate::event::ConnId;
 pub enum Timer {
     /// Login, silence or stalled output of a connection; `ConnId::generation` makes a stale one harmless.
     Session(ConnId),
-    /// A delivery acknowledgement that did not come; the number is never used again.
-    Delivery(u64),
+    /// Delivery acknowledgements that did not come: one timer for the first that gives up.
+    Deliveries,
     /// The oldest request whose parts other shards have not done: one timer for all of them, which wait equally long.
     Gathers,
     /// The next slice of a broadcast.

@@ -110,3 +110,107 @@ fn a_conversation_of_which_nothing_is_kept_is_listed_and_goes_on() {
         assert_eq!(fetch(&mut rig, bob, (0, None, false)), Ok(vec![HEAD + 1]));
     }
 }
+
+/// A message whose sender hears of its delivery or of the end of three seconds.
+fn wanted(to: &str, client_seq: u64) -> Request<'_> {
+    Request::Send(Send { ack_timeout_ms: Some(3_000), ..durable(to, client_seq, b"hear") })
+}
+
+/// What a sender was told since the last look of its messages, by their numbers.
+fn outcomes(rig: &mut Rig, at: At) -> Vec<(u64, Outcome)> {
+    let told = rig.told(at);
+    let outcome = |frame: &Vec<u8>| match decode(frame) {
+        Reply::Receipt(receipt) => Some((receipt.seq.0, receipt.outcome)),
+        _ => None,
+    };
+    let mut outcomes: Vec<_> = told.iter().filter_map(outcome).collect();
+    outcomes.sort_unstable_by_key(|(seq, _)| *seq);
+    outcomes
+}
+
+fn ack(seq: u64) -> Request<'static> {
+    Request::Ack(Ack::Upto { conversation: direct("ann", "bob"), seq: Seq(seq) })
+}
+
+fn list() -> Request<'static> {
+    Request::Conversations { cursor: ConversationId(0), limit: 0 }
+}
+
+fn sync() -> Request<'static> {
+    Request::Chat(ChatRequest::Sync(Sync { places: [][..].into(), from: Place::default(), limit: 0 }))
+}
+
+#[test]
+fn what_was_let_go_before_its_receiver_asked_is_not_delivered_whatever_he_acknowledges() {
+    use Outcome::{Delivered, DeliveryTimeout};
+    let fetch = || Request::Fetch(Fetch { with: "ann", after: Seq(0), before: None, limit: 0, newest: false });
+    let below = || Request::Fetch(Fetch { with: "ann", after: Seq(1), before: None, limit: 0, newest: false });
+    for (shards, way) in [1, 3].into_iter().flat_map(|shards| (0..4).map(move |way| (shards, way))) {
+        let mut rig = Rig::new(shards, |_| ());
+        let ann = rig.login("ann", 1);
+        let bob = rig.login("bob", 1);
+        rig.leave(bob);
+        (1..=4).for_each(|number| drop(rig.ask(ann, wanted("bob", number))));
+        rig.shards[0].1.let_go(direct("ann", "bob"), Seq(3));
+        let bob = rig.login("bob", 1);
+        match way {
+            0 => drop(rig.ask(bob, list())),
+            1 => drop(rig.ask(bob, sync())),
+            2 => drop(rig.ask(bob, fetch())),
+            _ => {
+                // Told so, then given what is there.
+                let told = rig.ask(bob, below());
+                assert!(matches!(decode(&told[0]), Reply::Chat(ChatReply::Truncated { .. })));
+                rig.ask(bob, fetch());
+            }
+        }
+        rig.told(ann);
+        rig.ask(bob, ack(4));
+        assert_eq!(outcomes(&mut rig, ann), [(3, Delivered), (4, Delivered)], "{shards} shards, way {way}");
+        rig.pass(3_100);
+        assert_eq!(outcomes(&mut rig, ann), [(1, DeliveryTimeout), (2, DeliveryTimeout)]);
+    }
+}
+
+#[test]
+fn what_was_pushed_is_delivered_and_an_ack_before_the_first_answer_counts_when_that_comes() {
+    use Outcome::{Delivered, DeliveryTimeout};
+    let mut rig = Rig::new(2, |_| ());
+    let (ann, bob) = (rig.login("ann", 1), rig.login("bob", 1));
+    (1..=2).for_each(|number| drop(rig.ask(ann, wanted("bob", number))));
+    rig.ask(bob, ack(2));
+    assert_eq!(outcomes(&mut rig, ann), [(1, Delivered), (2, Delivered)], "no answer is needed");
+    rig.leave(bob);
+    (3..=5).for_each(|number| drop(rig.ask(ann, wanted("bob", number))));
+    rig.shards[0].1.let_go(direct("ann", "bob"), Seq(4));
+    let bob = rig.login("bob", 1);
+    rig.ask(ann, wanted("bob", 6));
+    rig.told(ann);
+    rig.ask(bob, ack(6));
+    assert_eq!(outcomes(&mut rig, ann), [(6, Delivered)], "of the others nobody knows yet");
+    rig.ask(bob, list());
+    assert_eq!(outcomes(&mut rig, ann), [(4, Delivered), (5, Delivered)]);
+    rig.pass(3_100);
+    assert_eq!(outcomes(&mut rig, ann), [(3, DeliveryTimeout)]);
+}
+
+/// However many are acknowledged long before their time, no timer of theirs stays.
+#[test]
+fn a_delivery_that_is_acknowledged_leaves_no_deadline_behind() {
+    let mut rig = Rig::new(1, |_| ());
+    let (ann, bob) = (rig.login("ann", 1), rig.login("bob", 1));
+    rig.ask(ann, wanted("bob", 1));
+    rig.ask(bob, ack(1));
+    rig.pass(1_500);
+    let timers = rig.shards[0].0.levels().timers;
+    for number in 2..200 {
+        rig.ask(ann, wanted("bob", number));
+        rig.ask(bob, ack(number));
+    }
+    assert_eq!(rig.shards[0].0.levels().delivery_waits, 0);
+    let left = rig.shards[0].0.levels().timers;
+    assert!(left <= timers + 3, "{left} after {timers}: cursors, receipts, and one for all deliveries");
+    rig.ask(ann, wanted("bob", 200));
+    rig.pass(3_100);
+    assert_eq!(outcomes(&mut rig, ann).last(), Some(&(200, Outcome::DeliveryTimeout)));
+}

@@ -4,6 +4,9 @@
 //! A transient message is answered when every shard has said how many devices it gave it to: none of them all is
 //! NOT_ONLINE. Devices of its sender get neither. Who waits for a delivery acknowledgement, of a transient message or a
 //! durable one, waits at the owner: the first device of another member that acknowledges is told, once.
+//!
+//! Invariant: it is given to who is a member on disk. While a change of the group is on its way there, what is sent waits
+//! for it, in order, with the members that the group has by then.
 
 use std::sync::Arc;
 
@@ -13,7 +16,9 @@ use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
 use ringline_schema::message::{ChatReply, Class, Extra, Message, Reply, SendAck};
 use ringline_schema::record::StoredMessage;
 
-use crate::deliver::{DeliveryWait, Whose, await_delivery};
+use crate::config::APPENDS_IN_FLIGHT_MAX;
+use crate::conversation::{Pending, PendingWork};
+use crate::deliver::{DeliveryWait, Whose};
 use crate::event::{Effects, ShardMessage};
 use crate::group::list::MemberList;
 use crate::group::scan::Cargo;
@@ -100,17 +105,39 @@ impl Shard {
     /// At the owner, as soon as the group is in memory.
     pub(crate) fn pass(&mut self, submit: Submit, fx: &mut Effects) {
         let Some(submit) = self.group_is_there(submit, fx) else { return };
-        match self.may_pass(&submit) {
-            Ok(targets) => self.pass_to(submit, &targets, fx),
-            Err(code) => self.refuse_submit(&submit, code, fx),
+        if let Err(code) = self.may_write(&submit) {
+            return self.refuse_submit(&submit, code, fx);
+        }
+        let id = submit.message.conversation;
+        let targets = self.group_targets(id);
+        let waits = self.groups.peek(&id).is_some_and(|slot| slot.in_flight > 0);
+        if !waits || self.planted.is(Bug::MemberTooEarly) {
+            return self.pass_on(submit, &targets, fx);
+        }
+        // Who comes is no member before that is on disk: a crash would undo it, and could not take back what he was given.
+        if let Err(code) = self.may_await_commit() {
+            return self.refuse_submit(&submit, code, fx);
+        }
+        let work = PendingWork::Pass(Box::new((submit, targets)));
+        self.pending.push_back(Pending { lsn: self.appended, weight: 0, work });
+    }
+
+    /// Whether something that is not written may wait for what is on its way to the disk.
+    fn may_await_commit(&self) -> Result<(), ErrorCode> {
+        match self.poisoned {
+            true => Err(ErrorCode::StoreFailed),
+            false if self.pending.len() >= APPENDS_IN_FLIGHT_MAX => Err(ErrorCode::Busy),
+            false => Ok(()),
         }
     }
 
-    fn may_pass(&mut self, submit: &Submit) -> Result<Targets, ErrorCode> {
-        self.may_write(submit)?;
-        let targets = self.group_targets(submit.message.conversation);
+    /// The members that this is for are members on disk.
+    pub(crate) fn pass_on(&mut self, submit: Submit, targets: &Targets, fx: &mut Effects) {
         let full = targets.iter().any(|(shard, _)| !self.is_here(*shard) && self.is_blocked(*shard));
-        if full || self.gathers_are_full() { Err(ErrorCode::Busy) } else { Ok(targets) }
+        if full || self.gathers_are_full() {
+            return self.refuse_submit(&submit, ErrorCode::Busy, fx);
+        }
+        self.pass_to(submit, targets, fx);
     }
 
     fn pass_to(&mut self, submit: Submit, targets: &Targets, fx: &mut Effects) {
@@ -171,8 +198,7 @@ impl Shard {
         (conversation, seq, client_seq): (ConversationId, Seq, u64),
     ) -> Result<Relay, ErrorCode> {
         let wait = DeliveryWait { wanted, whose: Whose::Relayed, conversation, seq, client_seq };
-        let waits = (&mut self.delivery_waits, &mut self.next_delivery);
-        let wait = await_delivery(waits, &mut self.timers, wait, self.now.mono_us)?;
+        let wait = self.delivery_waits.begin(wait, &mut self.timers, self.now.mono_us)?;
         Ok(Relay { owner: self.config.shard, wait, timeout_ms: wanted.timeout_ms })
     }
 
@@ -188,8 +214,7 @@ impl Shard {
         let whose = Whose::Member { but: from.clone(), of: members.clone(), owner, wait };
         let wanted = Wanted { origin, timeout_ms };
         let wait = DeliveryWait { wanted, whose, conversation, seq, client_seq };
-        let waits = (&mut self.delivery_waits, &mut self.next_delivery);
-        await_delivery(waits, &mut self.timers, wait, self.now.mono_us).unwrap_or(0)
+        self.delivery_waits.begin(wait, &mut self.timers, self.now.mono_us).unwrap_or(0)
     }
 
     /// A device of a member has acknowledged: at the shard of the member.
@@ -247,7 +272,7 @@ impl Shard {
         fx: &mut Effects,
     ) {
         if devices == 0 {
-            self.delivery_waits.remove(&delivery);
+            self.delivery_waits.remove(delivery);
         }
         match pass.passing {
             Passing::Message { .. } => self.sessions.counters.delivered += u64::from(devices),
@@ -272,7 +297,7 @@ impl Shard {
         fx: &mut Effects,
     ) {
         let result = if devices == 0 {
-            self.delivery_waits.remove(&wait);
+            self.delivery_waits.remove(wait);
             Err(ErrorCode::NotOnline)
         } else {
             Ok(SendAck { conversation: NO_CONVERSATION, seq: Seq::ZERO, time_ms, dup: false })

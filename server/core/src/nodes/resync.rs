@@ -157,6 +157,7 @@ impl Shard {
             return;
         }
         login.show(row.conversation, row.head);
+        self.kept_from(conn, row.conversation, row.first, fx);
         let reply =
             Reply::Lagged { conversation: row.conversation, with: row.with.as_str(), from: has.next(), to: row.head };
         self.sessions.counters.lagged += 1;

@@ -214,3 +214,47 @@ fn who_joins_later_does_not_acknowledge_what_was_said_before() {
         assert_eq!(receipts(&mut town, ann), [(Outcome::DeliveryTimeout, 1, 0)]);
     }
 }
+
+#[test]
+fn nobody_is_given_anything_as_a_member_before_that_is_on_disk() {
+    for shards in SHARD_COUNTS {
+        let (mut town, ann, _) = team(shards, &[]);
+        let bob = town.login("bob");
+        let sends = |town: &mut Town| {
+            town.ask(bob, Request::Group { group: TEAM, act: join() });
+            town.ask(bob, send(Class::Transient, 1, None));
+            town.ask(ann, send(Class::Transient, 2, None));
+            town.ask(ann, Request::Chat(ChatRequest::Signal { to: TEAM, kind: SIGNAL_APPLICATION, body: b"s" }));
+        };
+        town.committing = false;
+        sends(&mut town);
+        assert!(town.told(ann).is_empty() && town.told(bob).is_empty(), "it waits for the commit");
+        let mut after = town.restarted(shards);
+        let [ann_after, bob_after] = ["ann", "bob"].map(|user| after.login(user));
+        assert_eq!(after.send(bob_after, TEAM, 3), Err(ErrorCode::NotMember), "the crash has undone it");
+        assert_eq!(after.send(ann_after, TEAM, 3), Ok(Seq(2)));
+        town.committing = true;
+        town.settle();
+        let moves = |told: &[Vec<u8>]| {
+            let number = |frame: &Vec<u8>| match decode(frame) {
+                Reply::Deliver(message) if message.class == Class::Transient => Some(message.client_seq),
+                _ => None,
+            };
+            told.iter().filter_map(number).collect::<Vec<_>>()
+        };
+        let told = town.told(bob);
+        assert!(matches!(decode(&told[0]), Reply::Group(GroupReply::Ok { .. })), "first that he is a member");
+        assert_eq!(moves(&told), [2]);
+        assert!(told.iter().any(|frame| matches!(decode(frame), Reply::Chat(ChatReply::Signalled { .. }))));
+        assert_eq!(moves(&town.told(ann)), [1]);
+        // Whoever goes is given nothing more, and nobody waits for long.
+        town.committing = false;
+        town.ask(bob, Request::Group { group: TEAM, act: GroupAct::Leave });
+        town.ask(ann, send(Class::Transient, 5, None));
+        town.committing = true;
+        town.settle();
+        assert!(moves(&town.told(bob)).is_empty());
+        let told = town.told(ann);
+        assert!(told.iter().any(|frame| matches!(decode(frame), Reply::Failure { code: ErrorCode::NotOnline, .. })));
+    }
+}
