@@ -242,15 +242,6 @@ pub enum Happening {
         asked: Moment,
         first: Place,
     },
-    /// Asks to bring these users into a group; until that is answered they may count as members.
-    ComingAsked {
-        number: u64,
-        group: u32,
-        users: Vec<u32>,
-    },
-    ComingAnswered {
-        number: u64,
-    },
     /// Signals somebody; `number` as of a send, and nothing else has this body.
     Signalled {
         number: u64,
@@ -343,7 +334,7 @@ pub enum Rule {
     NothingVanishes,
     /// Pushes of a conversation rise on a connection.
     PushesRise,
-    /// A delivery that is reported has happened; of what retention let go before, nobody knows.
+    /// A delivery that is reported has happened.
     TrueReceipts,
     /// What was acknowledged before a restart is not handed out again.
     CursorIsKept,

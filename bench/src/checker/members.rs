@@ -40,12 +40,13 @@ pub struct Members {
 impl Members {
     pub fn new(
         logs: &BTreeMap<u128, Log<'_>>,
-        firsts: &BTreeMap<u128, u64>,
+        (firsts, heads): (&BTreeMap<u128, u64>, &BTreeMap<u128, u64>),
         pairs: &BTreeMap<u128, BTreeSet<u32>>,
     ) -> Self {
         let mut members = Self { firsts: firsts.clone(), ..Self::default() };
         for (&conversation, log) in logs {
-            let Some((&head, _)) = log.last_key_value() else { continue };
+            let Some((&last, _)) = log.last_key_value() else { continue };
+            let head = heads.get(&conversation).copied().unwrap_or(last).max(last);
             match pairs.get(&conversation) {
                 Some(pair) => {
                     let first = firsts.get(&conversation).copied().unwrap_or(1);
@@ -53,7 +54,7 @@ impl Members {
                         members.ranges.insert((conversation, user), vec![(first, head)]);
                     }
                 }
-                None if members.first(conversation) > 1 && !is_whole(log) => {
+                None if members.first(conversation) > 1 && (head > last || !is_whole(log)) => {
                     members.unknown.insert(conversation);
                 }
                 None => {

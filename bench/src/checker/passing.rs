@@ -29,19 +29,9 @@ struct Signal {
     sent: Moment,
 }
 
-/// Somebody is brought into a group, which may count before it is on disk.
-struct Coming {
-    by: (Device, u64),
-    group: u32,
-    user: u32,
-    since: Moment,
-    until: Option<Moment>,
-}
-
 /// What was heard of it until now.
 #[derive(Default)]
 pub struct Passing<'a> {
-    comings: Vec<Coming>,
     signals: HashMap<&'a str, Signal>,
     arrivals: Vec<Arrival>,
 }
@@ -50,17 +40,6 @@ pub struct Passing<'a> {
 type Span = (Moment, Moment);
 
 impl<'a> Checker<'a> {
-    pub fn coming_asked(&mut self, by: (Device, u64), group: u32, users: &[u32]) {
-        let since = self.now;
-        let coming = users.iter().map(|&user| Coming { by, group, user, since, until: None });
-        self.passing.comings.extend(coming);
-    }
-
-    pub fn coming_answered(&mut self, by: (Device, u64)) {
-        let until = Some(self.now);
-        self.passing.comings.iter_mut().filter(|coming| coming.by == by).for_each(|coming| coming.until = until);
-    }
-
     pub fn signalled(&mut self, from: Device, (number, to): (u64, Peer), body: &'a str) {
         self.passing.signals.insert(body, Signal { from, number, to, sent: self.now });
     }
@@ -113,12 +92,7 @@ impl<'a> Checker<'a> {
             let Some((users, _)) = outside.get(&group) else { continue };
             let out = |user| {
                 let spans = users.get(&user).unwrap_or(&nowhere);
-                let comes = self.passing.comings.iter().any(|coming| {
-                    (coming.group, coming.user) == (group, user)
-                        && coming.since < arrival.came
-                        && coming.until.is_none_or(|until| arrival.sent < until)
-                });
-                !comes && spans.iter().any(|(since, until)| *since < arrival.sent && arrival.came < *until)
+                spans.iter().any(|(since, until)| *since < arrival.sent && arrival.came < *until)
             };
             for (rule, user) in [(Rule::OnlyToItsMembers, arrival.at.user), (Rule::OnlyMembersWrite, arrival.from.user)]
             {

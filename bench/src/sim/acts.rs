@@ -144,7 +144,7 @@ impl World {
         let users = (0..USERS).filter(|user| (user + group).is_multiple_of(2)).map(Peer::User).map(observed::name);
         let ask = Ask::CreateGroup { group: observed::name(Peer::Group(group)), join, users: users.collect() };
         let now_ms = self.now_ms();
-        self.clients[client].ask_group(now_ms, ask, &mut self.history);
+        self.clients[client].ask_group(now_ms, ask);
     }
 
     fn act_in_group(&mut self, client: usize) {
@@ -166,6 +166,6 @@ impl World {
             _ => Ask::AnswerRequest { group, user: observed::name(Peer::User(own)), approve: what % 2 == 0 },
         };
         let now_ms = self.now_ms();
-        self.clients[client].ask_group(now_ms, ask, &mut self.history);
+        self.clients[client].ask_group(now_ms, ask);
     }
 }

@@ -98,22 +98,8 @@ impl Device {
         }
     }
 
-    pub fn ask_group(&mut self, now_ms: u64, ask: Ask, history: &mut History) {
-        let comes = match &ask {
-            Ask::JoinGroup(group) => Some((group.clone(), vec![self.name.user])),
-            Ask::Invite { group, users } | Ask::CreateGroup { group, users, .. } => {
-                Some((group.clone(), users.iter().map(observed::user).collect()))
-            }
-            Ask::AnswerRequest { group, user, .. } => Some((group.clone(), vec![observed::user(user)])),
-            _ => None,
-        };
-        let Ok(number) = self.machine.ask(now_ms, ask) else { return };
-        self.asked.open.insert(number, Purpose::Group);
-        if let Some((group, users)) = comes
-            && let Peer::Group(group) = observed::peer(&group)
-        {
-            history.push(self.name, Happening::ComingAsked { number, group, users });
-        }
+    pub fn ask_group(&mut self, now_ms: u64, ask: Ask) {
+        self.ask(now_ms, Purpose::Group, ask);
     }
 
     pub fn read(&mut self, now_ms: u64, place: Place, history: &mut History) {
@@ -241,9 +227,6 @@ impl Device {
         history: &mut History,
     ) {
         let Some(purpose) = self.asked.open.remove(&number) else { return };
-        if matches!((purpose, &answer), (Purpose::Group, Ok(_) | Err(CallError::Refused { .. }))) {
-            history.push(self.name, Happening::ComingAnswered { number });
-        }
         match (purpose, answer) {
             (Purpose::Reading, Ok(Told::History(page))) => self.read_page(now_ms, page, history),
             (Purpose::Reading, Err(CallError::Refused { .. })) => {

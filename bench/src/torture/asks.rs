@@ -89,12 +89,9 @@ impl Wish {
         }
     }
 
-    /// What is to be noted before it is asked; `number`: of the wish.
-    pub fn before(&self, number: u64, user: u32) -> Option<Happening> {
-        let comes = |group: &u32, user: u32| Happening::ComingAsked { number, group: *group, users: vec![user] };
+    /// What is to be noted before it is asked.
+    pub fn before(&self) -> Option<Happening> {
         match self {
-            Self::Create(group) | Self::Join(group) => Some(comes(group, user)),
-            Self::Invite(group, other) | Self::Approve(group, other) => Some(comes(group, *other)),
             Self::Hide(_, place) => Some(Happening::HideAsked(*place)),
             Self::Say(status) => Some(Happening::StatusAsked { status: status.clone(), visible: true }),
             Self::Read(place) => Some(Happening::ReadAsked(*place)),
@@ -103,8 +100,8 @@ impl Wish {
         }
     }
 
-    /// Asks, and says what happened. `asked`: when, and the number of the wish.
-    pub async fn ask(self, client: Client, (asked, number): (Moment, u64)) -> Vec<Happening> {
+    /// Asks, and says what happened. `asked`: when.
+    pub async fn ask(self, client: Client, asked: Moment) -> Vec<Happening> {
         let name = |peer| observed::name(peer).as_str().to_owned();
         let (user, group) = (|user| name(Peer::User(user)), |group| name(Peer::Group(group)));
         let done = match self {
@@ -144,9 +141,7 @@ impl Wish {
                 return Vec::new();
             }
         };
-        let answered = matches!(done, Ok(_) | Err(CallError::Refused { .. }));
-        let answered = answered.then_some(Happening::ComingAnswered { number });
-        changed(done).into_iter().chain(answered).collect()
+        changed(done).into_iter().collect()
     }
 }
 

@@ -289,11 +289,9 @@ impl Life {
                     if self.phase() == Phase::Load && asks.len() < OPEN_ASKS_MAX {
                         let message = self.any_message();
                         let wish = Wish::any((self.name, message), &self.memory.seen, &mut self.rng);
-                        self.sent += 1;
-                        let number = self.sent;
-                        wish.before(number, self.name.user).into_iter().for_each(|happening| self.note(happening));
+                        wish.before().into_iter().for_each(|happening| self.note(happening));
                         let asked = with_history(&self.parts.0, |history| history.now());
-                        asks.spawn(wish.ask(client.clone(), (asked, number)));
+                        asks.spawn(wish.ask(client.clone(), asked));
                     }
                 }
             }

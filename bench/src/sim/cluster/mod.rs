@@ -427,7 +427,7 @@ impl Cluster {
         let (group, join) = (observed::name(Peer::Group(group)), JoinPolicy::Open);
         let ask = Ask::CreateGroup { group, join, users: users.collect() };
         let now_ms = self.now_ms();
-        self.clients[client].ask_group(now_ms, ask, &mut self.history);
+        self.clients[client].ask_group(now_ms, ask);
     }
 
     fn act_in_group(&mut self, client: usize) {
@@ -443,7 +443,7 @@ impl Cluster {
             _ => Ask::LeaveGroup(group),
         };
         let now_ms = self.now_ms();
-        self.clients[client].ask_group(now_ms, ask, &mut self.history);
+        self.clients[client].ask_group(now_ms, ask);
     }
 
     /// Lets a client's machine do what is due, and takes out what it brought.
