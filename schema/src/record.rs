@@ -148,6 +148,25 @@ impl StoredMessage {
         (self.kind == BodyKind::Amendment).then_some((extra.refers, extra.state))
     }
 
+    /// As a reader is shown it who has deleted it for himself.
+    pub fn hidden(self) -> Self {
+        self.gone((MessageState::Hidden, 0))
+    }
+
+    /// Without a body: what has become of it, and when (Unix time in ms).
+    pub fn gone(self, (state, amended_ms): (MessageState, u64)) -> Self {
+        let extra = StoredExtra { state, amended_ms, ..StoredExtra::default() };
+        Self { body: Bytes::new(), extra: Some(Box::new(extra)), ..self }
+    }
+
+    /// An amendment of which nothing is left to do for its reader.
+    pub fn without_news(mut self) -> Self {
+        self.body = Bytes::new();
+        let extra = self.extra.get_or_insert_default();
+        (extra.state, extra.amended_ms) = (MessageState::AsSent, 0);
+        self
+    }
+
     /// Bytes of what can be large in it: what bounds a page.
     pub fn bytes(&self) -> usize {
         self.body.len() + self.extra.as_ref().map_or(0, |extra| extra.bytes())

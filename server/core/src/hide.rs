@@ -1,6 +1,9 @@
 //! AMEND for oneself alone: a message that its reader does not want to see any more. Runs on the shard of the user,
 //! which alone writes the rows that say so.
 //!
+//! The row that says so is with the user, also when another node has the conversation: there this shard lays it over what it
+//! reads ([`crate::nodes::veil`]). Errors of such a node that is away: `UNAVAILABLE`.
+//!
 //! The store shows such a message to this user as one without a body, whose place is kept, so that no device takes it for
 //! a gap. The other devices of the user that are online are told by HIDDEN; those that are away find it so when they
 //! read. Nobody else hears of it. Asking twice is the same as once.
@@ -12,7 +15,7 @@
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, Seq, UserName};
 use ringline_schema::message::{ChatReply, Reply};
-use ringline_schema::record::{Answer, Change, Query, Range, Record};
+use ringline_schema::record::{Answer, Change, Range, Record};
 use ringline_schema::rows::{Row, RowKey, RowValue};
 
 use crate::conversation::{Pending, PendingWork};
@@ -23,7 +26,7 @@ use crate::shard::{Question, Shard};
 /// A message that a user deletes for himself.
 #[derive(Clone, Debug)]
 pub(crate) struct Hiding {
-    origin: Origin,
+    pub(crate) origin: Origin,
     user: UserName,
     conversation: ConversationId,
     seq: Seq,
@@ -50,13 +53,9 @@ impl Shard {
         let shown = login.known().get(&conversation).map_or(Seq::ZERO, |known| known.shown);
         let (after, before) = (Seq(seq.0.saturating_sub(1)), Some(Seq(seq.0.saturating_add(1))));
         let range = Range { after, before, limit: 1, bytes_max: 1, newest: false };
-        let query = Query::Messages { conversation, range, reader: Some(user.clone()) };
-        if self.is_remote(self.owner(conversation.partition())) {
-            // The row that hides it is with the user, and the messages are with another node.
-            return Err(ErrorCode::Unsupported);
-        }
+        let reader = Some(user.clone());
         let hiding = Hiding { origin, user, conversation, seq, shown, first: false };
-        self.load(Question::Hide(Box::new(hiding)), query, fx);
+        self.load_messages(Question::Hide(Box::new(hiding)), (conversation, range, reader), fx);
         Ok(())
     }
 

@@ -10,6 +10,7 @@ use ringline_schema::record::{Answer, Query, Range};
 
 use crate::deletion::walk::DELETER;
 use crate::event::{ConnId, Effects, ShardMessage};
+use crate::nodes::veil::Then;
 use crate::peer::Origin;
 use crate::planted::Bug;
 use crate::shard::{Question, Shard};
@@ -91,6 +92,22 @@ impl Shard {
         if origin.conn == DELETER {
             return self.deletion_fetched(origin.request_id, answer, fx);
         }
+        if self.is_clustered() && self.is_remote(self.owner(id.partition())) {
+            let reader = self.sessions.get(origin.conn).and_then(|session| session.login());
+            let reader = reader.map(|login| login.user.clone());
+            return self.veil((reader, answer), Then::Fetched(origin, id, truncated), fx);
+        }
+        self.page_fetched(origin, (id, truncated), answer, fx);
+    }
+
+    /// A page as its reader is shown it.
+    pub(crate) fn page_fetched(
+        &mut self,
+        origin: Origin,
+        (id, truncated): (ConversationId, bool),
+        answer: Answer,
+        fx: &mut Effects,
+    ) {
         if answer == Answer::NotReadable {
             return self.sessions.fail(origin.conn, origin.request_id, ErrorCode::NoSuchGroup, fx);
         }

@@ -31,6 +31,7 @@ use crate::hide::Hiding;
 use crate::list::{ListWork, MarkWork};
 use crate::nodes::Nodes;
 use crate::nodes::resync::ResyncPage;
+use crate::nodes::veil::Veil;
 use crate::online::Online;
 use crate::peer::{Ask, Origin, Submit};
 use crate::planted::{Bug, Planted};
@@ -83,6 +84,8 @@ pub(crate) enum Question {
     Read(ShardIndex, u64),
     /// What the sessions here may lack of another node's conversations.
     Resync(Box<ResyncPage>),
+    /// What the reader of messages of another node has deleted for himself.
+    Veil(Box<Veil>),
 }
 
 /// See the module. Fields are shared by the `impl` blocks of this crate's files, each of which says what it owns.
@@ -465,6 +468,7 @@ impl Shard {
                 self.tell_shard(asker, ShardMessage::ReadDone { number, answer }, fx);
             }
             Question::Resync(page) => self.resync_loaded(page, answer, fx),
+            Question::Veil(veil) => self.veil_loaded(veil, answer, fx),
             Question::AttemptWork(_) => debug_assert!(false, "workers answer that"),
         }
     }

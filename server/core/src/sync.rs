@@ -176,6 +176,9 @@ impl Shard {
             messages: Vec::new(),
         };
         self.syncs.insert(origin.conn, Box::new(work));
+        if !others.is_empty() {
+            self.expire_sync(origin.conn, number);
+        }
         for shard in others {
             self.tell_shard(shard, ShardMessage::Flush { conn: origin.conn, number }, fx);
         }
@@ -302,6 +305,13 @@ impl Shard {
     pub(crate) fn syncs_lost(&mut self, fx: &mut Effects) {
         let waiting = self.syncs.iter().filter(|(_, work)| work.flushing > 0).map(|(conn, _)| *conn);
         for conn in waiting.collect::<Vec<_>>() {
+            self.sync_failed(conn, ErrorCode::Unavailable, fx);
+        }
+    }
+
+    /// The index of other shards is awaited for too long: perhaps an answer had no room on a link.
+    pub(crate) fn sync_late(&mut self, conn: ConnId, number: u64, fx: &mut Effects) {
+        if self.syncs.get(&conn).is_some_and(|work| work.number == number && work.flushing > 0) {
             self.sync_failed(conn, ErrorCode::Unavailable, fx);
         }
     }

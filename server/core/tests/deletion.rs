@@ -14,17 +14,23 @@ use ringline_schema::message::group::{JoinPolicy, Role, What};
 use ringline_schema::message::*;
 use ringline_schema::record::{Answer, Query, Record, User};
 use ringline_schema::rows::{MemberRow, Membership, Row, RowKey, RowList, RowValue};
-use ringline_store::memory;
-use town::{Seat, Town, decode, name};
+use town::{Seat, Shape, Town, decode, name};
 
-const SHARD_COUNTS: [u16; 3] = [1, 2, 5];
+/// A node alone, and nodes of a cluster.
+const SHAPES: [Shape; 5] = [
+    Shape { nodes: 1, shards: 1 },
+    Shape { nodes: 1, shards: 2 },
+    Shape { nodes: 1, shards: 5 },
+    Shape { nodes: 2, shards: 1 },
+    Shape { nodes: 3, shards: 2 },
+];
 /// Enough for a deletion to come to its end.
 const DELETION_MS: u64 = 12_000;
 const PASSWORD: Option<Credential<'static>> = Some(Credential::Password(Secret("secret")));
 const TOKEN: Option<Credential<'static>> = Some(Credential::Token(Secret("token")));
 
-fn town(shards: u16) -> Town {
-    Town::with(memory::open(shards), |config| config.admins = vec![name("root")])
+fn town(shape: impl Into<Shape>) -> Town {
+    Town::of(shape.into(), |config| config.admins = vec![name("root")])
 }
 
 fn with_password(town: &mut Town, user: &str) {
@@ -138,8 +144,8 @@ fn states(town: &mut Town, seat: Seat, with: &str) -> Vec<(String, BodyKind, Mes
 
 #[test]
 fn own_accounts_take_a_proof_and_those_of_others_an_administrator() {
-    for shards in SHARD_COUNTS {
-        let mut town = town(shards);
+    for shape in SHAPES {
+        let mut town = town(shape);
         ["ann", "root"].into_iter().for_each(|user| with_password(&mut town, user));
         let (ann, bob, root) = (town.login("ann"), town.login("bob"), town.login("root"));
         let long = "x".repeat(limits::PASSWORD_BYTES_MAX + 1);
@@ -188,8 +194,8 @@ fn guesses_of_the_proof_end_the_connection() {
 
 #[test]
 fn from_done_on_the_user_is_gone() {
-    for shards in SHARD_COUNTS {
-        let mut town = town(shards);
+    for shape in SHAPES {
+        let mut town = town(shape);
         let (ann, phone) = (settle_in(&mut town, "ann"), town.login_as("ann", 2));
         let (bob, carl) = (town.login("bob"), town.login("carl"));
         assert!(town.send(bob, "ann", 1).is_ok(), "who may write is remembered");
@@ -219,7 +225,7 @@ fn from_done_on_the_user_is_gone() {
         let shown = states(&mut town, bob, "ann");
         assert!(shown.iter().all(|(_, _, state)| *state == MessageState::AsSent), "{shown:?}");
         assert_eq!(shown.iter().map(|(from, ..)| &from[..]).collect::<Vec<_>>(), ["ann", "bob"]);
-        let mut town = town.restarted(shards % 3 + 1);
+        let mut town = town.restarted(shape.shards % 3 + 1);
         town.elapse(2_000);
         let bob = town.login("bob");
         expect_gone(&mut town, bob);
@@ -313,8 +319,8 @@ fn expect_left(town: &mut Town) {
 
 #[test]
 fn groups_are_left_and_those_of_the_user_go_to_the_oldest() {
-    for shards in SHARD_COUNTS {
-        let mut town = town(shards);
+    for shape in SHAPES {
+        let mut town = town(shape);
         let [ann, bob, carl, dora] = ["ann", "bob", "carl", "dora"].map(|user| town.login(user));
         join_groups(&mut town, ann, [bob, carl, dora]);
         town.told(bob);
@@ -342,8 +348,8 @@ fn groups_are_left_and_those_of_the_user_go_to_the_oldest() {
 
 #[test]
 fn messages_are_taken_back_if_that_is_wanted_and_those_of_others_never() {
-    for shards in SHARD_COUNTS {
-        let mut town = town(shards);
+    for shape in SHAPES {
+        let mut town = town(shape);
         let [ann, bob, carl, dora] = ["ann", "bob", "carl", "dora"].map(|user| town.login(user));
         join_groups(&mut town, ann, [bob, carl, dora]);
         // More than one page, and one that carl has already deleted for himself.
@@ -378,8 +384,8 @@ fn messages_are_taken_back_if_that_is_wanted_and_those_of_others_never() {
 }
 
 /// Everything up to the request, in a node that is the same every time.
-fn prepared(shards: u16) -> (Town, Seat) {
-    let mut town = town(shards);
+fn prepared(shape: impl Into<Shape>) -> (Town, Seat) {
+    let mut town = town(shape);
     with_password(&mut town, "ann");
     let ann = settle_in(&mut town, "ann");
     let [bob, carl, dora] = ["bob", "carl", "dora"].map(|user| town.login(user));
@@ -387,8 +393,8 @@ fn prepared(shards: u16) -> (Town, Seat) {
     (town, ann)
 }
 
-fn whole_deletion(shards: u16) -> usize {
-    let (mut town, ann) = prepared(shards);
+fn whole_deletion(shape: Shape) -> usize {
+    let (mut town, ann) = prepared(shape);
     let before = town.records;
     assert_eq!(done(&mut town, ann, delete("ann", PASSWORD, true)), Ok(()));
     town.elapse(2 * DELETION_MS);
@@ -399,16 +405,16 @@ fn whole_deletion(shards: u16) -> usize {
 
 #[test]
 fn a_crash_between_any_two_records_is_only_a_pause() {
-    for shards in 1..=5 {
-        let records = whole_deletion(shards);
+    for shape in (1..=5).map(Shape::from).chain([Shape { nodes: 2, shards: 1 }, Shape { nodes: 3, shards: 2 }]) {
+        let records = whole_deletion(shape);
         assert!(records > 20, "{records} records");
         for cut in 0..records {
-            let (mut town, ann) = prepared(shards);
+            let (mut town, ann) = prepared(shape);
             town.records_max = town.records + cut;
             town.ask(ann, delete("ann", PASSWORD, true));
             town.elapse(2 * DELETION_MS);
             assert!(town.is_dead(), "{cut} of {records} records");
-            let mut town = town.restarted(shards % 5 + 1);
+            let mut town = town.restarted(shape.shards % 5 + 1);
             town.elapse(2 * DELETION_MS);
             if cut == 0 {
                 assert!(member(&mut town, "#bobs", "ann").is_some_and(|row| row.standing == Standing::Member));
@@ -439,8 +445,8 @@ fn what_a_lane_loses_is_asked_again() {
         | ShardMessage::Fetched { origin, .. } => origin.conn.slot == u32::MAX,
         _ => false,
     };
-    for shards in [2, 5] {
-        let (mut town, ann) = prepared(shards);
+    for shape in [2.into(), 5.into(), Shape { nodes: 2, shards: 1 }, Shape { nodes: 3, shards: 2 }] {
+        let (mut town, ann) = prepared(shape);
         town.drops = of_deletion;
         assert_eq!(done(&mut town, ann, delete("ann", PASSWORD, true)), Ok(()), "nobody waits for what is lost");
         town.elapse(3 * DELETION_MS);
@@ -533,8 +539,8 @@ fn as_many_deletions_wait_as_may_and_all_come_to_their_end() {
 
 #[test]
 fn what_is_made_while_the_user_goes_is_found_as_well() {
-    for shards in SHARD_COUNTS {
-        let mut town = town(shards);
+    for shape in SHAPES {
+        let mut town = town(shape);
         let [ann, bob] = ["ann", "bob"].map(|user| town.login(user));
         assert!(town.send(bob, "ann", 1).is_ok());
         assert_eq!(done(&mut town, ann, delete("ann", TOKEN, false)), Ok(()));

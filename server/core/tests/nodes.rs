@@ -10,7 +10,9 @@ use ringline_schema::codec::{Codec, decode_reply};
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::frame::{Flags, FrameDecoder};
 use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
-use ringline_schema::message::{Class, Credential, DeviceKind, Fetch, Login, Reply, Request, Secret, Send, SendAck};
+use ringline_schema::message::{
+    ChatRequest, Class, Credential, DeviceKind, Fetch, Login, Reply, Request, Secret, Send, SendAck, chat,
+};
 use ringline_schema::record::{Answer, ConversationRow};
 use ringline_store::memory::{self, MemoryStore};
 use ringline_store::{LoadToken, Store, StoreEvent};
@@ -276,4 +278,34 @@ fn after_a_reset_devices_are_told_what_they_lack() {
     node.hear(ShardMessage::ReadDone { number, answer: Box::new(Answer::Conversations(vec![row, foreign])) });
     assert_eq!(node.texts(), [format!("LAGGED {bob} 1..4")], "and nothing of what that node does not own");
     assert_eq!(ErrorCode::Unavailable.retryable(), ErrorCode::Unknown.retryable());
+}
+
+#[test]
+fn a_sync_whose_answer_a_full_link_lost_ends_in_time_and_may_be_asked_again() {
+    let mut node = Node::new();
+    let ann = node.user(HERE);
+    node.news(UP);
+    let (conn, _) = node.knock(&ann);
+    node.said();
+    let sync = || {
+        Request::Chat(ChatRequest::Sync(chat::Sync {
+            places: ringline_schema::message::Places::default(),
+            from: ringline_schema::message::Place::default(),
+            limit: 0,
+        }))
+    };
+    assert_eq!(node.ask(conn, 2, sync()), [""; 0]);
+    let Some(ShardMessage::Flush { conn: of, number }) = node.said().pop() else { panic!() };
+    assert_eq!(node.ask(conn, 3, sync()), ["BUSY"], "one at a time");
+    assert_eq!(node.pass(WAIT_US - 1), [""; 0]);
+    assert_eq!(node.pass(1), ["UNAVAILABLE"]);
+    assert_eq!(node.ask(conn, 4, sync()), [""; 0]);
+    node.hear(ShardMessage::Flushed { conn: of, number, done: true });
+    assert_eq!(node.texts(), [""; 0], "that was of the first");
+    let Some(ShardMessage::Flush { conn: of, number }) = node.said().pop() else { panic!() };
+    node.hear(ShardMessage::Flushed { conn: of, number, done: true });
+    let Some(ShardMessage::Read { number, .. }) = node.said().pop() else { panic!() };
+    node.hear(ShardMessage::ReadDone { number, answer: Box::new(Answer::Conversations(Vec::new())) });
+    assert_eq!(node.texts(), ["SYNC_OK"]);
+    assert_eq!(node.pass(2 * WAIT_US), [""; 0]);
 }

@@ -350,7 +350,7 @@ impl Tables {
         let hidden = |seq| reader.user.is_some_and(|user| self.value(&key(user, seq)).is_some());
         match (message.amends(), row(message.seq)) {
             (Some((of, _)), _) => shown::amendment(message.clone(), row(of).filter(|_| !hidden(of))),
-            (None, _) if hidden(message.seq) => shown::hidden(message.clone()),
+            (None, _) if hidden(message.seq) => message.clone().hidden(),
             (None, Some(row)) => {
                 let edit = reader.edit(row).and_then(|by| found.messages.get(&by));
                 shown::original(message.clone(), row, edit.cloned())

@@ -5,10 +5,9 @@
 //! has no body: there is nothing to do any more. A message that its reader has deleted for himself has no body either,
 //! and none of its amendments has one for him. Who left a group before an edit is told of it and not shown it.
 
-use bytes::Bytes;
 use ringline_schema::ids::{Seq, UserName};
 use ringline_schema::message::MessageState;
-use ringline_schema::record::{StoredExtra, StoredMessage};
+use ringline_schema::record::StoredMessage;
 use ringline_schema::rows::{AmendedRow, MemberRow};
 
 /// Who reads; nobody in particular by default.
@@ -28,13 +27,8 @@ impl Reader<'_> {
 }
 
 /// An amendment as it is shown; `row` is what its original is now, `None` when the reader does not see that.
-pub(crate) fn amendment(mut message: StoredMessage, row: Option<&AmendedRow>) -> StoredMessage {
-    if row.is_none_or(|row| row.by != message.seq) {
-        message.body = Bytes::new();
-        let extra = message.extra.get_or_insert_default();
-        (extra.state, extra.amended_ms) = (MessageState::AsSent, 0);
-    }
-    message
+pub(crate) fn amendment(message: StoredMessage, row: Option<&AmendedRow>) -> StoredMessage {
+    if row.is_none_or(|row| row.by != message.seq) { message.without_news() } else { message }
 }
 
 /// An original as it is shown; `edit` is the amendment that [`Reader::edit`] names.
@@ -46,17 +40,7 @@ pub(crate) fn original(message: StoredMessage, row: &AmendedRow, edit: Option<St
             let body = edit.map(|edit| edit.body).unwrap_or_default();
             StoredMessage { body, extra: Some(extra), ..message }
         }
-        MessageState::Recalled | MessageState::Deleted | MessageState::Hidden => gone(message, (row.state, row.at_ms)),
+        MessageState::Recalled | MessageState::Deleted | MessageState::Hidden => message.gone((row.state, row.at_ms)),
         MessageState::AsSent => message,
     }
-}
-
-/// A message that its reader has deleted for himself.
-pub(crate) fn hidden(message: StoredMessage) -> StoredMessage {
-    gone(message, (MessageState::Hidden, 0))
-}
-
-fn gone(message: StoredMessage, (state, amended_ms): (MessageState, u64)) -> StoredMessage {
-    let extra = StoredExtra { state, amended_ms, ..StoredExtra::default() };
-    StoredMessage { body: Bytes::new(), extra: Some(Box::new(extra)), ..message }
 }

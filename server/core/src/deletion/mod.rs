@@ -2,8 +2,8 @@
 //!
 //! One record makes it true: settings that say when the user was deleted, and beside them how far the work behind it has
 //! come ([`DeletionRow`]). From that moment nobody logs in or registers under the name, and who writes to it is told
-//! `USER_DELETED`. When it is on disk the devices are kicked, every shard asks anew who writes to the user, and DONE is
-//! answered. What follows is [`walk`]: nobody waits for it, and a node that dies goes on with it when it starts.
+//! `USER_DELETED`. When it is on disk the devices are kicked, every shard that can be reached asks anew who writes to the user,
+//! and DONE is answered. What follows is [`walk`]: nobody waits for it, and a node that dies goes on with it when it starts.
 //!
 //! Who deletes its own account proves again who it is, by the password or, without one, by a token; a wrong proof counts as
 //! a failed login. Administrators delete others without. Messages stay with those who have got them unless they are to be
@@ -101,10 +101,6 @@ impl Shard {
         (user, proof, recall): (&str, Option<Credential<'_>>, bool),
         fx: &mut Effects,
     ) -> Result<(), ErrorCode> {
-        if self.is_clustered() {
-            // Its walk reads what other nodes own as if it were here.
-            return Err(ErrorCode::Unsupported);
-        }
         let user = UserName::of_user(user)?;
         self.may_append()?;
         let login = self.sessions.get(origin.conn).and_then(|session| session.login());
@@ -273,7 +269,8 @@ impl Shard {
         self.presence_moved(&user);
         self.social.privacy.note(user.clone(), self.now.mono_us);
         self.deletion_written(&user, fx);
-        let others = self.other_shards();
+        // A node that is away is not waited for: the permits that it has run out by themselves.
+        let others = self.reachable_shards();
         let mut gather = 0;
         // Should too many requests wait already, the permits that other shards have run out by themselves.
         if !others.is_empty() && !self.gathers_are_full() {

@@ -9,7 +9,8 @@
 //! The owners of groups and conversations do the work, asked by the messages that sessions send as well ([`Submit`],
 //! [`ShardMessage::Fetch`]) under the connection [`DELETER`], which no session has. Every question may be repeated: one
 //! that is not answered in [`PATIENCE_MS`] is asked again, one that was refused after [`RETRY_MS`], for ever. So nothing
-//! depends on a message of a lane, and a crash between any two records only repeats a page.
+//! depends on a message of a lane, and a crash between any two records only repeats a page. In a cluster a page of conversations
+//! is put together from all nodes, and waits for one that is away.
 //!
 //! Bounded: [`DELETIONS_ACTIVE_MAX`] deletions work at a time, each with one page of conversations and [`JOBS_OPEN_MAX`]
 //! questions open. Invariant: `asks` names exactly the open jobs of all users.
@@ -31,6 +32,7 @@ use crate::config::{DELETIONS_ACTIVE_MAX, DELETIONS_MAX};
 use crate::conversation::{Pending, PendingWork};
 use crate::event::{ConnId, Effects, ShardMessage};
 use crate::group::act::Act;
+use crate::nodes::reads::{ListAsk, Whole};
 use crate::peer::{Origin, Submit, SubmitMore};
 use crate::shard::{Question, Shard};
 use crate::timers::Timer;
@@ -287,8 +289,9 @@ impl Shard {
         deletion.step = Step::Loading;
         if deletion.row.stage != DeletionStage::Erasing {
             let (device, cursor) = (DeviceKey(0), deletion.row.done);
-            let query = Query::Conversations { user: user.clone(), device, cursor, limit: PAGE_CONVERSATIONS };
-            return self.load(Question::Deletion(DeletionQuestion::Page(user.clone())), query, fx);
+            let ask = ListAsk { user: user.clone(), device, cursor, limit: PAGE_CONVERSATIONS };
+            let question = Question::Deletion(DeletionQuestion::Page(user.clone()));
+            return self.load_list(question, (ask, Whole::All), fx);
         }
         if deletion.lists.is_empty() {
             deletion.lists = [
@@ -325,8 +328,14 @@ impl Shard {
     /// A page of the user's conversations.
     pub(crate) fn page_loaded(&mut self, user: &UserName, answer: Answer, fx: &mut Effects) {
         let Answer::Conversations(rows) = answer else { return self.deletion_rests(user) };
+        let settled_us = self.now.mono_us + SETTLE_MS * 1_000;
+        let clustered = self.is_clustered();
         let Some(deletion) = self.deletions.users.get_mut(user) else { return };
         let Some(last) = rows.last().map(|row| row.conversation) else {
+            if clustered {
+                // What sessions had sent to a node came there before this page was asked of it, perhaps just before.
+                deletion.settled_us = settled_us;
+            }
             deletion.row.stage = match deletion.row.stage {
                 DeletionStage::Leaving => DeletionStage::Sweeping,
                 DeletionStage::Sweeping | DeletionStage::Erasing => DeletionStage::Erasing,

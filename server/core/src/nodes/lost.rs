@@ -19,6 +19,7 @@ fn meant_for(message: &ShardMessage) -> Option<Partition> {
         ShardMessage::Fetch { conversation, .. } => Some(conversation.partition()),
         ShardMessage::ReceiptUp(up) => Some(up.conversation.partition()),
         ShardMessage::ReceiptAsk(ask) => Some(ask.conversation.partition()),
+        ShardMessage::Social(SocialMessage::Delete(ask)) => Some(ask.user.partition()),
         ShardMessage::Deliver { .. }
         | ShardMessage::SendResult { .. }
         | ShardMessage::Receipt { .. }

@@ -19,6 +19,7 @@ mod lost;
 pub mod reads;
 pub mod record;
 pub(crate) mod resync;
+pub(crate) mod veil;
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -31,7 +32,7 @@ use crate::config::ClusterConfig;
 use crate::conversation::Stage;
 use crate::event::{ConnId, Effect, Effects, NodeNews, Verdict};
 use crate::group::passing::Passing;
-use crate::peer::{Origin, ShardMessage, Submit};
+use crate::peer::{Origin, ShardMessage, SocialMessage, Submit};
 use crate::shard::Shard;
 use crate::timers::Timer;
 use reads::Reading;
@@ -50,6 +51,8 @@ enum Fate {
     /// A send or an act that may have been done.
     Durable,
     Transient,
+    /// A request that is no send and may have been done.
+    Act,
     /// A question, or something that can be asked twice.
     Question,
 }
@@ -67,6 +70,8 @@ enum Due {
     Wait((ConnId, u32), u64),
     Read(u64),
     Resync(NodeIndex, u64),
+    /// The SYNC of a connection waits for the index of other nodes.
+    Sync(ConnId, u64),
 }
 
 #[derive(Debug)]
@@ -173,6 +178,7 @@ fn awaited(message: &ShardMessage) -> Option<(Origin, Fate)> {
         ShardMessage::Fetch { origin, .. } | ShardMessage::Online { origin, .. } => Some((*origin, Fate::Question)),
         ShardMessage::ReceiptUp(up) => up.origin.map(|origin| (origin, Fate::Question)),
         ShardMessage::ReceiptAsk(ask) => Some((ask.origin, Fate::Question)),
+        ShardMessage::Social(SocialMessage::Delete(ask)) => Some((ask.origin, Fate::Act)),
         ShardMessage::SendResult { .. }
         | ShardMessage::Deliver { .. }
         | ShardMessage::Receipt { .. }
@@ -295,6 +301,13 @@ impl Shard {
         fx.list.push(Effect::ToShard { to, message });
     }
 
+    /// The SYNC of a connection waits for shards, of which some may be of other nodes: their answer may be lost.
+    pub(crate) fn expire_sync(&mut self, conn: ConnId, number: u64) {
+        if self.nodes.is_some() {
+            self.expire_later(Due::Sync(conn, number));
+        }
+    }
+
     fn expire_later(&mut self, due: Due) {
         let at_us = self.now.mono_us + WAIT_MS * 1_000;
         let Some(nodes) = &mut self.nodes else { return };
@@ -332,6 +345,7 @@ impl Shard {
         match fate {
             Fate::Durable => self.send_result(origin, (true, Err(ErrorCode::Unknown)), None, fx),
             Fate::Transient => self.send_result(origin, (false, Err(ErrorCode::Unknown)), None, fx),
+            Fate::Act => self.sessions.fail(conn, request_id, ErrorCode::Unknown, fx),
             Fate::Question => self.sessions.fail(conn, request_id, ErrorCode::Unavailable, fx),
         }
     }
@@ -442,6 +456,7 @@ impl Shard {
                 }
                 Due::Read(number) => self.read_late(number, fx),
                 Due::Resync(node, number) => self.resync_late(node, number),
+                Due::Sync(conn, number) => self.sync_late(conn, number, fx),
             }
         }
         let Some(nodes) = &self.nodes else { return };

@@ -10,6 +10,7 @@ use ringline_schema::ids::{ConversationId, DeviceKey, UserName};
 use ringline_schema::record::{Answer, ConversationRow, Query, Range};
 use smallvec::SmallVec;
 
+use super::veil::Then;
 use super::{Due, Nodes};
 use crate::event::Effects;
 use crate::peer::ShardMessage;
@@ -70,8 +71,8 @@ pub(crate) struct Reading {
 enum Gathering {
     List(ListAsk, Vec<ConversationRow>),
     Count(u32),
-    /// From one node.
-    Messages(Option<Answer>),
+    /// From one node, for that reader.
+    Messages(Option<Answer>, Option<UserName>),
 }
 
 impl Nodes {
@@ -134,7 +135,8 @@ impl Shard {
             return self.load(question, Query::Messages { conversation, range, reader }, fx);
         }
         let (from, whole) = (SmallVec::from_slice(&[owner.node()]), Whole::Only(owner.node()));
-        let number = self.begin_read(Reading { question, from, whole, gathered: Gathering::Messages(None) });
+        let gathered = Gathering::Messages(None, reader.clone());
+        let number = self.begin_read(Reading { question, from, whole, gathered });
         let read = Box::new(NodeRead::Messages { conversation, range, reader });
         self.tell_shard(owner, ShardMessage::Read { number, read }, fx);
     }
@@ -207,10 +209,10 @@ impl Shard {
                 rows.extend(more.into_iter().filter(its));
             }
             (Gathering::Count(sum), Answer::Count(more)) => *sum = sum.saturating_add(more),
-            (Gathering::Messages(place), answer @ (Answer::Messages { .. } | Answer::NotReadable)) => {
+            (Gathering::Messages(place, _), answer @ (Answer::Messages { .. } | Answer::NotReadable)) => {
                 *place = Some(answer);
             }
-            (Gathering::List(..) | Gathering::Count(_) | Gathering::Messages(_), _) => {
+            (Gathering::List(..) | Gathering::Count(_) | Gathering::Messages(..), _) => {
                 let reading = nodes.reads.remove(&number);
                 return reading.map_or((), |reading| self.unanswered(reading.question, fx));
             }
@@ -228,8 +230,8 @@ impl Shard {
         let Some(Reading { question, gathered, .. }) = nodes.reads.remove(&number) else { return };
         match gathered {
             Gathering::Count(sum) => self.answered(question, Answer::Count(sum), fx),
-            Gathering::Messages(Some(answer)) => self.answered(question, answer, fx),
-            Gathering::Messages(None) => self.unanswered(question, fx),
+            Gathering::Messages(Some(answer), reader) => self.veil((reader, answer), Then::Answer(question), fx),
+            Gathering::Messages(None, _) => self.unanswered(question, fx),
             Gathering::List(ListAsk { user, device, limit, .. }, mut rows) => {
                 rows.sort_unstable_by_key(|row| row.conversation);
                 rows.dedup_by_key(|row| row.conversation);
@@ -283,6 +285,9 @@ impl Shard {
             Question::GroupCount(submit) => self.refuse(submit.origin, gone, fx),
             Question::Export(work) => self.export_unavailable(&work, fx),
             Question::Resync(resync) => self.resync_failed(&resync, fx),
+            Question::Hide(hiding) => self.tell_done(hiding.origin, Err(gone), fx),
+            // Tried again.
+            Question::Deletion(question) => self.deletion_loaded(question, Answer::Failed, fx),
             Question::AttemptUser(_)
             | Question::AttemptWork(_)
             | Question::Head(..)
@@ -293,8 +298,7 @@ impl Shard {
             | Question::Visited(_)
             | Question::Devices(_)
             | Question::Original(_)
-            | Question::Deletion(_)
-            | Question::Hide(_)
+            | Question::Veil(_)
             | Question::Receipt(_)
             | Question::Receipts(_)
             | Question::Flush(..)

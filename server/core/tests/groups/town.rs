@@ -1,21 +1,23 @@
-//! A node of several shards whose lanes and store move at once, for the rules of groups and of deletions.
+//! A node of several shards, or several such nodes, whose lanes, links and stores move at once, for the rules of groups and of
+//! deletions.
 
 #![allow(dead_code, reason = "each test uses a part of it")]
 
 use std::collections::{HashMap, VecDeque};
 
-use ringline_cluster::placement::{CorePlacement, ShardIndex};
+use ringline_cluster::placement::{ClusterPlacement, CorePlacement, NodeIndex, ShardIndex};
 use ringline_core::Shard;
-use ringline_core::config::CoreConfig;
+use ringline_core::config::{ClusterConfig, CoreConfig};
 use ringline_core::counters::{Counters, Levels};
-use ringline_core::event::{ConnId, Effect, Effects, Event, Now, ShardMessage, Token, Work, WorkOutcome};
+use ringline_core::event::{ConnId, Effect, Effects, Event, NodeNews, Now, ShardMessage, Token, Work, WorkOutcome};
+use ringline_core::nodes::record;
 use ringline_schema::codec::{Codec, decode_reply};
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::frame::{Flags, FrameDecoder, Header};
 use ringline_schema::ids::{DeviceId, Partition, Seq, UserName};
 use ringline_schema::message::*;
 use ringline_schema::record::{Answer, Change, Query, Record, User};
-use ringline_schema::rows::Row;
+use ringline_schema::rows::{Row, RowList};
 use ringline_store::memory::{self, MemoryStore};
 use ringline_store::{LoadToken, Store, StoreEvent};
 
@@ -34,9 +36,25 @@ struct Side {
     store: MemoryStore,
 }
 
+/// How many nodes, and shards of each.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    pub nodes: u16,
+    pub shards: u16,
+}
+
+/// A node alone.
+impl From<u16> for Shape {
+    fn from(shards: u16) -> Self {
+        Self { nodes: 1, shards }
+    }
+}
+
 pub struct Town {
     sides: Vec<Side>,
     placement: CorePlacement,
+    /// `None`: a node alone.
+    cluster: Option<ClusterPlacement>,
     pub now: Now,
     lanes: VecDeque<(ShardIndex, usize, ShardMessage)>,
     inbox: HashMap<Seat, Vec<Vec<u8>>>,
@@ -71,15 +89,38 @@ impl Town {
     }
 
     pub fn with(stores: Vec<MemoryStore>, change: impl Fn(&mut CoreConfig)) -> Self {
-        let placement = CorePlacement::new(stores.len() as u16).unwrap();
-        let side = |(at, store)| {
-            let mut config = CoreConfig::new(ShardIndex(at), placement);
-            change(&mut config);
-            Side { shard: Shard::new(config, 1), store }
-        };
-        Self {
-            sides: (0..).zip(stores).map(side).collect(),
+        Self::of_nodes(vec![stores], change)
+    }
+
+    pub fn of(shape: Shape, change: impl Fn(&mut CoreConfig)) -> Self {
+        Self::of_nodes((0..shape.nodes).map(|_| memory::open(shape.shards)).collect(), change)
+    }
+
+    /// By node and shard; all have as many shards.
+    fn of_nodes(stores: Vec<Vec<MemoryStore>>, change: impl Fn(&mut CoreConfig)) -> Self {
+        let placement = CorePlacement::new(stores[0].len() as u16).unwrap();
+        let names: Vec<_> = (0..stores.len()).map(|node| (format!("n{node}"), 1)).collect();
+        let placed = |own: usize| ClusterPlacement::new(&names[own].0, placement, &names).unwrap();
+        let mut sides = Vec::new();
+        for (node, stores) in stores.into_iter().enumerate() {
+            for (within, store) in (0..).zip(stores) {
+                let mut config = CoreConfig::new(ShardIndex::new(NodeIndex(node as u16), within), placement);
+                let nodes = names.iter().map(|(name, _)| (name.clone(), name.clone())).collect();
+                config.cluster = (names.len() > 1).then(|| ClusterConfig { placement: placed(node), nodes });
+                change(&mut config);
+                sides.push(Side { shard: Shard::new(config, 1), store });
+            }
+        }
+        let mut cluster = (names.len() > 1).then(|| placed(0));
+        if let Some(cluster) = &mut cluster {
+            for node in (1..names.len() as u16).map(NodeIndex) {
+                cluster.learn(node, placement);
+            }
+        }
+        let mut town = Self {
+            sides,
             placement,
+            cluster,
             now: Now { mono_us: 1_000_000, unix_ms: 1_700_000_000_000 },
             lanes: VecDeque::new(),
             inbox: HashMap::new(),
@@ -92,16 +133,60 @@ impl Town {
             drops: |_| false,
             fan_outs: 0,
             loads: 0,
-        }
+        };
+        (0..town.nodes()).for_each(|node| town.apart(node, false));
+        town
     }
 
     /// The same data under new shards, as after a restart.
     pub fn restarted(&self, shards: u16) -> Self {
-        Self::with(self.sides[0].store.reopen(shards), |_| ())
+        let each = self.sides.chunks(usize::from(self.placement.shards()));
+        Self::of_nodes(each.map(|sides| sides[0].store.reopen(shards)).collect(), |_| ())
+    }
+
+    fn nodes(&self) -> u16 {
+        (self.sides.len() / usize::from(self.placement.shards())) as u16
+    }
+
+    fn index(&self, at: usize) -> ShardIndex {
+        let shards = usize::from(self.placement.shards());
+        ShardIndex::new(NodeIndex((at / shards) as u16), (at % shards) as u16)
+    }
+
+    fn place(&self, shard: ShardIndex) -> usize {
+        usize::from(shard.node().0) * usize::from(self.placement.shards()) + usize::from(shard.within())
+    }
+
+    /// Cuts a node off from all others, or ends that.
+    pub fn apart(&mut self, node: u16, cut: bool) {
+        let news = |cut| if cut { NodeNews::Down } else { NodeNews::Up { shards: self.placement.shards() } };
+        let news = news(cut);
+        for at in 0..self.sides.len() {
+            let own = self.index(at).node();
+            for other in (0..self.nodes()).map(NodeIndex).filter(|other| *other != own) {
+                if own.0 == node || other.0 == node {
+                    self.event(at, Event::Node { node: other, news });
+                }
+            }
+        }
+        self.settle();
+    }
+
+    /// The node that a user lives on.
+    pub fn node_of(&self, user: &str) -> u16 {
+        self.node_of_partition(name(user).partition())
+    }
+
+    pub fn node_of_partition(&self, partition: Partition) -> u16 {
+        self.index(self.owner(partition)).node().0
     }
 
     fn owner(&self, partition: Partition) -> usize {
-        usize::from(self.placement.shard_of(partition).0)
+        let shard = match &self.cluster {
+            Some(cluster) => cluster.shard_of(partition),
+            None => self.placement.shard_of(partition),
+        };
+        self.place(shard)
     }
 
     /// Puts records into the store behind the back of the shards.
@@ -124,9 +209,33 @@ impl Town {
         self.seed(&Record::User(User { name: name(user), password_hash: None, created_ms: 1 }));
     }
 
-    /// Asks the store itself.
+    /// Asks the store itself, of the node that has the answer; of all deletions, the first that has one.
     pub fn stored(&mut self, query: Query) -> Answer {
-        let mut store = self.sides[0].store.reopen(1).remove(0);
+        let partition = match &query {
+            Query::User { name } => Some(name.partition()),
+            Query::Row { key } => Some(key.partition()),
+            Query::Rows { list: RowList::Deletions, .. } => None,
+            Query::Rows { list, .. } => Some(match list {
+                RowList::Members(of) | RowList::Receipts(of) | RowList::Amended(of) => of.partition(),
+                RowList::Devices(user) | RowList::Blocks(user) | RowList::Marks(user) => user.partition(),
+                RowList::Hidden(user, _) | RowList::AllHidden(user) => user.partition(),
+                RowList::Deletions => unreachable!(),
+            }),
+            Query::Head { conversation, .. } | Query::Messages { conversation, .. } => Some(conversation.partition()),
+            Query::Conversations { .. } | Query::Listed { .. } | Query::GroupCount { .. } => {
+                Some(Partition::of_user(""))
+            }
+        };
+        if let Some(partition) = partition {
+            return self.stored_at(self.owner(partition), query);
+        }
+        let mut answers = (0..self.sides.len()).map(|at| self.stored_at(at, query.clone()));
+        let first = answers.next().unwrap();
+        answers.find(|answer| *answer != Answer::Rows(Vec::new())).unwrap_or(first)
+    }
+
+    fn stored_at(&self, at: usize, query: Query) -> Answer {
+        let mut store = self.sides[at].store.reopen(1).remove(0);
         store.load(LoadToken(1), query).unwrap();
         let mut events = Vec::new();
         store.poll(&mut events);
@@ -172,7 +281,14 @@ impl Town {
                 }
                 Effect::ToShard { to, message } => {
                     self.fan_outs += usize::from(matches!(message, ShardMessage::DeliverGroup { .. }));
-                    self.lanes.push_back((ShardIndex(at as u16), usize::from(to.0), message));
+                    let from = self.index(at);
+                    let mut carried = message;
+                    if from.node() != to.node() {
+                        let mut bytes = Vec::new();
+                        record::encode(&carried, &mut bytes);
+                        carried = record::decode(&bytes).unwrap();
+                    }
+                    self.lanes.push_back((from, self.place(to), carried));
                 }
             }
         }

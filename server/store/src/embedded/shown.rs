@@ -59,7 +59,7 @@ impl Node {
             return Ok(shown::amendment(message, row.as_ref()));
         }
         if changed.hidden.contains(&message.seq) {
-            return Ok(shown::hidden(message));
+            return Ok(message.hidden());
         }
         let Some(row) = changed.amended.get(&message.seq) else { return Ok(message) };
         let edit = match reader.edit(row) {
