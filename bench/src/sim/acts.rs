@@ -28,6 +28,16 @@ pub fn peers() -> impl Iterator<Item = Peer> {
     (0..USERS).map(Peer::User).chain((0..GROUPS).map(Peer::Group))
 }
 
+/// What `own` does with a message that `by` has written; `what` picks.
+pub fn amendment((own, by): (u32, u32), with: Peer, what: usize) -> AmendAction {
+    use AmendAction::{DeleteForAll, DeleteForMe, Edit, Recall};
+    match with {
+        _ if by == own => [Edit, Edit, Edit, Recall, DeleteForAll, DeleteForMe][what % 6],
+        Peer::Group(group) if group == own => [DeleteForAll, DeleteForMe, Edit][what % 3],
+        Peer::User(_) | Peer::Group(_) => [DeleteForMe, DeleteForMe, Edit, Recall, DeleteForAll][what % 5],
+    }
+}
+
 impl World {
     pub(super) fn act(&mut self, client: usize) {
         if !self.lively {
@@ -101,16 +111,11 @@ impl World {
 
     /// Mostly what is allowed.
     fn amend_something(&mut self, client: usize) {
-        use AmendAction::{DeleteForAll, DeleteForMe, Edit, Recall};
         let (now_ms, number) = (self.now_ms(), self.rng.random_range(0..1_024));
         let Some((with, place, by)) = self.clients[client].asked.memory.message(number) else { return };
         let own = self.clients[client].name.user;
         let what = self.rng.random_range(0..100);
-        let action = match with {
-            _ if by == own => [Edit, Edit, Edit, Recall, DeleteForAll, DeleteForMe][what % 6],
-            Peer::Group(group) if group == own => [DeleteForAll, DeleteForMe, Edit][what % 3],
-            Peer::User(_) | Peer::Group(_) => [DeleteForMe, DeleteForMe, Edit, Recall, DeleteForAll][what % 5],
-        };
+        let action = amendment((own, by), with, what);
         self.clients[client].amend(now_ms, (with, place), action, &mut self.history);
     }
 

@@ -418,8 +418,17 @@ impl Cluster {
                 let behind = place.map(|place| Place { seq: self.rng.random_range(0..=place.seq), ..place });
                 self.clients[client].sync(now_ms, behind.into_iter().collect(), &self.history);
             }
-            _ => self.clients[client].list(now_ms, &self.history),
+            82..90 => self.clients[client].list(now_ms, &self.history),
+            _ => self.amend_something(client),
         }
+    }
+
+    /// Mostly what is allowed; often for oneself, whose rows and messages may be with different nodes.
+    fn amend_something(&mut self, client: usize) {
+        let (now_ms, number) = (self.now_ms(), self.rng.random_range(0..1_024));
+        let Some((with, place, by)) = self.clients[client].asked.memory.message(number) else { return };
+        let (own, what) = (self.clients[client].name.user, self.rng.random_range(0..100));
+        self.clients[client].amend(now_ms, (with, place), acts::amendment((own, by), with, what), &mut self.history);
     }
 
     fn create_group(&mut self, client: usize, group: u32) {
