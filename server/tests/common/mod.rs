@@ -6,6 +6,7 @@
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod net;
 pub mod sdk;
 
 use std::io::{BufRead, BufReader, Read, Write};
