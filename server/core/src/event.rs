@@ -12,7 +12,7 @@ pub use crate::group::act::Act;
 pub use crate::group::fan_out::{GroupAnswer, GroupPush, InfoAnswer, MemberAnswer};
 pub use crate::group::passing::{Pass, Passing, Relay};
 pub use crate::group::state::Targets;
-pub use crate::peer::ShardMessage;
+pub use crate::peer::{Ask, ShardMessage};
 
 /// Time as the shell sees it at the head of an event.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -4,7 +4,7 @@
 use ringline_cluster::placement::{ClusterPlacement, CorePlacement, NodeIndex, ShardIndex};
 use ringline_core::Shard;
 use ringline_core::config::{ClusterConfig, CoreConfig};
-use ringline_core::event::{ConnId, Effect, Effects, Event, NodeNews, Now, ShardMessage, Token, WorkOutcome};
+use ringline_core::event::{Ask, ConnId, Effect, Effects, Event, NodeNews, Now, ShardMessage, Token, WorkOutcome};
 use ringline_core::nodes::reads::NodeRead;
 use ringline_schema::codec::{Codec, decode_reply};
 use ringline_schema::errors::ErrorCode;
@@ -308,4 +308,38 @@ fn a_sync_whose_answer_a_full_link_lost_ends_in_time_and_may_be_asked_again() {
     node.hear(ShardMessage::ReadDone { number, answer: Box::new(Answer::Conversations(Vec::new())) });
     assert_eq!(node.texts(), ["SYNC_OK"]);
     assert_eq!(node.pass(2 * WAIT_US), [""; 0]);
+}
+
+#[test]
+fn an_answer_to_a_node_whose_link_is_not_up_yet_is_kept_for_as_long_as_anybody_waits() {
+    let mut node = Node::new();
+    let ann = node.user(HERE);
+    let bob = node.partner(&ann, THERE);
+    node.knock(&ann);
+    let ask = || {
+        let (conversation, user, from) = (ConversationId::direct(&name(&ann), &name(&bob)), name(&ann), name(&bob));
+        ShardMessage::AskUser(Box::new(Ask { conversation, user, from, exists: false, answered: false }))
+    };
+    node.hear(ask());
+    assert_eq!(node.said(), [], "its own link to here was up first");
+    node.news(UP);
+    assert!(matches!(node.said()[..], [ShardMessage::UserKnown { known: Ok(()), .. }]));
+    node.news(NodeNews::Down);
+    node.hear(ask());
+    node.pass(WAIT_US);
+    node.news(UP);
+    assert_eq!(node.said(), [], "too late");
+    // A full link: again in a moment.
+    node.hear(ask());
+    let answer = node.said().pop().unwrap();
+    node.event(Event::Unsent { to: ShardIndex::new(THERE, 0), message: answer.clone() });
+    assert_eq!(node.said(), []);
+    node.pass(500_000);
+    assert_eq!(node.said(), [answer]);
+    // A new process waits for nothing.
+    node.news(NodeNews::Down);
+    node.hear(ask());
+    node.news(NodeNews::Reset);
+    node.news(UP);
+    assert!(!node.said().iter().any(|message| matches!(message, ShardMessage::UserKnown { .. })));
 }

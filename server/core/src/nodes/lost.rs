@@ -4,7 +4,7 @@ use ringline_cluster::placement::ShardIndex;
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::Partition;
 
-use crate::event::Effects;
+use crate::event::{Effects, GroupAnswer};
 use crate::peer::{ShardMessage, SocialMessage};
 use crate::receipt_list::NoReceipts;
 use crate::shard::Shard;
@@ -75,22 +75,27 @@ impl Shard {
                     self.tell_timeout(wanted.origin, &message, fx);
                 }
             }
-            ShardMessage::DeliverGroup { .. }
-            | ShardMessage::PushGroup { .. }
-            | ShardMessage::SendResult { copy: Some(_), .. }
-            | ShardMessage::Missed => self.not_pushed(to),
+            ShardMessage::DeliverGroup { .. } | ShardMessage::PushGroup { .. } | ShardMessage::Missed => {
+                self.not_pushed(to)
+            }
+            ShardMessage::SendResult { origin, durable, result, copy } => {
+                if copy.is_some() {
+                    self.not_pushed(to);
+                }
+                self.keep_answer(to, ShardMessage::SendResult { origin, durable, result, copy: None });
+            }
             ShardMessage::ReceiptNews(_) => self.sessions.counters.receipts_untold += 1,
             ShardMessage::Social(message) => self.undelivered_social(message, fx),
-            // Who waits for these is told at the other node, by its own clock if by nothing else.
-            ShardMessage::SendResult { copy: None, .. }
-            | ShardMessage::Receipt { .. }
+            answer @ (ShardMessage::Receipt { .. }
             | ShardMessage::UserKnown { .. }
-            | ShardMessage::Fetched { .. }
-            | ShardMessage::ReceiptPage { .. }
             | ShardMessage::Done { .. }
             | ShardMessage::Flushed { .. }
-            | ShardMessage::GroupAnswered { .. }
             | ShardMessage::GroupReached { .. }
+            | ShardMessage::GroupAnswered { answer: GroupAnswer::Ok { .. }, .. }) => self.keep_answer(to, answer),
+            // Who waits for these is told at the other node, by its own clock if by nothing else.
+            ShardMessage::Fetched { .. }
+            | ShardMessage::ReceiptPage { .. }
+            | ShardMessage::GroupAnswered { .. }
             | ShardMessage::OnlinePage { .. }
             | ShardMessage::ReadDone { .. } => {}
         }

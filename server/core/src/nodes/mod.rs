@@ -7,7 +7,8 @@
 //! A link carries what is said in order, once each, as long as both processes live, over any number of connections. What
 //! it can lose, and who repairs it:
 //! - *Questions and answers.* Whoever waits is remembered with the node ([`Nodes::waits`]) and told when that goes, or after
-//!   [`WAIT_MS`]; an answer that comes later is dropped, because its request has been answered.
+//!   [`WAIT_MS`]; an answer that comes later is dropped, because its request has been answered. Small answers to a node that
+//!   can't be reached just now are kept for it ([`kept`]).
 //! - *What devices are pushed.* The sender remembers that something did not go out to a node and says so (`Missed`) as soon as
 //!   it can; a node that comes back as a new process has lost whatever it had sent. Either way the receiving shard compares
 //!   what that node's conversations hold with what its own sessions have, and says `LAGGED` ([`resync`]). The log of the
@@ -15,6 +16,7 @@
 //! - *A SYNC while a node is away* leaves that node's conversations out; when it is back they are compared in the same way.
 
 mod fields;
+mod kept;
 mod lost;
 pub mod reads;
 pub mod record;
@@ -35,6 +37,7 @@ use crate::group::passing::Passing;
 use crate::peer::{Origin, ShardMessage, SocialMessage, Submit};
 use crate::shard::Shard;
 use crate::timers::Timer;
+use kept::Kept;
 use reads::Reading;
 use resync::Resync;
 
@@ -84,6 +87,8 @@ struct Peer {
     missed: bool,
     /// Devices here may lack something of its conversations.
     stale: bool,
+    /// Answers that did not go out.
+    kept: Kept,
 }
 
 /// See the module.
@@ -109,6 +114,7 @@ impl Nodes {
             up: at == usize::from(own.0),
             missed: false,
             stale: false,
+            kept: Kept::new(),
         };
         Self {
             placement: config.placement.clone(),
@@ -364,6 +370,7 @@ impl Shard {
                     let groups = self.groups.iter_mut().filter_map(|(_, slot)| slot.group.as_mut());
                     groups.for_each(|group| group.forget_targets());
                 }
+                self.tell_kept(node, fx);
                 self.tell_missed(node, fx);
                 self.resync_if_stale(node, fx);
             }
@@ -377,6 +384,7 @@ impl Shard {
                 if let Some(peer) = nodes.peer_mut(node) {
                     // Its devices have begun anew with it; ours may have lost what it had sent.
                     (peer.missed, peer.stale) = (false, true);
+                    peer.kept.clear();
                 }
                 self.node_lost(node, fx);
                 self.resync_if_stale(node, fx);
@@ -464,6 +472,7 @@ impl Shard {
             self.timers.arm(*at_us, Timer::Nodes);
         }
         for node in nodes.others().collect::<Vec<_>>() {
+            self.tell_kept(node, fx);
             self.tell_missed(node, fx);
             self.resync_if_stale(node, fx);
         }
