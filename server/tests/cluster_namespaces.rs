@@ -23,6 +23,8 @@ use tokio::task::{JoinHandle, LocalSet, spawn_local};
 
 /// Longer than the silence after which a node counts as away.
 const TROUBLE: Duration = Duration::from_secs(7);
+/// After it: refused sends are written again after a pause, and a case must not wait for the next one's end.
+const CALM: Duration = Duration::from_secs(2);
 /// Between two messages of a sender.
 const PACE: Duration = Duration::from_millis(20);
 /// How long a transient message is tried: what clients see in between is told that often.
@@ -207,7 +209,8 @@ impl Load {
     }
 
     /// A row of the table: what was seen since the last.
-    fn row(&self, case: &str, note: &str) {
+    async fn row(&self, case: &str, note: &str) {
+        tokio::time::sleep(CALM).await;
         let now = Instant::now();
         let mut seen = self.seen.take();
         for since in seen.since.values() {
@@ -351,34 +354,34 @@ fn slow_three_nodes_under_load_lose_and_double_nothing_whatever_is_cut_hangs_or_
         let started = start_all(&mut cluster).await;
         let load = Load::start(&cluster).await;
         tokio::time::sleep(Duration::from_secs(1)).await;
-        load.row("nothing happens for 1 s", &format!("started in {}", seconds(started)));
+        load.row("nothing happens for 1 s", &format!("started in {}", seconds(started))).await;
         cluster.net.cut_off(2, true);
         tokio::time::sleep(TROUBLE).await;
         cluster.net.cut_off(2, false);
         let whole = cluster.whole().await;
-        load.row("n2 is cut off from both for 7 s", &seconds(whole));
+        load.row("n2 is cut off from both for 7 s", &seconds(whole)).await;
         cluster.net.cut(0, 2, true);
         tokio::time::sleep(TROUBLE).await;
         cluster.net.cut(0, 2, false);
         let whole = cluster.whole().await;
-        load.row("n2 does not hear n0 for 7 s", &seconds(whole));
+        load.row("n2 does not hear n0 for 7 s", &seconds(whole)).await;
         cluster.signal(2, "STOP");
         tokio::time::sleep(TROUBLE).await;
         cluster.signal(2, "CONT");
         let whole = cluster.whole().await;
-        load.row("n2 hangs for 7 s", &seconds(whole));
+        load.row("n2 hangs for 7 s", &seconds(whole)).await;
         for node in 0..3 {
             cluster.signal(node, "TERM");
             cluster.ended(node).await;
             cluster.start(node);
             let whole = cluster.whole().await;
-            load.row(&format!("n{node} restarts in order"), &seconds(whole));
+            load.row(&format!("n{node} restarts in order"), &seconds(whole)).await;
         }
         cluster.signal(1, "KILL");
         cluster.ended(1).await;
         cluster.start(1);
         let whole = cluster.whole().await;
-        load.row("n1 is killed and comes back", &seconds(whole));
+        load.row("n1 is killed and comes back", &seconds(whole)).await;
         load.finish(&cluster.users).await;
         stop_all(&mut cluster).await;
     });
@@ -415,7 +418,7 @@ fn slow_a_node_that_hangs_for_40_s_is_part_of_it_again() {
         tokio::time::sleep(Duration::from_secs(40)).await;
         cluster.signal(2, "CONT");
         let whole = cluster.whole().await;
-        load.row("n2 hangs for 40 s", &seconds(whole));
+        load.row("n2 hangs for 40 s", &seconds(whole)).await;
         load.finish(&cluster.users).await;
         stop_all(&mut cluster).await;
     });
