@@ -172,6 +172,13 @@ struct Seen {
     longest_refusal: Duration,
 }
 
+impl Seen {
+    fn accepted(&mut self, waited: Duration) {
+        self.accepted += 1;
+        self.longest_wait = self.longest_wait.max(waited);
+    }
+}
+
 /// Everybody writes to everybody, until it is stopped.
 struct Load {
     seen: Rc<RefCell<Seen>>,
@@ -179,8 +186,7 @@ struct Load {
     senders: Vec<JoinHandle<u64>>,
     probes: Vec<JoinHandle<()>>,
     readers: Vec<JoinHandle<Events>>,
-    /// Texts by receiver and sender, in the order in which they came.
-    read: Rc<RefCell<BTreeMap<(String, String), Vec<u64>>>>,
+    read: Rc<RefCell<Read>>,
     _clients: Vec<Client>,
 }
 
@@ -254,6 +260,9 @@ impl Load {
     }
 }
 
+/// Numbers by receiver and sender, in the order in which they came.
+type Read = BTreeMap<(String, String), Vec<u64>>;
+
 type Shared = (Rc<RefCell<Seen>>, Rc<RefCell<bool>>);
 
 /// Durable messages, each after the last was accepted; how many.
@@ -263,10 +272,7 @@ async fn send_all(client: Client, (_, to): ((usize, usize), String), (seen, goin
         let began = Instant::now();
         client.send(&to, number.to_string()).await.expect("accepted in the end");
         number += 1;
-        let mut seen = seen.borrow_mut();
-        seen.accepted += 1;
-        seen.longest_wait = seen.longest_wait.max(began.elapsed());
-        drop(seen);
+        seen.borrow_mut().accepted(began.elapsed());
         tokio::time::sleep(PACE).await;
     }
     number
@@ -301,7 +307,7 @@ async fn probe(client: Client, (pair, to): ((usize, usize), String), (seen, goin
     }
 }
 
-async fn read_all(own: String, mut events: Events, read: Rc<RefCell<BTreeMap<(String, String), Vec<u64>>>>) -> Events {
+async fn read_all(own: String, mut events: Events, read: Rc<RefCell<Read>>) -> Events {
     while let Some(event) = events.next().await {
         if let Event::Message(message) = event
             && message.from.as_str() != own

@@ -175,7 +175,7 @@ fn a_deletion_is_done_at_once_and_waits_with_its_work_for_a_node_that_is_away() 
     assert_eq!(text(&mut town), (1, MessageState::Recalled, 0));
     for group in &groups {
         let (members, _) = town.members(other, group, ("", Standing::Member)).unwrap();
-        assert_eq!(members, [bob.clone()], "{group}");
+        assert_eq!(members, [bob.as_str()], "{group}");
     }
     assert_eq!(town.send(other, &ann, 9), Err(ErrorCode::UserDeleted));
 }
