@@ -4,7 +4,8 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::net::TcpListener;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::time::Duration;
 
@@ -202,4 +203,73 @@ fn mistakes_of_a_cluster_are_told_before_it_starts() {
     assert!(refused(&["auth.issuer=/nowhere.pem"]).contains("auth.issuer: cannot read /nowhere.pem"));
     let (code, error) = complaint(&["token", "--user", "ann", "--set", "auth.issuer=/nowhere.pem"]);
     assert!(code == 1 && error.contains("auth.issuer: cannot read /nowhere.pem"), "{error}");
+}
+
+/// How often a node has refused somebody at its peer port for this reason.
+fn refusals(admin: &str, reason: &str) -> u64 {
+    let mut stream = TcpStream::connect(admin).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    write!(stream, "GET /metrics HTTP/1.0\r\nHost: a\r\nConnection: close\r\n\r\n").unwrap();
+    let mut page = String::new();
+    stream.read_to_string(&mut page).unwrap();
+    let label = format!("reason=\"{reason}\"");
+    let lines = page.lines().filter(|line| line.starts_with("ringline_peer_refused_total{") && line.contains(&label));
+    lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum::<f64>() as u64
+}
+
+fn wait_for_refusal(admin: &str, (reason, before): (&str, u64)) {
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while refusals(admin, reason) <= before {
+        assert!(std::time::Instant::now() < deadline, "nobody was refused for {reason}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn strangers_at_the_peer_port_of_a_server_are_refused_and_counted() {
+    let folder = tempfile::tempdir().unwrap();
+    let [certs, others] = ["certs", "others"].map(|name| folder.path().join(name));
+    for dir in [&certs, &others] {
+        let made = common::run(&["certs", "init", dir.to_str().unwrap(), "--nodes", "a,b"]);
+        assert!(made.status.success(), "{made:?}");
+    }
+    let ports = ports(6);
+    let address = |at: usize| format!("127.0.0.1:{}", ports[at]);
+    let nodes = format!("a@{}/{},b@{}/{}", address(0), address(1), address(2), address(3));
+    let (a_admin, b_admin) = (address(4), address(5));
+    let started = |arguments: Vec<String>| Server::start(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    let mut a = started(arguments(&certs, &nodes, ("a", &address(1), &a_admin)));
+
+    for bytes in [&b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"[..], &[0xff; 4_096]] {
+        let before = refusals(&a_admin, "not_tls");
+        let mut stream = TcpStream::connect(address(0)).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.write_all(bytes).unwrap();
+        // Closed, perhaps with what was not read still on its way.
+        let _ = stream.read_to_end(&mut Vec::new());
+        wait_for_refusal(&a_admin, ("not_tls", before));
+    }
+    let b = |certs: &Path, nodes: &str, more: &[&str]| {
+        let mut all = arguments(certs, nodes, ("b", &address(3), &b_admin));
+        all.extend(more.iter().flat_map(|set| ["--set".to_owned(), (*set).to_owned()]));
+        started(all)
+    };
+    let heavier = format!("{nodes}*2");
+    let impostors = [
+        ("wrong_ca", &others, &nodes, &[][..]),
+        ("other_cluster", &certs, &nodes, &["cluster.name=other"]),
+        ("other_list", &certs, &heavier, &[]),
+    ];
+    for (reason, certs, nodes, more) in impostors {
+        let mut impostor = b(certs, nodes, more);
+        wait_for_refusal(&a_admin, (reason, 0));
+        assert_eq!(impostor.stop(), Some(0));
+    }
+    let mut b = b(&certs, &nodes, &[]);
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while common::run(&["cluster", "status", "--admin", &a_admin]).status.code() != Some(0) {
+        assert!(std::time::Instant::now() < deadline, "the real one is not let in: {}", a.log.join("\n"));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!((a.stop(), b.stop()), (Some(0), Some(0)));
 }
