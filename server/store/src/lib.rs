@@ -5,11 +5,13 @@
 //!
 //! - [`memory`]: forgets everything with its last handle; for tests and the simulator.
 //! - [`embedded`]: logs and an index derived from them in one folder; the default.
+//! - [`postgres`]: tables in a PostgreSQL database.
 
 #[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
 pub mod embedded;
 pub mod memory;
+pub mod postgres;
 mod shown;
 mod write;
 
@@ -68,6 +70,8 @@ pub struct StoreStats {
     /// Durable bytes of the log that the index thread has not taken in yet.
     pub index_lag_bytes: u64,
     pub retention: RetentionStats,
+    /// Times that the connection to the database was lost, and attempts that did not bring it back.
+    pub reconnects: u64,
 }
 
 /// How large the logs of a node are, and what retention has done since the start. One handle of a node has them; the
@@ -105,6 +109,7 @@ impl StoreStats {
             commit_last_us,
             index_lag_bytes: 0,
             retention,
+            reconnects: 0,
         }
     }
 
@@ -150,6 +155,12 @@ pub trait Store {
     /// Whether the disk has too little room for more: what was appended still becomes durable, new work should be
     /// refused until this is false again. Changes wake like events do; cheap to ask.
     fn is_disk_full(&self) -> bool {
+        false
+    }
+
+    /// Whether the database cannot be reached or written for now: what was appended waits and becomes durable later, new
+    /// work should be refused until this is false again. Changes wake like events do; cheap to ask.
+    fn is_away(&self) -> bool {
         false
     }
 

@@ -1,0 +1,139 @@
+//! Every statement that a session prepares, in one table. Plain SQL, tables named with their schema.
+
+use futures_util::future::try_join_all;
+use tokio_postgres::{Client, Error, Statement};
+
+macro_rules! statements {
+    ($(#[$about:meta])* $group:ident { $($(#[$doc:meta])* $name:ident = $sql:expr;)* }) => {
+        $(#[$about])*
+        pub(super) struct $group {
+            $($(#[$doc])* pub $name: Statement,)*
+        }
+
+        impl $group {
+            /// Prepares all of them at once.
+            pub async fn prepare(client: &Client) -> Result<Self, Error> {
+                let all = try_join_all([$($sql),*].map(|sql| client.prepare(sql))).await?;
+                let mut all = all.into_iter();
+                $(let $name = match all.next() {
+                    Some(statement) => statement,
+                    None => client.prepare($sql).await?,
+                };)*
+                Ok(Self { $($name),* })
+            }
+        }
+    };
+}
+
+/// What a write takes beside its values: the name of `unnest`'s columns is their order.
+const MESSAGES_IN: &str = "unnest($1::uuid[], $2::int8[], $3::int8[], $4::int8[], $5::int8[], $6::int8[], $7::uuid[], \
+     $8::int2[], $9::text[], $10::text[], $11::bytea[], $12::bytea[])";
+
+statements! {
+    /// Of the connection that writes.
+    Writes {
+        /// Counts the commit, unless this session is not the newest of its writer, or the count is another.
+        count = "UPDATE ringline.writers SET commits = $4::int8 \
+                 WHERE owner = $1 AND shard = $2 AND epoch = $3 AND commits = $4::int8 - 1";
+        /// Holds the partitions that are ours until the end of the transaction, so that nobody takes them over meanwhile.
+        hold = "SELECT partition, epoch FROM ringline.partitions WHERE partition = ANY($1) AND owner = $2 \
+                ORDER BY partition FOR SHARE";
+        users = "INSERT INTO ringline.users SELECT * FROM unnest($1::text[], $2::text[], $3::int8[]) \
+                 ON CONFLICT (name) DO UPDATE SET password_hash = excluded.password_hash, created_ms = excluded.created_ms";
+        conversations = "INSERT INTO ringline.conversations (conversation, one, other, created_ms) \
+                 SELECT * FROM unnest($1::uuid[], $2::text[], $3::text[], $4::int8[]) \
+                 ON CONFLICT (conversation) DO UPDATE SET one = excluded.one, other = excluded.other, \
+                 created_ms = excluded.created_ms";
+        lists = "INSERT INTO ringline.lists SELECT * FROM unnest($1::text[], $2::uuid[]) ON CONFLICT DO NOTHING";
+        messages = &format!("INSERT INTO ringline.messages SELECT * FROM {MESSAGES_IN} ON CONFLICT DO NOTHING");
+        /// Of messages that are there already, one with other content.
+        differing = &format!(
+            "SELECT kept.conversation::text, kept.seq FROM {MESSAGES_IN} \
+             AS sent (conversation, seq, device, client_seq, time_ms, body_hash, device_key, kind, sender, receiver, body, extra) \
+             JOIN ringline.messages AS kept ON kept.conversation = sent.conversation AND kept.seq = sent.seq \
+             WHERE (kept.device, kept.client_seq, kept.time_ms, kept.kind, kept.sender, kept.receiver, kept.body, kept.extra) \
+             IS DISTINCT FROM \
+             (sent.device, sent.client_seq, sent.time_ms, sent.kind, sent.sender, sent.receiver, sent.body, sent.extra) \
+             LIMIT 1");
+        /// Before the rows that say so are written: an older row than the one that is kept drops nothing.
+        dropped = "DELETE FROM ringline.cursors AS gone USING unnest($1::uuid[], $2::bytea[], $3::int8[]) \
+                 AS sent (device_key, key, stamp) WHERE gone.device_key = sent.device_key AND NOT EXISTS \
+                 (SELECT FROM ringline.keyed AS kept WHERE kept.key = sent.key AND kept.stamp > sent.stamp)";
+        cursors = "INSERT INTO ringline.cursors AS kept SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::int8[]) \
+                 ON CONFLICT (device_key, conversation) DO UPDATE SET seq = greatest(kept.seq, excluded.seq)";
+        keyed = "INSERT INTO ringline.keyed AS kept SELECT * FROM unnest($1::bytea[], $2::int8[], $3::bytea[]) \
+                 ON CONFLICT (key) DO UPDATE SET stamp = excluded.stamp, value = excluded.value \
+                 WHERE kept.stamp <= excluded.stamp";
+        /// The first words of a session: whatever an older one left behind can't write any more once this is committed.
+        begin_session = "UPDATE ringline.writers SET epoch = epoch + 1 WHERE owner = $1 AND shard = $2 \
+                 RETURNING epoch, commits";
+        /// Who has the partitions that were ours.
+        taken_by = "SELECT owners.node, owners.owner FROM ringline.owners WHERE owner > $1 ORDER BY owner DESC LIMIT 1";
+    }
+}
+
+/// From the first and the last message that there is.
+const FIRST: &str = "(SELECT seq FROM ringline.messages WHERE conversation = $1 ORDER BY seq LIMIT 1)";
+const LAST: &str = "(SELECT seq FROM ringline.messages WHERE conversation = $1 ORDER BY seq DESC LIMIT 1)";
+const ROW_OF_MESSAGE: &str = "seq, device, client_seq, time_ms, kind, sender, receiver, body, extra";
+
+/// A page of messages: at most $4 of them, and of bodies $5 bytes or a little more; the caller counts exactly.
+fn page(order: &str) -> String {
+    format!(
+        "SELECT {ROW_OF_MESSAGE} FROM (SELECT {ROW_OF_MESSAGE}, \
+         sum(octet_length(body)) OVER (ORDER BY seq {order} ROWS UNBOUNDED PRECEDING) - octet_length(body) AS before \
+         FROM ringline.messages WHERE conversation = $1 AND seq > $2 AND seq < $3 ORDER BY seq {order} LIMIT $4) AS page \
+         WHERE before <= $5 ORDER BY seq {order}"
+    )
+}
+
+statements! {
+    /// Of the connection that reads.
+    Reads {
+        user = "SELECT password_hash, created_ms FROM ringline.users WHERE name = $1";
+        /// The head, with the filter of a device in rows beside it: the highest client_seqs first.
+        head = &format!(
+            "SELECT head.known, head.floor, head.first, head.last, sent.client_seq, sent.seq, sent.time_ms, sent.body_hash \
+             FROM (SELECT EXISTS (SELECT FROM ringline.conversations WHERE conversation = $1) AS known, \
+             (SELECT floor FROM ringline.conversations WHERE conversation = $1) AS floor, \
+             {FIRST} AS first, {LAST} AS last) AS head \
+             LEFT JOIN LATERAL (SELECT client_seq, seq, time_ms, body_hash FROM ringline.messages \
+             WHERE conversation = $1 AND device_key = $2 AND client_seq <> 0 \
+             ORDER BY (client_seq < 0) DESC, client_seq DESC LIMIT $3) AS sent ON true");
+        /// The ends of a conversation, and one row that is asked for beside it.
+        bounds = &format!(
+            "SELECT (SELECT floor FROM ringline.conversations WHERE conversation = $1), {FIRST}, {LAST}, \
+             (SELECT value FROM ringline.keyed WHERE key = $2)");
+        oldest = &page("ASC");
+        newest = &page("DESC");
+        bodies = "SELECT seq, body FROM ringline.messages WHERE conversation = $1 AND seq = ANY($2)";
+        row = "SELECT key, stamp, value FROM ringline.keyed WHERE key = $1 AND value IS NOT NULL";
+        values = "SELECT key, value FROM ringline.keyed WHERE key = ANY($1) AND value IS NOT NULL";
+        /// Rows of a list: those with a key between two.
+        rows = "SELECT key, stamp, value FROM ringline.keyed WHERE key > $1 AND key < $2 AND value IS NOT NULL \
+                ORDER BY key LIMIT $3";
+        cursors = "SELECT conversation, seq FROM ringline.cursors WHERE device_key = $1 AND conversation = ANY($2)";
+        /// A page of a user's list with all that is told of each conversation. $5: the name as bytes, $6: what the keys of
+        /// the user's marks begin with. The other keys are put together as `RowKey::encode` does.
+        conversations = "SELECT list.conversation, kept.one, kept.other, kept.created_ms, kept.floor, kept.gone_ms, \
+                 oldest.seq, newest.seq, newest.time_ms, cursors.seq, groups.value, members.value, receipts.value, marks.value \
+                 FROM (SELECT conversation FROM ringline.lists WHERE name = $1 AND conversation > $2 \
+                 ORDER BY conversation LIMIT $3) AS list \
+                 LEFT JOIN ringline.conversations AS kept ON kept.conversation = list.conversation \
+                 LEFT JOIN LATERAL (SELECT seq FROM ringline.messages \
+                 WHERE conversation = list.conversation ORDER BY seq LIMIT 1) AS oldest ON true \
+                 LEFT JOIN LATERAL (SELECT seq, time_ms FROM ringline.messages \
+                 WHERE conversation = list.conversation ORDER BY seq DESC LIMIT 1) AS newest ON true \
+                 LEFT JOIN ringline.cursors ON cursors.device_key = $4 AND cursors.conversation = list.conversation \
+                 LEFT JOIN ringline.keyed AS groups ON groups.key = 'g'::bytea || uuid_send(list.conversation) \
+                 LEFT JOIN ringline.keyed AS members ON members.key = 'm'::bytea || uuid_send(list.conversation) || $5::bytea \
+                 LEFT JOIN ringline.keyed AS receipts ON receipts.key = 'r'::bytea || uuid_send(list.conversation) || $5::bytea \
+                 LEFT JOIN ringline.keyed AS marks ON marks.key = $6::bytea || uuid_send(list.conversation) \
+                 ORDER BY list.conversation";
+        /// Membership and group of every group on a user's list; $2: the name as bytes.
+        groups = "SELECT list.conversation, members.value, groups.value FROM ringline.lists AS list \
+                 JOIN ringline.keyed AS members ON members.key = 'm'::bytea || uuid_send(list.conversation) || $2::bytea \
+                 JOIN ringline.keyed AS groups ON groups.key = 'g'::bytea || uuid_send(list.conversation) \
+                 WHERE list.name = $1 AND members.value IS NOT NULL AND groups.value IS NOT NULL";
+    }
+}
