@@ -104,7 +104,7 @@ errors! {
     64 Internal       "INTERNAL"         Server retry=true  closes=false "the server made an error";
     66 DiskFull       "DISK_FULL"        Server retry=true  closes=false "the server's disk is full: nothing was stored";
     65 TooManyConnections "TOO_MANY_CONNECTIONS" Server retry=true closes=true "this server holds as many connections as it may";
-    67 Unavailable    "UNAVAILABLE"      Server retry=true  closes=false "the node that owns this is away: try again after retry_after_ms";
+    67 Unavailable    "UNAVAILABLE"      Server retry=true  closes=false "the node or the database that has this is away: try again after retry_after_ms";
     68 Unknown        "UNKNOWN"          Server retry=true  closes=false "the node that was asked is gone; whether it was done is unknown";
     // Groups.
     80 BadGroup       "BAD_GROUP"        Client retry=false closes=false "a group name is # and 1 to 63 bytes, by the rules of user names";

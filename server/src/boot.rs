@@ -5,6 +5,7 @@
 use std::fmt;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use ringline_cluster::link::channel::{OUT_BYTES_MAX, WINDOW_BYTES};
 use ringline_cluster::placement::PlacementError;
 use ringline_core::config as core_bounds;
 use ringline_store::embedded::{EmbeddedOptions, Retention};
+use ringline_store::postgres::PostgresOptions;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
@@ -59,6 +61,8 @@ pub enum BootError {
     TooFewCores { want: usize, have: usize },
     #[error(transparent)]
     Store(#[from] ringline_store::embedded::OpenError),
+    #[error(transparent)]
+    Database(#[from] ringline_store::postgres::OpenError),
     #[error("the data directory {path} cannot be used: {error}; choose another --data-dir")]
     DataDir { path: String, error: std::io::Error },
     #[error(transparent)]
@@ -291,6 +295,20 @@ pub fn store_options(config: &Config, stop: &Arc<AtomicBool>) -> EmbeddedOptions
     }
 }
 
+/// How the configuration shapes the PostgreSQL store.
+pub fn postgres_options(config: &Config) -> PostgresOptions {
+    let file = &config.postgres_password_file;
+    PostgresOptions {
+        url: config.postgres_url.0.clone(),
+        password_file: (!file.is_empty()).then(|| PathBuf::from(file)),
+        node: config.node_name.clone(),
+        timeout: Duration::from_millis(config.postgres_timeout_ms),
+        // Whatever the core may ask at once finds room.
+        loads_max: core_bounds::LOADS_IN_FLIGHT_MAX + core_bounds::WORK_IN_FLIGHT_MAX,
+        ..PostgresOptions::default()
+    }
+}
+
 /// Memory by part in bytes, as bounds; the last part is what only happens when every client stops reading.
 pub fn memory_budget(config: &Config, cores: usize, worker_threads: usize) -> Vec<(&'static str, u64)> {
     /// Slot, edge and session of an idle connection that is logged in.
@@ -309,8 +327,15 @@ pub fn memory_budget(config: &Config, cores: usize, worker_threads: usize) -> Ve
         ("appends in flight", each * core_bounds::APPEND_BYTES_IN_FLIGHT_MAX as u64),
         ("passwords", worker_threads as u64 * HASH_BYTES),
     ];
-    if config.store_kind == StoreKind::Embedded {
-        parts.extend(ringline_store::embedded::memory_budget(&store_options(config, &Arc::default()), cores as u16));
+    match config.store_kind {
+        StoreKind::Embedded => {
+            let options = store_options(config, &Arc::default());
+            parts.extend(ringline_store::embedded::memory_budget(&options, cores as u16));
+        }
+        StoreKind::Postgres => {
+            parts.extend(ringline_store::postgres::memory_budget(&postgres_options(config), cores as u16));
+        }
+        StoreKind::Memory => {}
     }
     if config.cluster_mode == ClusterMode::Static {
         let links = config.cluster_nodes.len().saturating_sub(1) as u64;

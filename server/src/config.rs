@@ -17,8 +17,10 @@ use crate::net::NetKind;
 use crate::park::ParkKind;
 
 mod cluster;
+mod postgres;
 
 pub use self::cluster::{ClusterError, ClusterMode, ClusterNode, NODE_NAME_BYTES_MAX, PeerTls, is_node_name};
+pub use self::postgres::DatabaseUrl;
 
 /// The prefix of environment variables.
 pub const ENV_PREFIX: &str = "RINGLINE_";
@@ -323,6 +325,7 @@ macro_rules! choices {
 pub enum StoreKind {
     Embedded,
     Memory,
+    Postgres,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -340,7 +343,8 @@ pub enum LogLevel {
     Trace,
 }
 
-choices!(StoreKind: STORE_KINDS = "embedded" => StoreKind::Embedded, "memory" => StoreKind::Memory);
+choices!(StoreKind: STORE_KINDS = "embedded" => StoreKind::Embedded, "memory" => StoreKind::Memory,
+    "postgres" => StoreKind::Postgres);
 choices!(LogFormat: LOG_FORMATS = "text" => LogFormat::Text, "json" => LogFormat::Json);
 choices!(LogLevel: LOG_LEVELS = "error" => LogLevel::Error, "warn" => LogLevel::Warn, "info" => LogLevel::Info,
     "debug" => LogLevel::Debug, "trace" => LogLevel::Trace);
@@ -427,13 +431,19 @@ settings! {
     data_dir: PathBuf = "data_dir" [""] PathBuf::from("ringline-data"), ANY,
         "Folder of everything that is kept: messages, index, issuer key.";
     store_kind: StoreKind = "store.kind" [""] StoreKind::Embedded, Bounds::Choice(STORE_KINDS),
-        "Where messages are kept: embedded (on disk), or memory (forgotten at the end; for tests).";
+        "Where messages are kept: embedded (on disk), postgres (in a database), or memory (forgotten at the end; for tests).";
     store_segment_bytes: u64 = "store.segment_bytes" ["bytes"] 256 * MIB, Bounds::Number(4_096, 1_024 * MIB),
         "A log goes on in a new file after this.";
     store_cache_bytes: u64 = "store.cache_bytes" ["bytes"] 32 * MIB, Bounds::Number(MIB, 1_048_576 * MIB),
         "Block cache of the index, for the node.";
     store_free_bytes_min: u64 = "store.free_bytes_min" ["bytes"] 64 * MIB, Bounds::Number(0, 1_048_576 * MIB),
         "With less room than this on the disk durable messages are refused with DISK_FULL.";
+    postgres_url: DatabaseUrl = "postgres.url" [""] DatabaseUrl::default(), Bounds::Text { may_be_empty: true },
+        "The database of store.kind = postgres: postgres://USER@HOST:PORT/DATABASE. Its password is not printed.";
+    postgres_password_file: String = "postgres.password_file" [""] String::new(), Bounds::Text { may_be_empty: true },
+        "File with the password alone; empty: the one in the URL, else what PGPASSFILE or ~/.pgpass say.";
+    postgres_timeout_ms: u64 = "postgres.timeout_ms" ["ms"] 10_000, Bounds::Number(100, 600_000),
+        "A commit or a connection that takes longer is given up: the store connects anew and looks what became of it.";
     retention_age_hours: u64 = "retention.age_hours" ["hours"] 0, Bounds::Number(0, 876_000),
         "Messages older than this are let go, by whole files of a log; 0: however old.";
     retention_size_bytes: u64 = "retention.size_bytes" ["bytes"] 0, Bounds::Number(0, 1_048_576 * 1_048_576 * MIB),
@@ -593,6 +603,7 @@ impl Config {
                 self.source("limits.frame_bytes_max"),
             )));
         }
+        postgres::check(self)?;
         Ok(cluster::check(self)?)
     }
 

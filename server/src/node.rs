@@ -21,6 +21,7 @@ use ringline_schema::codec::{Codec, Encoder};
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::message::Reply;
 use ringline_store::embedded::{EmbeddedStore, OpenError, OpenReport};
+use ringline_store::postgres::{self, PostgresStore};
 use ringline_store::{Store, memory};
 
 use crate::admin::snapshot::SnapshotPort;
@@ -178,8 +179,7 @@ fn open_store(config: &Config, cores: usize, stop: &Arc<AtomicBool>) -> Result<V
     let shards = cores as u16;
     match config.store_kind {
         StoreKind::Memory => {
-            let path = config.data_dir.display().to_string();
-            std::fs::create_dir_all(&config.data_dir).map_err(|error| BootError::DataDir { path, error })?;
+            make_data_dir(config)?;
             tracing::warn!("store.kind is memory: messages are forgotten when the server stops");
             Ok(memory::open(shards).into_iter().map(|store| Box::new(store) as Box<dyn Store + Send>).collect())
         }
@@ -188,7 +188,27 @@ fn open_store(config: &Config, cores: usize, stop: &Arc<AtomicBool>) -> Result<V
             say_what_was_found(&config.data_dir, &report);
             Ok(stores.into_iter().map(|store| Box::new(store) as Box<dyn Store + Send>).collect())
         }
+        StoreKind::Postgres => {
+            make_data_dir(config)?;
+            let (stores, report) = PostgresStore::open(boot::postgres_options(config), shards)?;
+            let postgres::OpenReport { place, version, owner, took_ms, is_remote } = report;
+            tracing::info!(
+                "PostgreSQL {version} at {place}: all partitions taken over as start {owner} in {took_ms} ms"
+            );
+            if is_remote {
+                tracing::warn!(
+                    "the way to PostgreSQL leaves this machine and is not encrypted: keep it in a net of your own"
+                );
+            }
+            Ok(stores.into_iter().map(|store| Box::new(store) as Box<dyn Store + Send>).collect())
+        }
     }
+}
+
+/// Of a store that keeps nothing there: the key of the token issuer lies in it.
+fn make_data_dir(config: &Config) -> Result<(), BootError> {
+    let path = config.data_dir.display().to_string();
+    std::fs::create_dir_all(&config.data_dir).map_err(|error| BootError::DataDir { path, error })
 }
 
 fn say_what_was_found(data_dir: &Path, report: &OpenReport) {

@@ -38,7 +38,8 @@ impl Placed {
     /// Compares the configuration with the folder, before the store opens it. Errors: [`PlacedError`]; nothing was changed.
     pub fn check(config: &Config) -> Result<Self, PlacedError> {
         let path = config.data_dir.join(PLACEMENT_FILE);
-        if config.store_kind == StoreKind::Memory {
+        // Neither keeps messages there.
+        if matches!(config.store_kind, StoreKind::Memory | StoreKind::Postgres) {
             return Ok(Self { path, note: None });
         }
         let now = said(config);

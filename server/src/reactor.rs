@@ -88,6 +88,7 @@ pub struct Reactor {
     questions: VecDeque<(LoadToken, Query)>,
     store_failed: bool,
     disk_full: bool,
+    store_away: bool,
     draining: bool,
     reported_us: u64,
     handed_in: u64,
@@ -119,6 +120,7 @@ impl Reactor {
             questions: VecDeque::new(),
             store_failed: false,
             disk_full: false,
+            store_away: false,
             draining: false,
             reported_us: 0,
             handed_in: 0,
@@ -341,6 +343,10 @@ impl Reactor {
         let full = self.parts.store.is_disk_full();
         if std::mem::replace(&mut self.disk_full, full) != full {
             self.tell(Event::DiskSpace { full });
+        }
+        let away = self.parts.store.is_away();
+        if std::mem::replace(&mut self.store_away, away) != away {
+            self.tell(Event::StoreAway { away });
         }
         self.perform();
         any
@@ -605,6 +611,7 @@ impl Reactor {
             allocations: allocations::of_this_thread(),
             store_failed: self.store_failed,
             disk_full: self.disk_full,
+            store_away: self.store_away,
             draining: self.draining,
         }
     }

@@ -20,6 +20,7 @@ use ringline_store::{LoadToken, Store, StoreEvent};
 use serde_json::{Value, json};
 
 use crate::cli::ConfigArgs;
+use crate::config::StoreKind;
 
 /// Damage was found and is still there.
 pub const EXIT_DAMAGED: u8 = 2;
@@ -126,7 +127,13 @@ fn data_dir(command: &StoreCommand) -> Result<PathBuf, String> {
         StoreCommand::Backup(args) => &args.report.config,
         StoreCommand::Export(args) => &args.config,
     };
-    Ok(config.load()?.0.data_dir)
+    let config = config.load()?.0;
+    if config.store_kind == StoreKind::Postgres {
+        return Err("store.kind is postgres: `ringline store` is for the folder of the embedded store; \
+             use pg_dump and pg_amcheck on the database"
+            .to_owned());
+    }
+    Ok(config.data_dir)
 }
 
 /// A bar for work with a known end, a spinner with a count for other work; nothing when nobody looks.

@@ -85,6 +85,11 @@ pub enum Event<'a> {
     DiskSpace {
         full: bool,
     },
+    /// The store's database cannot be written for now, or can be again: durable work is refused with `UNAVAILABLE`
+    /// meanwhile. What was appended before waits for it.
+    StoreAway {
+        away: bool,
+    },
     /// The answer to [`Effect::Load`].
     Loaded {
         token: Token,

@@ -97,6 +97,7 @@ pub struct Shard {
     pub(crate) draining: bool,
     /// The store's disk has no room.
     pub(crate) disk_full: bool,
+    pub(crate) store_away: bool,
     pub(crate) poisoned: bool,
     pub(crate) lanes_blocked: Vec<bool>,
     /// `None`: the node is alone.
@@ -165,6 +166,7 @@ impl Shard {
             timers,
             draining: false,
             disk_full: false,
+            store_away: false,
             poisoned: false,
             lanes_blocked: vec![false; lanes],
             nodes: config.cluster.as_ref().map(|cluster| Box::new(Nodes::new(cluster))),
@@ -282,6 +284,7 @@ impl Shard {
             Event::Stored { .. } => {}
             Event::StoreFailed => self.store_failed(fx),
             Event::DiskSpace { full } => self.disk_full = full,
+            Event::StoreAway { away } => self.store_away = away,
             Event::Loaded { token, answer } => self.loaded(token, answer, fx),
             Event::Worked { token, outcome } => self.worked(token, outcome, fx),
             Event::Shard { from, message } if self.is_remote(from) => {
@@ -504,7 +507,7 @@ impl Shard {
     }
 
     /// Whether the queue to the disk takes another record: `STORE_FAILED`, `SHUTTING_DOWN`,
-    /// `DISK_FULL` or `BUSY` otherwise.
+    /// `DISK_FULL`, `UNAVAILABLE` or `BUSY` otherwise.
     pub(crate) fn may_append(&self) -> Result<(), ErrorCode> {
         if self.poisoned {
             return Err(ErrorCode::StoreFailed);
@@ -514,6 +517,9 @@ impl Shard {
         }
         if self.disk_full {
             return Err(ErrorCode::DiskFull);
+        }
+        if self.store_away {
+            return Err(ErrorCode::Unavailable);
         }
         let records = (self.appended - self.stored) as usize;
         if records >= APPENDS_IN_FLIGHT_MAX || self.pending_bytes >= APPEND_BYTES_IN_FLIGHT_MAX {

@@ -393,6 +393,24 @@ fn a_conversation_that_began_here_asks_for_no_filter_until_it_let_one_go() {
 }
 
 #[test]
+fn a_store_that_is_away_refuses_what_is_durable_and_nothing_else_until_it_is_back() {
+    let mut node = Node::new(|_| ());
+    let ann = node.login("ann");
+    node.send(ann, "ann", Class::Durable, 1);
+    node.told(ann);
+    let _ = node.event(Event::StoreAway { away: true });
+    node.send(ann, "ann", Class::Durable, 2);
+    assert_eq!(node.told_codes(ann), [ErrorCode::Unavailable]);
+    assert!(ErrorCode::Unavailable.retryable());
+    node.send(ann, "ann", Class::Transient, 3);
+    assert!(!node.told(ann).is_empty(), "it is delivered");
+    let _ = node.event(Event::StoreAway { away: false });
+    node.send(ann, "ann", Class::Durable, 2);
+    let told = node.told(ann);
+    assert!(told.iter().any(|told| matches!(decode(told), Reply::SendAck(ack) if ack.seq == Seq(2) && !ack.dup)));
+}
+
+#[test]
 fn a_full_disk_refuses_what_is_durable_and_nothing_else_until_there_is_room() {
     let mut node = Node::new(|_| ());
     let ann = node.login("ann");

@@ -78,6 +78,10 @@ metrics! {
         |core| u64::from(core.store_failed);
     Gauge "store_disk_full" None, "1 while the disk has no room: durable messages are refused",
         |core| u64::from(core.disk_full);
+    Gauge "store_away" None, "1 while the database cannot be written: durable messages are refused",
+        |core| u64::from(core.store_away);
+    Counter "store_reconnects" None, "times that the database was lost, and attempts that did not bring it back",
+        |core| core.store.reconnects;
     Counter "store_commits" None, "batches made durable", |core| core.store.commits;
     Counter "store_records" None, "records made durable", |core| core.store.records;
     Counter "store_log" Some(Unit::Bytes), "bytes written to the log and synced", |core| core.store.bytes;

@@ -52,6 +52,8 @@ pub struct Snapshot {
     pub store_failed: bool,
     /// Its disk has no room: durable messages are refused.
     pub disk_full: bool,
+    /// Its database cannot be written for now: durable messages are refused.
+    pub store_away: bool,
     /// The node is stopping.
     pub draining: bool,
 }
@@ -178,6 +180,7 @@ pub(super) mod tests {
             allocations: None,
             store_failed: false,
             disk_full: false,
+            store_away: false,
             draining: false,
         }
     }

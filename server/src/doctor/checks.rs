@@ -108,6 +108,8 @@ checks! {
         "When the table of tracked connections is full the firewall drops new ones without a word to either side.";
     "data_dir", "statvfs, mounts", false, data_dir,
         "Accepted means on disk: the folder must be writable, have room, and lie on a disk.";
+    "postgres", "postgres.url", false, postgres,
+        "Accepted means committed there: the database must be reachable, of version 15 or newer, and durable.";
     "cpu_quota", "cpu.max of the control group", true, machine::cpu_quota,
         "A quota stops all cores at once when it is used up, for tens of milliseconds.";
     "clocksource", "current_clocksource", true, machine::clocksource,
@@ -334,6 +336,14 @@ fn data_dir(readings: &Readings) -> Judgement {
         bad(Verdict::Warn, format!("{found}: nearly full"), format!("du -xh {place} | sort -h | tail"))
     } else {
         ok(found)
+    }
+}
+
+fn postgres(readings: &Readings) -> Judgement {
+    match &readings.database {
+        None => ok("not used"),
+        Some(Ok((place, version))) => ok(format!("PostgreSQL {version} at {place}")),
+        Some(Err(reason)) => bad(Verdict::Fail, reason, "pg_isready, and postgres.url in the configuration"),
     }
 }
 

@@ -7,10 +7,11 @@ use std::io::{ErrorKind, Read};
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 
+use ringline_store::postgres::{PostgresOptions, PostgresStore};
 use rustix::process::{Resource, getrlimit};
 
 use crate::boot::{self, RingFeatures};
-use crate::config::Config;
+use crate::config::{Config, StoreKind};
 
 /// What is read of one file at most; the files here are some lines long.
 const FILE_BYTES_MAX: u64 = 256 * 1024;
@@ -29,6 +30,8 @@ pub struct Plan {
     pub listen: SocketAddr,
     pub outbox_bytes: usize,
     pub data_dir: PathBuf,
+    /// The store is in a database.
+    pub postgres: Option<PostgresOptions>,
 }
 
 impl Plan {
@@ -40,6 +43,7 @@ impl Plan {
             listen: config.net_listen,
             outbox_bytes: config.outbox_bytes_max,
             data_dir: config.data_dir.clone(),
+            postgres: (config.store_kind == StoreKind::Postgres).then(|| boot::postgres_options(config)),
         }
     }
 }
@@ -130,6 +134,8 @@ pub struct Readings {
     pub nohz_full: Option<Vec<usize>>,
     pub filesystem: Option<Filesystem>,
     pub listening: Option<Listening>,
+    /// Place and version of the database, or why it would not do. `None`: none is used.
+    pub database: Option<Result<(String, String), String>>,
 }
 
 impl Readings {
@@ -166,6 +172,7 @@ impl Readings {
             nohz_full: None,
             filesystem: None,
             listening: None,
+            database: None,
         }
     }
 
@@ -188,6 +195,8 @@ impl Readings {
             Err(error) if error.kind() == ErrorKind::AddrInUse => Listening::InUse,
             Err(error) => Listening::Refused(error.to_string()),
         });
+        let probe = |options| PostgresStore::probe(options).map_err(|error| error.to_string());
+        readings.database = readings.plan.postgres.as_ref().map(probe);
         readings
     }
 
