@@ -195,7 +195,7 @@ fn who_takes_over_fences_who_was_there() {
 }
 
 #[test]
-fn who_waits_in_the_middle_of_a_commit_does_not_stop_the_next_owner() {
+fn a_commit_that_comes_late_writes_nothing() {
     let cluster = Cluster::start(&[]);
     let url = cluster.database();
     let pair = Pair::new("ann", "bob");
