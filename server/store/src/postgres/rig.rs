@@ -51,6 +51,20 @@ impl Cluster {
 
     /// Starts the server again after [`Cluster::stop`] or [`Cluster::kill`].
     pub fn begin(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        let mut child = self.spawn();
+        while self.try_sql("postgres", "SELECT 1").is_none() {
+            assert!(Instant::now() < deadline, "{}", fs::read_to_string(self.folder.join("log")).unwrap());
+            std::thread::sleep(Duration::from_millis(20));
+            // It gives up while a process of the one that was killed still ends.
+            if child.try_wait().unwrap().is_some() {
+                child = self.spawn();
+            }
+        }
+        self.child = Some(child);
+    }
+
+    fn spawn(&self) -> Child {
         let log = File::options().create(true).append(true).open(self.folder.join("log")).unwrap();
         let mut server = as_user("postgres");
         server.arg("-D").arg(self.folder.join("data")).args(["-c", "listen_addresses=", "-c"]);
@@ -59,12 +73,7 @@ impl Cluster {
         for setting in &self.settings {
             server.args(["-c", setting]);
         }
-        self.child = Some(server.stdout(Stdio::null()).stderr(log).spawn().unwrap());
-        let deadline = Instant::now() + PATIENCE;
-        while self.try_sql("postgres", "SELECT 1").is_none() {
-            assert!(Instant::now() < deadline, "{}", fs::read_to_string(self.folder.join("log")).unwrap());
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        server.stdout(Stdio::null()).stderr(log).spawn().unwrap()
     }
 
     /// Stops the server as an operator would, at once for its clients.
