@@ -183,6 +183,15 @@ impl Conversation {
         }
     }
 
+    /// Whether its device is known here, and this is no repeat and takes nothing back.
+    fn is_new(&self, submit: &Submit) -> bool {
+        if submit.amending().is_some_and(|amending| amending.takes_back()) {
+            return false;
+        }
+        let sender = self.senders.iter().find(|sender| sender.device == submit.device_key);
+        sender.is_some_and(|sender| sender.filter.check(submit.message.client_seq, submit.hash()) == Seen::New)
+    }
+
     fn add_sender(&mut self, device: DeviceKey, filter: Filter) {
         if self.senders.len() >= FILTERS_PER_CONVERSATION_MAX {
             // What is not on disk yet is nowhere but here.
@@ -538,10 +547,14 @@ impl Shard {
             }
             return self.advance(id, fx);
         };
-        // Both directions wait here; only those that write to this user are refused.
-        let (refused, kept): (VecDeque<_>, VecDeque<_>) =
-            std::mem::take(&mut conversation.waiting).into_iter().partition(|submit| submit.message.to == *user);
+        // Both directions wait here; only those that write to this user are refused, and of them only what is new for
+        // certain: a repeat of what was taken before has its place.
+        let front = conversation.waiting.pop_front();
+        let waiting = std::mem::take(&mut conversation.waiting).into_iter();
+        let (more, kept): (VecDeque<_>, VecDeque<_>) =
+            waiting.partition(|submit| submit.message.to == *user && conversation.is_new(submit));
         conversation.waiting = kept;
+        let refused: Vec<_> = front.into_iter().chain(more).collect();
         for submit in refused {
             self.refuse(submit.origin, code, fx);
         }
