@@ -13,7 +13,7 @@ use ringline_schema::message::chat::AmendAction;
 use ringline_schema::message::group::JoinPolicy;
 use ringline_schema::message::{Credential, DeviceKind, Place, Secret};
 
-use crate::account::{AccountAnswer, AccountQuery, Device, ReceiptPage, SyncPage};
+use crate::account::{AccountAnswer, AccountQuery, DeleteProof, Device, ReceiptPage, SyncPage};
 use crate::amend::Amends;
 use crate::group::{Act, GroupAnswer, GroupDone};
 use crate::pending::{
@@ -51,24 +51,75 @@ pub enum Finished {
 /// What can be asked for; each as the function of [`Client`](crate::Client) of that name.
 #[derive(Clone, Debug)]
 pub enum Ask {
-    History { with: UserName, range: HistoryRange },
-    Conversations { cursor: ConversationId, limit: u16 },
-    Sync { places: Vec<Place>, from: Place, limit: u16 },
-    Read { conversation: ConversationId, seq: Seq },
+    History {
+        with: UserName,
+        range: HistoryRange,
+    },
+    Conversations {
+        cursor: ConversationId,
+        limit: u16,
+    },
+    Sync {
+        places: Vec<Place>,
+        from: Place,
+        limit: u16,
+    },
+    Read {
+        conversation: ConversationId,
+        seq: Seq,
+    },
     Devices,
     DropDevice(DeviceId),
-    DeleteForMe { with: UserName, seq: Seq },
-    Receipts { conversation: ConversationId, seq: Seq, limit: u16 },
+    DeleteForMe {
+        with: UserName,
+        seq: Seq,
+    },
+    Receipts {
+        conversation: ConversationId,
+        seq: Seq,
+        limit: u16,
+    },
     Watch(Vec<UserName>),
-    SetStatus { status: String, visible: bool },
-    CreateGroup { group: UserName, join: JoinPolicy, users: Vec<UserName> },
+    Unwatch(Vec<UserName>),
+    /// `token`: of the user itself, for its own account; `None`: an administrator deletes another.
+    DeleteUser {
+        user: UserName,
+        token: Option<String>,
+        recall: bool,
+    },
+    SetStatus {
+        status: String,
+        visible: bool,
+    },
+    CreateGroup {
+        group: UserName,
+        join: JoinPolicy,
+        users: Vec<UserName>,
+    },
     JoinGroup(UserName),
     LeaveGroup(UserName),
-    RenameGroup { group: UserName, title: String },
-    Invite { group: UserName, users: Vec<UserName> },
-    AnswerRequest { group: UserName, user: UserName, approve: bool },
-    Kick { group: UserName, user: UserName },
-    Mute { group: UserName, user: UserName, for_ms: u64 },
+    RenameGroup {
+        group: UserName,
+        title: String,
+    },
+    Invite {
+        group: UserName,
+        users: Vec<UserName>,
+    },
+    AnswerRequest {
+        group: UserName,
+        user: UserName,
+        approve: bool,
+    },
+    Kick {
+        group: UserName,
+        user: UserName,
+    },
+    Mute {
+        group: UserName,
+        user: UserName,
+        for_ms: u64,
+    },
 }
 
 impl Ask {
@@ -86,6 +137,11 @@ impl Ask {
                 Query::Account(AccountQuery::Receipts { conversation, seq, cursor: String::new(), limit })
             }
             Self::Watch(users) => Query::Social(SocialQuery::Watch(users)),
+            Self::Unwatch(users) => Query::Social(SocialQuery::Unwatch(users)),
+            Self::DeleteUser { user, token, recall } => {
+                let proof = token.map_or(DeleteProof::Rank, DeleteProof::Token);
+                Query::Account(AccountQuery::Delete { user, proof, recall })
+            }
             Self::SetStatus { status, visible } => {
                 Query::Social(SocialQuery::PresenceSet { status: Some(status), visible: Some(visible) })
             }

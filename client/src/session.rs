@@ -236,7 +236,11 @@ impl Session {
     }
 
     pub(crate) fn call(&mut self, now: Millis, query: Query, timeout: Duration) -> Result<u64, CallError> {
-        self.calls.push(now, query, timeout)
+        let away = if let Query::Social(SocialQuery::Unwatch(users)) = &query { users.clone() } else { Vec::new() };
+        let number = self.calls.push(now, query, timeout)?;
+        // From now on, not from the answer: on another connection this may go out before what is watched again by itself.
+        away.iter().for_each(|user| _ = self.watched.remove(user));
+        Ok(number)
     }
 
     /// Without a connection it is dropped: what somebody did then is no news.
@@ -550,7 +554,7 @@ impl Session {
         self.streams.emit(Event::Connected { session: ok.session });
         self.streams.connected(now);
         // What was asked before and is still open watches by itself.
-        self.rewatching.clear();
+        self.rewatching.retain(|number| self.calls.query(*number).is_some());
         let watched: Vec<UserName> = self.watched.iter().cloned().collect();
         for chunk in watched.chunks(social::WATCH_CHUNK) {
             let query = Query::Social(SocialQuery::Watch(chunk.to_vec()));
@@ -563,6 +567,8 @@ impl Session {
     /// Keeps what is watched in step with what the server has confirmed.
     fn watching(&mut self, number: u64, answer: &SocialAnswer) {
         match self.calls.query(number) {
+            // Of what was watched again by itself nothing is new, and some may not be watched any more.
+            Some(Query::Social(SocialQuery::Watch(_))) if self.rewatching.contains(&number) => {}
             Some(Query::Social(SocialQuery::Watch(users))) => self.watched.extend(users.iter().cloned()),
             Some(Query::Social(SocialQuery::Unwatch(users))) => users.iter().for_each(|user| {
                 self.watched.remove(user);

@@ -276,6 +276,7 @@ impl Client {
         }
     }
 
+    /// Watches them no more, on the next connections either, however this ends.
     pub async fn unwatch(&self, users: &[&str]) -> Result<(), CallError> {
         let users = names(users)?;
         self.social(SocialQuery::Unwatch(users)).await.map(|_| ())
