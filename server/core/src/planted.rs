@@ -74,6 +74,18 @@ pub enum Bug {
     MemberTooEarly,
     /// An acknowledgement counts for messages that were let go before the device could fetch them.
     AckOfTheGone,
+    /// Who was deleted logs in.
+    DeletedLogIn,
+    /// Who was deleted is written to.
+    DeletedGetMail,
+    /// Who was deleted stays in its groups.
+    DeletedStay,
+    /// What a deleted user wrote is not taken back with it.
+    RecallForgotten,
+    /// Who does not watch any more is told all the same.
+    UnwatchForgotten,
+    /// A device that is dropped keeps its connections.
+    DroppedStay,
 }
 
 impl Bug {
@@ -110,6 +122,12 @@ impl Bug {
         Self::FirstOneHigh,
         Self::MemberTooEarly,
         Self::AckOfTheGone,
+        Self::DeletedLogIn,
+        Self::DeletedGetMail,
+        Self::DeletedStay,
+        Self::RecallForgotten,
+        Self::UnwatchForgotten,
+        Self::DroppedStay,
     ];
 }
 

@@ -542,7 +542,7 @@ impl Sessions {
 
     /// The same of several messages of one conversation, in order.
     pub(crate) fn deliver_run(&mut self, conn: ConnId, run: &[Sent], with: &UserName, fx: &mut Effects) {
-        let (Some(login), [first, .., last] | [last @ first]) = (self.login_mut(conn), run) else { return };
+        let (Some(login), Some(first), Some(last)) = (self.login_mut(conn), run.first(), run.last()) else { return };
         login.show_run(last.message.conversation, (first.message.seq, last.message.seq));
         for sent in run {
             self.deliver_shown(conn, &sent.message, with, fx);

@@ -143,6 +143,28 @@ fn states(town: &mut Town, seat: Seat, with: &str) -> Vec<(String, BodyKind, Mes
 }
 
 #[test]
+fn until_it_is_on_disk_nobody_is_told_that_it_is_so() {
+    for shards in SHARD_COUNTS {
+        let mut town = town(shards);
+        let (root, ann) = (town.login("root"), town.login("ann"));
+        town.committing = false;
+        town.ask(ann, delete("ann", TOKEN, false));
+        assert!(town.told(ann).is_empty());
+        let (credential, device) = (Credential::Token(Secret("token")), DeviceId(2));
+        let login = Login { user: "ann", credential, device, device_kind: DeviceKind::Other, agent: "" };
+        assert_eq!(town.refused_at_door("ann", Request::Login(login)), Some(ErrorCode::Busy), "a crash may undo it");
+        assert_eq!(done(&mut town, root, delete("ann", None, false)), Err(ErrorCode::Busy));
+        assert_eq!(town.restarted(shards).refused_at_door("ann", Request::Login(login)), None);
+        town.committing = true;
+        town.settle();
+        assert_eq!(kicks(&mut town, ann), [KickReason::UserDeleted]);
+        assert_eq!(town.refused_at_door("ann", Request::Login(login)), Some(ErrorCode::UserDeleted));
+        assert_eq!(done(&mut town, root, delete("ann", None, false)), Err(ErrorCode::UserDeleted));
+        assert_eq!(town.restarted(shards).refused_at_door("ann", Request::Login(login)), Some(ErrorCode::UserDeleted));
+    }
+}
+
+#[test]
 fn own_accounts_take_a_proof_and_those_of_others_an_administrator() {
     for shape in SHAPES {
         let mut town = town(shape);

@@ -90,6 +90,8 @@ pub(crate) struct Deletions {
     pub recovery: walk::Recovery,
     /// Users with a proof under way.
     proving: BTreeSet<UserName>,
+    /// Users whose deletion is on its way to the disk: a crash may still undo it.
+    unwritten: BTreeSet<UserName>,
 }
 
 impl Shard {
@@ -237,14 +239,13 @@ impl Shard {
         let rows =
             vec![Row { key: RowKey::Setting(ask.user.clone()), stamp, value: Some(setting) }, deletion.row(&ask.user)];
         self.deletions.users.insert(ask.user.clone(), deletion);
+        self.deletions.unwritten.insert(ask.user.clone());
         let lsn = self.append(Record::Change(Box::new(Change { message: None, rows })), fx);
         self.pending.push_back(Pending { lsn, weight: 0, work: PendingWork::Deleted(ask) });
     }
 
     fn may_delete(&self, user: &UserName) -> Result<(), ErrorCode> {
-        if self.is_deleted(user) {
-            return Err(ErrorCode::UserDeleted);
-        }
+        self.is_there(user)?;
         if self.deletions.users.len() >= DELETIONS_MAX {
             return Err(ErrorCode::Busy);
         }
@@ -257,10 +258,20 @@ impl Shard {
             || self.settings(user).is_some_and(|settings| settings.row.deleted_ms != 0)
     }
 
+    /// Errors: `USER_DELETED`, which is so for ever, and `BUSY` as long as a crash may undo it.
+    pub(crate) fn is_there(&self, user: &UserName) -> Result<(), ErrorCode> {
+        match self.is_deleted(user) {
+            true if self.deletions.unwritten.contains(user) => Err(ErrorCode::Busy),
+            true => Err(ErrorCode::UserDeleted),
+            false => Ok(()),
+        }
+    }
+
     /// The user is deleted, on disk.
     pub(crate) fn deleted(&mut self, ask: DeleteAsk, fx: &mut Effects) {
         let DeleteAsk { origin, user, .. } = ask;
         self.sessions.counters.users_deleted += 1;
+        self.deletions.unwritten.remove(&user);
         self.settings_written(&user);
         // With it goes the password's hash.
         self.users.pop(&user);
