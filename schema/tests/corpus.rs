@@ -68,7 +68,9 @@ fn the_corpus_has_every_command_and_every_record() {
     assert_eq!(names(&requests), of(|direction| direction == Direction::Request));
     assert_eq!(names(&replies), of(|direction| direction != Direction::Request));
     keep("request", &requests);
+    keep("request", &samples::more_requests());
     keep("reply", &replies);
+    keep("reply", &samples::more_replies());
     keep("frame", &samples::frames());
     keep("record", &samples::records());
 }
