@@ -216,7 +216,6 @@ impl Shard {
         (first, last): (Seq, Seq),
         fx: &mut Effects,
     ) {
-        let first = if self.planted.is(Bug::AckOfTheGone) { Seq::ZERO } else { first };
         if first > last {
             return;
         }

@@ -70,22 +70,6 @@ pub enum Bug {
     AllIsTruncated,
     /// A page says that it begins one later than it does.
     FirstOneHigh,
-    /// Who comes into a group is given what is not stored before he is a member on disk.
-    MemberTooEarly,
-    /// An acknowledgement counts for messages that were let go before the device could fetch them.
-    AckOfTheGone,
-    /// Who was deleted logs in.
-    DeletedLogIn,
-    /// Who was deleted is written to.
-    DeletedGetMail,
-    /// Who was deleted stays in its groups.
-    DeletedStay,
-    /// What a deleted user wrote is not taken back with it.
-    RecallForgotten,
-    /// Who does not watch any more is told all the same.
-    UnwatchForgotten,
-    /// A device that is dropped keeps its connections.
-    DroppedStay,
 }
 
 impl Bug {
@@ -120,14 +104,6 @@ impl Bug {
         Self::HasOneMore,
         Self::AllIsTruncated,
         Self::FirstOneHigh,
-        Self::MemberTooEarly,
-        Self::AckOfTheGone,
-        Self::DeletedLogIn,
-        Self::DeletedGetMail,
-        Self::DeletedStay,
-        Self::RecallForgotten,
-        Self::UnwatchForgotten,
-        Self::DroppedStay,
     ];
 }
 

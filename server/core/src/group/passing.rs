@@ -111,7 +111,7 @@ impl Shard {
         let id = submit.message.conversation;
         let targets = self.group_targets(id);
         let waits = self.groups.peek(&id).is_some_and(|slot| slot.in_flight > 0);
-        if !waits || self.planted.is(Bug::MemberTooEarly) {
+        if !waits {
             return self.pass_on(submit, &targets, fx);
         }
         // Who comes is no member before that is on disk: a crash would undo it, and could not take back what he was given.

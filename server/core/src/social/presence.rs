@@ -151,9 +151,7 @@ impl Shard {
         let login = self.sessions.login_mut(conn).ok_or(ErrorCode::NotLoggedIn)?;
         let watching = &mut login.social_mut().watching;
         let gone: Vec<_> = users.into_iter().filter(|user| watching.remove(user)).collect();
-        if !self.planted.is(Bug::UnwatchForgotten) {
-            gone.iter().for_each(|user| self.forget_watch(conn, user));
-        }
+        gone.iter().for_each(|user| self.forget_watch(conn, user));
         self.done(conn, request_id, fx);
         Ok(())
     }

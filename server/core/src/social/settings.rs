@@ -27,7 +27,6 @@ use crate::deletion::{DeleteAsk, deleted_row};
 use crate::event::{ConnId, Effects};
 use crate::online::{Devices, Held};
 use crate::peer::{Ask, Submit, TransientSend};
-use crate::planted::Bug;
 use crate::shard::Shard;
 
 /// How long the owner of a conversation goes by an answer that somebody may write in it.
@@ -367,15 +366,9 @@ impl Shard {
     }
 
     fn opinion(&mut self, user: &UserName, from: &UserName) -> Opinion {
-        let opinion = match self.online.settings(user) {
+        match self.online.settings(user) {
             Some(held) => Opinion::of(held, from),
             None => self.social.settings.get(user).map_or(Opinion::NotLoaded, |settings| settings.opinion(from)),
-        };
-        match opinion {
-            Opinion::Decided(Err(ErrorCode::UserDeleted)) if self.planted.is(Bug::DeletedGetMail) => {
-                Opinion::Decided(Ok(()))
-            }
-            opinion => opinion,
         }
     }
 
