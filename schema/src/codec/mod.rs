@@ -11,7 +11,7 @@ use crate::commands::{Command, Direction};
 use crate::errors::ErrorCode;
 use crate::frame::{Flags, Header};
 use crate::limits::FRAME_HEADER_BYTES;
-use crate::message::{Message, Reply, Request};
+use crate::message::{Message, Reply, Request, SendAck};
 
 /// How a body is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -107,6 +107,17 @@ impl Encoder {
                 if !flat::hot::write_deliver(header, message, out) {
                     append(header, self.flat.reply(&Reply::Deliver(*message)), out);
                 }
+            }
+        }
+    }
+
+    /// Appends a SEND_ACK: the same as [`Encoder::reply`] of it.
+    #[inline]
+    pub fn send_ack(&mut self, codec: Codec, request_id: u32, ack: &SendAck, out: &mut Vec<u8>) {
+        let (command, flags) = (Command::SendAck as u16, Flags::default());
+        match codec {
+            Codec::FlatBuffers => {
+                flat::hot::write_send_ack(Header { codec, command, flags, request_id, body_bytes: 0 }, ack, out);
             }
         }
     }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use ringline_schema::ids::ConversationId;
-use ringline_schema::message::{Reply, SendAck};
+use ringline_schema::message::SendAck;
 use ringline_schema::record::StoredMessage;
 
 use crate::conversation::{Pending, PendingWork};
@@ -38,7 +38,7 @@ impl Sent {
         key(self) == key(first) && self.origin.conn != DELETER
     }
 
-    fn ack(&self) -> SendAck {
+    pub(crate) fn ack(&self) -> SendAck {
         let message = &self.message;
         SendAck { conversation: message.conversation, seq: message.seq, time_ms: message.time_ms, dup: false }
     }
@@ -132,9 +132,7 @@ impl Shard {
             login.sends_in_flight = login.sends_in_flight.saturating_sub(run.len() as u32);
             login.show(id, last.message.seq);
         }
-        for sent in run {
-            self.sessions.answer(origin.conn, sent.origin.request_id, &Reply::SendAck(sent.ack()), fx);
-        }
+        self.sessions.answer_run(origin.conn, run, fx);
         // In a chat with oneself they are its receivers.
         if !alone
             && last.message.from != last.message.to

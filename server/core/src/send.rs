@@ -344,7 +344,7 @@ fn extra_of(send: &Send<'_>) -> Result<Option<Box<StoredExtra>>, ErrorCode> {
 }
 
 /// Transient messages belong to no stored conversation.
-const NO_CONVERSATION: ConversationId = ConversationId(0);
+pub(crate) const NO_CONVERSATION: ConversationId = ConversationId(0);
 
 #[cfg(test)]
 mod tests {

@@ -4,6 +4,7 @@
 //! `outbox_bytes_max` durable pushes become LAGGED and transient ones are dropped; answers may reach twice that, then
 //! the connection is closed as SLOW_READER. An idle connection owns no buffer.
 
+mod runs;
 mod straight;
 
 use std::collections::BTreeMap;
@@ -16,7 +17,6 @@ use ringline_schema::limits;
 use ringline_schema::message::{BodyKind, DeviceKind, Message, MessageState, Reply};
 use ringline_schema::record::StoredMessage;
 
-use crate::committed::Sent;
 use crate::config::{CoreConfig, LAGGED_CONVERSATIONS_MAX, SPARE_BUFFER_BYTES_MAX, SPARE_BUFFERS_MAX};
 use crate::counters::Counters;
 use crate::event::{CloseReason, ConnId, Effect, Effects};
@@ -538,15 +538,6 @@ impl Sessions {
         let Some(login) = self.login_mut(conn) else { return };
         login.show(message.conversation, message.seq);
         self.deliver_shown(conn, message, with, fx);
-    }
-
-    /// The same of several messages of one conversation, in order.
-    pub(crate) fn deliver_run(&mut self, conn: ConnId, run: &[Sent], with: &UserName, fx: &mut Effects) {
-        let (Some(login), Some(first), Some(last)) = (self.login_mut(conn), run.first(), run.last()) else { return };
-        login.show_run(last.message.conversation, (first.message.seq, last.message.seq));
-        for sent in run {
-            self.deliver_shown(conn, &sent.message, with, fx);
-        }
     }
 
     #[inline]

@@ -6,6 +6,8 @@ mod rig;
 use std::collections::BTreeMap;
 
 use rig::{At, Rig, decode, direct, durable};
+use ringline_core::event::CloseReason;
+use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, Seq};
 use ringline_schema::message::{Reply, Request};
 
@@ -122,4 +124,58 @@ fn who_is_left_alone_of_two_devices_still_hears_what_it_should() {
     assert_eq!(told(&mut rig, other)[&pair].1, [(3, "third".to_owned())]);
     let bodies = ["hello", "again", "third"].map(str::to_owned);
     assert_eq!(told(&mut rig, bob)[&pair].1, (1..).zip(bodies).collect::<Vec<_>>());
+}
+
+/// A shard whose clients may have 4 KiB waiting, and ann's sends to bob on their way to the disk.
+fn sent_before_the_commit(count: u64) -> (Rig, [At; 2]) {
+    let mut rig = Rig::new(1, |config| config.outbox_bytes_max = 4_096);
+    let [ann, bob] = ["ann", "bob"].map(|user| rig.login(user, 1));
+    rig.send(ann, "bob", 1, b"hello");
+    rig.told(bob);
+    rig.committing = false;
+    (2..=count).for_each(|number| send(&mut rig, ann, ("bob", number)));
+    (rig, [ann, bob])
+}
+
+#[test]
+fn what_does_not_fit_of_a_commit_is_told_as_missed() {
+    let (mut rig, [ann, bob]) = sent_before_the_commit(60);
+    rig.commit();
+    let pair = direct("ann", "bob");
+    assert_eq!(told(&mut rig, ann)[&pair].0, (2..=60).collect::<Vec<_>>());
+    let frames = rig.told(bob);
+    let mut next = 2;
+    let mut bytes = 0;
+    for frame in &frames[..frames.len() - 1] {
+        let Reply::Deliver(message) = decode(frame) else { panic!() };
+        assert!(bytes < 4_096, "given beyond what may wait");
+        (bytes, next) = (bytes + frame.len(), next + u64::from(message.seq == Seq(next)));
+    }
+    assert!(bytes >= 4_096 && next == frames.len() as u64 + 1, "all that fits, in order: {next}");
+    let Some(Reply::Lagged { with: "ann", from, to, .. }) = frames.last().map(|frame| decode(frame)) else { panic!() };
+    assert_eq!((from, to), (Seq(next), Seq(60)));
+    let counters = rig.shards[0].0.counters();
+    assert_eq!((counters.delivered, counters.dropped_durable), (next - 1, 61 - next));
+}
+
+#[test]
+fn who_does_not_read_answers_is_closed_in_the_middle_of_a_commit() {
+    let (mut rig, [ann, bob]) = sent_before_the_commit(60);
+    rig.reading = false;
+    let mut waiting = 0;
+    while waiting < 5_000 {
+        waiting += rig.ask(ann, Request::Ping { stamp: 1 }).iter().map(Vec::len).sum::<usize>();
+    }
+    rig.commit();
+    let frames = rig.told(ann);
+    for (frame, seq) in frames.iter().zip(2..) {
+        assert!(matches!(decode(frame), Reply::SendAck(ack) if ack.seq == Seq(seq)));
+        assert!(waiting <= 2 * 4_096, "answered beyond what may wait");
+        waiting += frame.len();
+    }
+    assert!(frames.len() < 59 && waiting > 2 * 4_096);
+    assert_eq!(rig.closed, [(ann, CloseReason::Error(ErrorCode::SlowReader))]);
+    let unanswered = rig.shards[0].0.counters().orphaned_answers as usize;
+    assert_eq!(frames.len() + 1 + unanswered, 59, "the one that closed it, and those after it");
+    assert!(!rig.told(bob).is_empty(), "what is on the disk is given");
 }

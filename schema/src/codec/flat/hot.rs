@@ -16,7 +16,7 @@ mod write;
 
 pub use plain::{PlainSend, PlainSender};
 pub(super) use read::{read_ack, read_message, read_send, read_send_ack};
-pub(in crate::codec) use write::{write_deliver, write_reply, write_request};
+pub(in crate::codec) use write::{write_deliver, write_reply, write_request, write_send_ack};
 
 /// Slots of `Send`.
 mod send {

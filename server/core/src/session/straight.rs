@@ -7,10 +7,12 @@
 
 use ringline_schema::codec::{Codec, PlainSend, PlainSender};
 use ringline_schema::frame::Flags;
-use ringline_schema::message::Class;
+use ringline_schema::ids::Seq;
+use ringline_schema::message::{Class, SendAck};
 
 use super::{Pen, Sessions, State, session_limit};
 use crate::event::{ConnId, Effects};
+use crate::send::NO_CONVERSATION;
 use crate::shard::Shard;
 
 impl Shard {
@@ -77,7 +79,9 @@ impl Sessions {
         send.deliver(receiver.codec, &said, &mut receiver.out);
         if let Some(request_id) = way.answer {
             pen.begin(sender, fx);
-            send.acknowledge((way.codec, request_id), way.time_ms, &mut sender.out);
+            let (conversation, seq, time_ms) = (NO_CONVERSATION, Seq::ZERO, way.time_ms);
+            let ack = SendAck { conversation, seq, time_ms, dup: false };
+            pen.encoder.send_ack(way.codec, request_id, &ack, &mut sender.out);
         }
         true
     }

@@ -7,15 +7,15 @@
 
 use super::read::chunk;
 use super::write::{
-    TRANSIENT_MESSAGE, TRANSIENT_NAMES, append_fixed, append_string, send_places, shared, string_bytes, write_send_ack,
+    TRANSIENT_MESSAGE, TRANSIENT_NAMES, append_fixed, append_string, send_places, shared, string_bytes,
 };
 use crate::codec::Codec;
 use crate::commands::Command;
 use crate::errors::ErrorCode;
 use crate::frame::{Flags, Header};
-use crate::ids::{ConversationId, DeviceId, Seq};
+use crate::ids::DeviceId;
 use crate::limits::{FRAME_HEADER_BYTES, USER_NAME_BYTES_MAX};
-use crate::message::{BodyKind, Class, Mentions, Send, SendAck};
+use crate::message::{BodyKind, Class, Mentions, Send};
 
 /// A SEND without rare fields whose name nobody has looked at yet: it may even not be UTF-8. All else has been checked as
 /// by [`crate::codec::decode_request`].
@@ -122,7 +122,8 @@ impl<'a> PlainSend<'a> {
     pub fn deliver(&self, codec: Codec, sender: &PlainSender<'_>, out: &mut Vec<u8>) {
         let to = TRANSIENT_NAMES + string_bytes(sender.from.len());
         let body = to + string_bytes(self.to.len());
-        let header = header(codec, Command::Deliver, 0);
+        let (command, flags) = (Command::Deliver as u16, Flags::default());
+        let header = Header { codec, command, flags, request_id: 0, body_bytes: 0 };
         append_fixed(&TRANSIENT_MESSAGE, (header, to + self.tail.len()), out, |mut fixed| {
             fixed.put(shared::TIME_MS, sender.time_ms.to_le_bytes());
             fixed.put(shared::DEVICE, sender.device.0.to_le_bytes());
@@ -135,15 +136,4 @@ impl<'a> PlainSend<'a> {
         append_string(sender.from, out);
         out.extend_from_slice(self.tail);
     }
-
-    /// Appends the SEND_ACK that tells the sender so.
-    #[inline]
-    pub fn acknowledge(&self, (codec, request_id): (Codec, u32), time_ms: u64, out: &mut Vec<u8>) {
-        let ack = SendAck { conversation: ConversationId(0), seq: Seq::ZERO, time_ms, dup: false };
-        write_send_ack(header(codec, Command::SendAck, request_id), &ack, out);
-    }
-}
-
-fn header(codec: Codec, command: Command, request_id: u32) -> Header {
-    Header { codec, command: command as u16, flags: Flags::default(), request_id, body_bytes: 0 }
 }

@@ -118,12 +118,14 @@ fn check_reply(reply: &Reply<'_>) {
     let mut builder = Builder::default();
     let built = builder.reply(reply);
     assert_eq!(hot_reply(command, built).unwrap().as_ref(), Ok(reply));
-    if let Reply::Deliver(message) = reply {
-        let (mut straight, mut long, codec) = (Vec::new(), Vec::new(), Codec::FlatBuffers);
-        Encoder::new().deliver(codec, message, &mut straight);
-        Encoder::new().reply(codec, 0, reply, &mut long);
-        assert_eq!(straight, long);
+    let (mut direct, mut by_reply, codec) = (Vec::new(), Vec::new(), Codec::FlatBuffers);
+    match reply {
+        Reply::Deliver(message) => Encoder::new().deliver(codec, message, &mut direct),
+        Reply::SendAck(ack) => Encoder::new().send_ack(codec, 0, ack, &mut direct),
+        other => panic!("{other:?} has no way of its own"),
     }
+    Encoder::new().reply(codec, 0, reply, &mut by_reply);
+    assert_eq!(direct, by_reply);
     if !write_reply(header(command), reply, &mut frame) {
         // A durable message with a delivery number, which no server makes.
         let Reply::Deliver(message) = reply else { panic!("{reply:?} was not written") };
@@ -197,8 +199,8 @@ fn check_plain(body: &[u8], from: &str, (device, time_ms, request_id): (u64, u64
     plain.deliver(codec, &PlainSender { from, device: DeviceId(device), time_ms }, &mut straight);
     let push = Header { request_id: 0, ..header(Command::Deliver) };
     assert!(write_reply(push, &Reply::Deliver(message), &mut long));
-    plain.acknowledge((codec, request_id), time_ms, &mut straight);
     let ack = SendAck { conversation: ConversationId(0), seq: Seq::ZERO, time_ms, dup: false };
+    Encoder::new().send_ack(codec, request_id, &ack, &mut straight);
     assert!(write_reply(Header { request_id, ..header(Command::SendAck) }, &Reply::SendAck(ack), &mut long));
     assert_eq!(straight, long);
 }

@@ -219,7 +219,7 @@ fn write_ack(header: Header, ack: &Ack, out: &mut Vec<u8>) {
 
 /// A transient message has no conversation and no seq: they are left out.
 #[inline]
-pub(super) fn write_send_ack(header: Header, ack: &SendAck, out: &mut Vec<u8>) {
+pub(in crate::codec) fn write_send_ack(header: Header, ack: &SendAck, out: &mut Vec<u8>) {
     const TIME_MS: usize = 24;
     const DUP: usize = 32;
     const TRANSIENT_END: usize = DUP + 1;
