@@ -10,6 +10,7 @@ use ringline_schema::rows::{AmendedRow, MarkRow, Row, RowKey, RowList, RowValue}
 
 use super::backup::backup;
 use super::checkpoint::Checkpoints;
+use super::indexer::{Job, Reply};
 use super::offline::{IndexState, check, repair};
 use super::retain::{Passed, RetainError, Step};
 use super::tests::{copy, flip, lazy, open, segment, small};
@@ -20,6 +21,8 @@ use crate::{LoadToken, Lsn, Store, StoreError, StoreEvent};
 const MESSAGES: u64 = 400;
 /// The time of message `seq` is this and `seq`; see `Pair::message`.
 const FIRST_MS: u64 = 2_000;
+/// How often an index thread is watched choosing what to look at next, where the wrong choice is as likely as the right.
+const TURNS_AFTER_FAILURE: u64 = 100;
 
 fn pairs() -> [Pair; 3] {
     [Pair::new("ann", "bob"), Pair::new("ann", "cleo"), Pair::new("dan", "eve")]
@@ -623,12 +626,23 @@ fn a_fault_of_a_flush_poisons(fault: i32) {
     assert_eq!(events.last(), Some(&StoreEvent::Failed), "nothing is acknowledged after it");
     assert!(matches!(store.append(&pair.record()), Err(StoreError::Poisoned)));
     let told = events.iter().filter(|event| matches!(event, StoreEvent::Committed(_))).count();
-    // Once it is told, the index thread has nothing more to say.
-    let rest = || std::thread::sleep(std::time::Duration::from_millis(20));
-    rest();
-    store.poll(&mut Vec::new());
-    rest();
-    assert_eq!(store.replies.len(), 0);
+    // It is told once, however often the index thread looks up after that. A segment that was asked for may still come.
+    let (mut told_again, mut answered) = (0, 0);
+    for asked in 0..TURNS_AFTER_FAILURE {
+        let question = Job::Load(LoadToken(asked), Query::User { name: name("ann") });
+        store.jobs.as_ref().unwrap().send(question).unwrap();
+        while answered <= asked {
+            match store.replies.recv_timeout(std::time::Duration::from_secs(30)).expect("questions are answered") {
+                Reply::Loaded(_, answer) => {
+                    assert_eq!(answer, Answer::Failed);
+                    answered += 1;
+                }
+                Reply::Failed => told_again += 1,
+                Reply::Prepared(_) => {}
+            }
+        }
+    }
+    assert_eq!(told_again, 0);
     drop(store);
     let (mut node, report) = open(dir.path(), 1, &small());
     assert!(told > 0 && report.index_rebuilt.is_some(), "an index that failed is not trusted");
