@@ -4,17 +4,13 @@
 //! second, `COMMIT`, is sent only when every answer of the first is as it must be. So nobody but this session can end the
 //! transaction, and a later session that finds the count knows what became of it.
 
-use std::collections::BTreeMap;
-
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Error, Row, Statement};
 
 use super::batch::{Columns, Messages};
 use super::errors::WriteError;
+use super::held::Epochs;
 use super::session::Session;
-
-/// The epochs of the partitions that this node owns.
-pub(super) type Epochs = BTreeMap<i16, i64>;
 
 /// A parameter of a statement.
 type Value<'a> = &'a (dyn ToSql + Sync);
@@ -29,7 +25,7 @@ pub(super) async fn write(
 ) -> Result<(), WriteError> {
     let (client, writes) = (&session.write.client, &session.writes);
     let writer = session.writer;
-    let count: [Value<'_>; 4] = [&writer.owner, &writer.shard, &session.epoch, &number];
+    let count: [Value<'_>; 4] = [&writer.owner, &writer.shard, &session.begun.epoch, &number];
     let hold: [Value<'_>; 2] = [&columns.partitions, &writer.owner];
     // Polled in this order, and each is on its way with its first poll: so they are sent in this order.
     let (begun, counted, held, written) = tokio::join!(
@@ -42,7 +38,7 @@ pub(super) async fn write(
     begun?;
     if counted? != 1 || !are_held(&held?, &columns.partitions, epochs)? {
         client.batch_execute("ROLLBACK").await?;
-        return Err(session.fenced().await);
+        return Err(session.fenced(&columns.partitions).await);
     }
     if written? < columns.messages.seq.len() as u64 {
         compare(session, &columns.messages).await?;

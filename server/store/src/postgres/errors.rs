@@ -6,6 +6,8 @@ use std::time::Duration;
 use ringline_schema::pack::BadPack;
 use tokio_postgres::error::SqlState;
 
+use super::ownership::NODES_MAX;
+
 /// Why a store did not open. Texts hold no password.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
@@ -35,6 +37,11 @@ pub enum OpenError {
     Tables { place: String, reason: String },
     #[error("the partitions in the database at {place} can't be taken over: {reason}")]
     TakeOver { place: String, reason: String },
+    #[error(
+        "all {NODES_MAX} numbers of nodes in the database at {place} are given, none is left for {node}: while no node \
+         runs, delete those that never come back from ringline.nodes"
+    )]
+    TooManyNodes { place: String, node: String },
     #[error("this system can't run the store: {what} ({source})")]
     System { what: &'static str, source: std::io::Error },
     #[error("told to stop before the store was open")]
@@ -45,12 +52,16 @@ pub enum OpenError {
 #[derive(Debug, thiserror::Error)]
 pub(super) enum WriteError {
     /// Another start of a node has this shard's partitions.
-    #[error("fenced: another node has taken over {}; nothing was written", by.as_deref().unwrap_or("what this one owned"))]
-    Fenced { by: Option<String> },
+    #[error("fenced: {0}; nothing was written")]
+    Fenced(String),
     #[error("message {seq} of conversation {conversation} is there already with other content: nothing was written")]
     Conflict { conversation: String, seq: i64 },
     #[error("the database has lost commits that were acknowledged: it knows {found} of this shard, {known} were")]
     Lost { found: i64, known: i64 },
+    #[error("partitions were taken on another server than the one of this session")]
+    Moved,
+    #[error("two connections were given two servers")]
+    TwoServers,
     #[error("no answer within {0:?}")]
     TimedOut(Duration),
     #[error("the connection ended")]
@@ -88,9 +99,9 @@ pub(super) enum Fate {
 impl WriteError {
     pub(super) fn fate(&self) -> Fate {
         match self {
-            Self::Fenced { .. } | Self::Conflict { .. } | Self::Lost { .. } => Fate::Stop,
+            Self::Fenced(_) | Self::Conflict { .. } | Self::Lost { .. } => Fate::Stop,
             // A primary that came back with other settings may be mended by whoever set them.
-            Self::TimedOut(_) | Self::Ended | Self::Unfit(_) => Fate::Again,
+            Self::Moved | Self::TwoServers | Self::TimedOut(_) | Self::Ended | Self::Unfit(_) => Fate::Again,
             Self::Database(error) => fate(error),
         }
     }

@@ -5,11 +5,19 @@
 //! - [`batch`], [`commit`]: a batch of records as one transaction. [`query`]: what is answered.
 //! - [`shard`]: the handle on the shard's thread; [`worker`]: its task. All tasks run on one plain thread, the side
 //!   thread; no reactor ever waits for the database.
+//! - [`ownership`]: in a cluster, who owns which partition; [`registrar`]: its task; [`held`]: what this start owns.
 //!
-//! **Who may write.** Each start of a node is an *owner*: it takes all partitions over, in one transaction that waits for
-//! commits under way. Every commit holds the rows of the partitions it writes and compares their epochs, so an owner of
-//! before writes nothing and is told that it is fenced. Within an owner each shard is a *writer*, whose epoch rises with
-//! every session: what a lost connection left behind in the server is fenced by the next.
+//! **Who may write.** Each start of a node is an *owner*. Alone, it takes all partitions over; in a cluster it takes and
+//! gives back some while it runs; each time in one transaction that waits for commits under way. Every commit holds the
+//! rows of the partitions it writes and compares their epochs, so an owner of before writes nothing and is told that it is
+//! fenced: the shard stops, and the node with it. Within an owner each shard is a *writer*, whose epoch rises with every
+//! session: what a lost connection left behind in the server is fenced by the next. A session that is begun anew takes no
+//! partition: what others took meanwhile stays theirs.
+//!
+//! **What is read.** Of a partition that is owned, from the take on: everything that was acknowledged and nothing that was
+//! not, because the take is a commit behind all of it, and is waited for on the server that is read from. A question about
+//! a partition that is not owned, or is given back while it is answered, is answered with what is there at some moment:
+//! whether it may be asked and whether its answer still counts is for the core to know.
 //!
 //! **What a lost connection means.** A commit counts itself in the row of its writer. The next session commits a new
 //! epoch before it reads that count, so what it reads is decided: the commit is there, or never will be and is written
@@ -17,9 +25,14 @@
 
 mod address;
 mod batch;
+#[cfg(test)]
+mod cluster_tests;
 mod commit;
 mod errors;
+mod held;
+mod ownership;
 mod query;
+mod registrar;
 #[cfg(any(test, feature = "conformance"))]
 pub mod rig;
 mod session;
@@ -42,8 +55,11 @@ use tokio::sync::mpsc::channel;
 
 use self::address::Address;
 pub use self::address::without_password;
-use self::commit::Epochs;
 pub use self::errors::OpenError;
+use self::held::{Epochs, Held};
+use self::ownership::REQUESTS_MAX;
+pub use self::ownership::{Claim, Epoch, NODES_MAX, Owned, Ownership, OwnershipError, OwnershipTable, Start, StartRow};
+use self::registrar::{REGISTRAR, Registrar};
 use self::session::{Connection, Writer};
 pub use self::shard::PostgresShard;
 use self::shard::Queue;
@@ -101,7 +117,7 @@ pub struct OpenReport {
     pub place: String,
     /// Of the server, as people write it.
     pub version: String,
-    /// The number of this start among all that ever took over.
+    /// The number of this start among all.
     pub owner: i64,
     /// The way to the server leaves this machine, and is not encrypted.
     pub is_remote: bool,
@@ -133,18 +149,43 @@ impl PostgresStore {
         let address = Arc::new(Address::read(&options.url, options.password_file.as_deref())?);
         let runtime = runtime()?;
         let (version, owner, epochs) = runtime.block_on(prepare(&address, (&options.node, shards)))?;
-        let epochs = Arc::new(epochs);
-        let (mut handles, mut workers) = (Vec::new(), Vec::new());
-        for shard in 0..shards {
-            let writer = Writer { owner, shard: i32::from(shard) };
-            let (handle, worker) = line(&options, (&address, writer, &epochs))?;
-            handles.push(handle);
-            workers.push(worker);
-        }
-        run(runtime, workers)?;
-        let took_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let (place, is_remote) = (address.place.clone(), address.is_remote());
-        Ok((handles, OpenReport { place, version, owner, is_remote, took_ms }))
+        let held = Arc::new(Held::new(epochs));
+        let (handles, workers) = lines(&options, (&address, owner, &held), shards)?;
+        run(runtime, workers, None)?;
+        Ok((handles, report(&address, (version, owner), started)))
+    }
+
+    /// Connects, makes what is missing in the database, and makes this start of the node one of those that may own
+    /// partitions, with a handle a shard, at least one. It owns none yet: what is appended before [`Ownership::take`] is
+    /// fenced. An earlier start of the same node writes and takes nothing any more. Blocks.
+    ///
+    /// Each handle is moved to its shard's thread, the last thing to any. Errors say what to do in one line.
+    pub fn open_cluster(
+        options: PostgresOptions,
+        shards: u16,
+    ) -> Result<(Vec<PostgresShard>, Ownership, OpenReport), OpenError> {
+        let started = Instant::now();
+        let (options, shards) = (Arc::new(options), shards.max(1));
+        let address = Arc::new(Address::read(&options.url, options.password_file.as_deref())?);
+        let runtime = runtime()?;
+        let (version, owner, number) = runtime.block_on(enter(&address, (&options.node, shards)))?;
+        let held = Arc::new(Held::default());
+        let (handles, workers) = lines(&options, (&address, owner, &held), shards)?;
+        let (requests, requests_in) = channel(REQUESTS_MAX);
+        let ownership = Ownership { start: Start(owner), number, requests };
+        let report = report(&address, (version, owner), started);
+        let writer = Writer { owner, shard: REGISTRAR };
+        let registrar = Registrar {
+            address,
+            writer,
+            held,
+            requests: requests_in,
+            limit: options.timeout,
+            session: None,
+            is_away: false,
+        };
+        run(runtime, workers, Some(registrar))?;
+        Ok((handles, ownership, report))
     }
 
     /// Connects and looks whether this database would do; changes nothing. Returns its place and version. Blocks.
@@ -168,10 +209,34 @@ async fn prepare(address: &Address, node: (&str, u16)) -> Result<(String, i64, E
     Ok((version, owner, epochs))
 }
 
+async fn enter(address: &Address, node: (&str, u16)) -> Result<(String, i64, u8), OpenError> {
+    let connection = Connection::open(address).await?;
+    let version = connection.check(address).await?;
+    tables::migrate(&connection.client, address).await?;
+    let (owner, number) = tables::join(&connection.client, address, node).await?;
+    Ok((version, owner, number))
+}
+
+fn report(address: &Address, (version, owner): (String, i64), started: Instant) -> OpenReport {
+    let took_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+    OpenReport { place: address.place.clone(), version, owner, is_remote: address.is_remote(), took_ms }
+}
+
+/// Handles and tasks of all shards.
+fn lines(
+    options: &Arc<PostgresOptions>,
+    (address, owner, held): (&Arc<Address>, i64, &Arc<Held>),
+    shards: u16,
+) -> Result<(Vec<PostgresShard>, Vec<Worker>), OpenError> {
+    let all: Result<Vec<_>, _> =
+        (0..shards).map(|shard| line(options, (address, Writer { owner, shard: i32::from(shard) }, held))).collect();
+    Ok(all?.into_iter().unzip())
+}
+
 /// A handle and its task.
 fn line(
     options: &Arc<PostgresOptions>,
-    (address, writer, epochs): (&Arc<Address>, Writer, &Arc<Epochs>),
+    (address, writer, held): (&Arc<Address>, Writer, &Arc<Held>),
 ) -> Result<(PostgresShard, Worker), OpenError> {
     let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
     let wake = wake.map_err(|error| OpenError::System { what: "no eventfd", source: error.into() })?;
@@ -179,7 +244,7 @@ fn line(
     let (jobs, jobs_in) = channel(options.loads_max + JOBS_SPARE);
     let (replies, replies_in) = bounded(options.loads_max + REPLIES_SPARE);
     let out = Out { replies, wake: Arc::clone(&wake), shown: Arc::clone(&shown) };
-    let whose = (Arc::clone(address), writer, Arc::clone(epochs));
+    let whose = (Arc::clone(address), writer, Arc::clone(held));
     let worker = Worker::new(whose, (jobs_in, out), options.timeout);
     let handle = PostgresShard {
         options: Arc::clone(options),
@@ -196,16 +261,22 @@ fn line(
 }
 
 /// Starts the side thread: it ends with the last of the tasks.
-fn run(runtime: Runtime, workers: Vec<Worker>) -> Result<(), OpenError> {
+fn run(runtime: Runtime, workers: Vec<Worker>, registrar: Option<Registrar>) -> Result<(), OpenError> {
     let body = move || {
         runtime.block_on(async {
             let start = |worker: Worker| (worker.out.clone(), tokio::spawn(worker.run()));
             let tasks: Vec<_> = workers.into_iter().map(start).collect();
+            let registrar = registrar.map(|registrar| tokio::spawn(registrar.run()));
             for (out, task) in tasks {
                 if task.await.is_err() {
                     tracing::error!("the task of a shard's store panicked");
                     out.say(Reply::Failed);
                 }
+            }
+            if let Some(registrar) = registrar
+                && registrar.await.is_err()
+            {
+                tracing::error!("the task that takes partitions panicked");
             }
         });
     };

@@ -1,20 +1,22 @@
 //! A session of one shard with the database: a connection that writes and one that reads, so that no question waits for
 //! a commit. Both go when one is lost. Owned by the shard's task on the side thread.
 //!
-//! Invariant: before a session reads or writes anything, it has committed a new epoch of its writer. So what an older
-//! session left behind in the server is either committed or will never be, and everything that is read has been
-//! committed by a primary that still commits.
+//! Invariant: before a session reads or writes anything, it has committed a new epoch of its writer, and both of its
+//! connections are to the server that committed it. So what an older session left behind in the server is either
+//! committed or will never be, and everything that is read has been committed by a primary that still commits.
 
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
-use tokio_postgres::{Client, NoTls};
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, NoTls, Statement};
 
 use super::address::Address;
 use super::errors::{OpenError, WriteError, told};
-use super::sql::{Reads, Writes};
+use super::held::Server;
+use super::sql::{Reads, SERVER, TAKEN_BY, Writes};
 
 /// The oldest server, as `server_version_num` says it.
 const VERSION_MIN: u32 = 150_000;
@@ -98,6 +100,41 @@ impl Connection {
         }
         Ok(version)
     }
+
+    /// Commits a new epoch of a writer by the statement `begin_session`. `None`: there is no such writer any more.
+    pub async fn begin(&self, statement: &Statement, writer: Writer) -> Result<Option<Begun>, WriteError> {
+        self.client.batch_execute("BEGIN").await?;
+        let row = self.client.query_opt(statement, &[&writer.owner, &writer.shard]).await?;
+        self.client.batch_execute("COMMIT").await?;
+        let Some(row) = row else { return Ok(None) };
+        let (epoch, commits, server) = (row.try_get(0)?, row.try_get(1)?, Server(row.try_get(2)?));
+        Ok(Some(Begun { epoch, commits, server }))
+    }
+
+    /// The error that says who took the place of a writer's owner.
+    pub async fn replaced(&self, writer: Writer) -> WriteError {
+        let found = self.client.query_opt(TAKEN_BY, &[&writer.owner]).await.ok().flatten();
+        let by = found.and_then(|row| {
+            let (node, start): (String, i64) = (row.try_get(0).ok()?, row.try_get(1).ok()?);
+            Some(format!(" (node {node}, start {start})"))
+        });
+        WriteError::Fenced(format!("another node has taken over what this one owned{}", by.unwrap_or_default()))
+    }
+
+    /// The run of the server that this is a connection to.
+    async fn server(&self) -> Result<Server, tokio_postgres::Error> {
+        Ok(Server(self.client.query_one(SERVER, &[]).await?.try_get(0)?))
+    }
+}
+
+/// What a session begins with.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Begun {
+    /// Of the writer: what counts commits with another one writes nothing.
+    pub epoch: i64,
+    /// Commits of this writer that are in the database.
+    pub commits: i64,
+    pub server: Server,
 }
 
 impl Drop for Connection {
@@ -121,22 +158,19 @@ pub(super) struct Session {
     pub read: Connection,
     pub reads: Reads,
     pub writer: Writer,
-    /// Of the writer: what counts commits with another one writes nothing.
-    pub epoch: i64,
-    /// Commits of this writer that are in the database.
-    pub commits: i64,
+    pub begun: Begun,
 }
 
 impl Session {
     /// Connects, checks the server, and begins a new epoch of the writer. `known`: commits that were acknowledged.
     ///
     /// Errors: `Fenced` when the writer is gone, `Lost` when the database has fewer commits than were acknowledged,
-    /// `TimedOut`, and what the database says.
+    /// `TwoServers`, `TimedOut`, and what the database says.
     pub async fn begin(address: &Address, writer: Writer, (known, limit): (i64, Duration)) -> Result<Self, WriteError> {
         let begun = timeout(limit, Self::connect(address, writer)).await;
         let session = begun.map_err(|_| WriteError::TimedOut(limit))??;
-        if session.commits < known {
-            return Err(WriteError::Lost { found: session.commits, known });
+        if session.begun.commits < known {
+            return Err(WriteError::Lost { found: session.begun.commits, known });
         }
         Ok(session)
     }
@@ -147,15 +181,11 @@ impl Session {
         let read = Connection::open(address).await?;
         let (writes, reads) = tokio::join!(Writes::prepare(&write.client), Reads::prepare(&read.client));
         let (writes, reads) = (writes?, reads?);
-        write.client.batch_execute("BEGIN").await?;
-        let row = write.client.query_opt(&writes.begin_session, &[&writer.owner, &writer.shard]).await?;
-        write.client.batch_execute("COMMIT").await?;
-        match row {
-            None => Err(fenced(&write.client, &writes, writer).await),
-            Some(row) => {
-                let (epoch, commits) = (row.try_get(0)?, row.try_get(1)?);
-                Ok(Self { write, writes, read, reads, writer, epoch, commits })
-            }
+        match write.begin(&writes.begin_session, writer).await? {
+            None => Err(write.replaced(writer).await),
+            // What another one shows has been committed by nobody who commits.
+            Some(begun) if read.server().await? != begun.server => Err(WriteError::TwoServers),
+            Some(begun) => Ok(Self { write, writes, read, reads, writer, begun }),
         }
     }
 
@@ -167,16 +197,21 @@ impl Session {
         }
     }
 
-    /// The error that says who has what this writer owned.
-    pub async fn fenced(&self) -> WriteError {
-        fenced(&self.write.client, &self.writes, self.writer).await
+    /// The error that says who has what this writer was to write.
+    pub async fn fenced(&self, partitions: &[i16]) -> WriteError {
+        let values: [&(dyn ToSql + Sync); 2] = [&partitions, &self.writer.owner];
+        let found = self.write.client.query_opt(&self.writes.lost_to, &values).await.ok().flatten();
+        let lost = found.and_then(|row| {
+            let (partition, owner): (i16, i64) = (row.try_get(0).ok()?, row.try_get(1).ok()?);
+            let node = row.try_get::<_, Option<String>>(2).ok()?.unwrap_or_default();
+            Some(match owner {
+                0 => format!("nobody owns partition {partition}"),
+                _ => format!("another node has taken over partition {partition} (node {node}, start {owner})"),
+            })
+        });
+        match lost {
+            Some(lost) => WriteError::Fenced(lost),
+            None => self.write.replaced(self.writer).await,
+        }
     }
-}
-
-async fn fenced(client: &Client, writes: &Writes, writer: Writer) -> WriteError {
-    let found = client.query_opt(&writes.taken_by, &[&writer.owner]).await.ok().flatten();
-    let by = found.and_then(|row| {
-        Some(format!("(node {}, start {})", row.try_get::<_, String>(0).ok()?, row.try_get::<_, i64>(1).ok()?))
-    });
-    WriteError::Fenced { by: by.map(|by| format!("{} {by}", "what this one owned")) }
 }

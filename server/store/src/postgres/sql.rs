@@ -25,6 +25,17 @@ macro_rules! statements {
     };
 }
 
+/// The run of a server, see `Server`.
+pub(super) const SERVER: &str = "SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::int8";
+
+/// The first words of a session: whatever an older one left behind can't write any more once this is committed.
+const BEGIN_SESSION: &str = "UPDATE ringline.writers SET epoch = epoch + 1 WHERE owner = $1 AND shard = $2 \
+     RETURNING epoch, commits, (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::int8";
+
+/// Who has what was an owner's: the newest start of the same node, else the newest of all.
+pub(super) const TAKEN_BY: &str = "SELECT node, owner FROM ringline.owners WHERE owner > $1 ORDER BY \
+     (node = (SELECT node FROM ringline.owners WHERE owner = $1)) DESC NULLS LAST, owner DESC LIMIT 1";
+
 /// What a write takes beside its values: the name of `unnest`'s columns is their order.
 const MESSAGES_IN: &str = "unnest($1::uuid[], $2::int8[], $3::int8[], $4::int8[], $5::int8[], $6::int8[], $7::uuid[], \
      $8::int2[], $9::text[], $10::text[], $11::bytea[], $12::bytea[])";
@@ -64,11 +75,42 @@ statements! {
         keyed = "INSERT INTO ringline.keyed AS kept SELECT * FROM unnest($1::bytea[], $2::int8[], $3::bytea[]) \
                  ON CONFLICT (key) DO UPDATE SET stamp = excluded.stamp, value = excluded.value \
                  WHERE kept.stamp <= excluded.stamp";
-        /// The first words of a session: whatever an older one left behind can't write any more once this is committed.
-        begin_session = "UPDATE ringline.writers SET epoch = epoch + 1 WHERE owner = $1 AND shard = $2 \
-                 RETURNING epoch, commits";
-        /// Who has the partitions that were ours.
-        taken_by = "SELECT owners.node, owners.owner FROM ringline.owners WHERE owner > $1 ORDER BY owner DESC LIMIT 1";
+        begin_session = BEGIN_SESSION;
+        /// Of some partitions, one that is not this owner's, and whose it is.
+        lost_to = "SELECT lost.partition, lost.owner, owners.node FROM ringline.partitions AS lost \
+                 LEFT JOIN ringline.owners ON owners.owner = lost.owner \
+                 WHERE lost.partition = ANY($1) AND lost.owner <> $2 ORDER BY lost.partition LIMIT 1";
+    }
+}
+
+statements! {
+    /// Of the registrar. Whoever takes locks writers, then partitions, each in order, and the version at last: as commits
+    /// and starts do.
+    Registers {
+        begin_session = BEGIN_SESSION;
+        count = "UPDATE ringline.writers SET commits = commits + 1 WHERE owner = $1 AND shard = $2 AND epoch = $3";
+        version = "SELECT version FROM ringline.ownership";
+        partitions = "SELECT partition, epoch, owner FROM ringline.partitions ORDER BY partition";
+        starts = "SELECT owners.owner, owners.node, nodes.number, \
+                 EXISTS (SELECT FROM ringline.writers WHERE writers.owner = owners.owner) \
+                 FROM (SELECT owner FROM ringline.writers UNION SELECT owner FROM ringline.partitions) AS named \
+                 JOIN ringline.owners ON owners.owner = named.owner \
+                 LEFT JOIN ringline.nodes ON nodes.name = owners.node ORDER BY owners.owner";
+        /// Keeps the owners of before from beginning one commit after the other: a lock that waits for a row is never
+        /// overtaken at the row of a writer, and may be at that of a partition, which commits share. Registrars do not
+        /// wait for each other here.
+        stop_writers = "SELECT FROM ringline.writers WHERE shard >= 0 AND owner IN \
+                 (SELECT owner FROM ringline.partitions WHERE partition = ANY($1) AND owner <> $2) \
+                 ORDER BY owner, shard FOR UPDATE";
+        /// Waits for commits that are under way there.
+        hold = "SELECT partition, epoch, owner FROM ringline.partitions WHERE partition = ANY($1) \
+                 ORDER BY partition FOR UPDATE";
+        take = "UPDATE ringline.partitions AS kept SET owner = $3, epoch = kept.epoch + 1 \
+                 FROM unnest($1::int2[], $2::int8[]) AS wanted (partition, epoch) \
+                 WHERE kept.partition = wanted.partition AND kept.epoch = wanted.epoch AND kept.owner <> $3 \
+                 RETURNING kept.partition, kept.epoch";
+        release = "UPDATE ringline.partitions SET owner = 0, epoch = epoch + 1 \
+                 WHERE partition = ANY($1) AND owner = $2";
     }
 }
 

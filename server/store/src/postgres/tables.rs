@@ -1,4 +1,5 @@
-//! The tables: made and brought up to date by whoever starts first, one transaction a version. And taking them over.
+//! The tables: made and brought up to date by whoever starts first, one transaction a version. And who comes in: a node
+//! alone, which takes everything over, or one of a cluster, which takes nothing yet.
 //!
 //! Invariants: a version is made whole or not at all, by one node while the others wait at a lock; a version that this
 //! build does not know is left alone. A node that takes over waits for commits that are under way, and none of an
@@ -8,11 +9,14 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Error};
 
 use super::address::Address;
-use super::commit::Epochs;
 use super::errors::{OpenError, told};
+use super::held::Epochs;
+use super::ownership::NODES_MAX;
+use super::registrar::REGISTRAR;
 
 /// What each version adds, from version 1 on.
-pub(super) const VERSIONS: &[&str] = &[include_str!("schema_1.sql"), include_str!("schema_2.sql")];
+pub(super) const VERSIONS: &[&str] =
+    &[include_str!("schema_1.sql"), include_str!("schema_2.sql"), include_str!("schema_3.sql")];
 /// How often the first statement is tried again: nodes that start together may all find nothing and make it.
 const RACES_MAX: u32 = 20;
 
@@ -98,6 +102,63 @@ async fn take(client: &Client, (node, shards): (&str, u16)) -> Result<(i64, Epoc
     let writers =
         "INSERT INTO ringline.writers SELECT $1::int8, shard, 0, 0 FROM generate_series(0, $2::int4 - 1) AS shard";
     client.execute(writers, &[&owner, &i32::from(shards)]).await?;
-    client.batch_execute("COMMIT").await?;
+    client.batch_execute(NOTED).await?;
     Ok((owner, epochs))
+}
+
+/// The last words of whoever changes owners.
+const NOTED: &str = "UPDATE ringline.ownership SET version = version + 1; COMMIT";
+
+/// Makes this start of a node an owner that owns nothing, with a writer for each shard and one for its registrar. Earlier
+/// starts of the same node write and take nothing any more; what they own stays theirs until somebody takes it. Returns
+/// the owner's number, and the number of the node. Errors: `TooManyNodes`, `TakeOver`.
+pub(super) async fn join(
+    client: &Client,
+    address: &Address,
+    (node, shards): (&str, u16),
+) -> Result<(i64, u8), OpenError> {
+    let joined = enter(client, (node, shards)).await;
+    if !matches!(joined, Ok(Some(_))) {
+        let _ = client.batch_execute("ROLLBACK").await;
+    }
+    let place = || address.place.clone();
+    match joined {
+        Ok(Some(joined)) => Ok(joined),
+        Ok(None) => Err(OpenError::TooManyNodes { place: place(), node: node.to_owned() }),
+        Err(error) => Err(OpenError::TakeOver { place: place(), reason: told(&error) }),
+    }
+}
+
+/// `None`: there is no number left for this node.
+async fn enter(client: &Client, (node, shards): (&str, u16)) -> Result<Option<(i64, u8)>, Error> {
+    // Starts come one after the other: each sees the numbers and the writers of those before.
+    client.batch_execute("BEGIN; LOCK TABLE ringline.owners IN SHARE ROW EXCLUSIVE MODE").await?;
+    let Some(number) = number_of(client, node).await? else { return Ok(None) };
+    let row = client.query_one("INSERT INTO ringline.owners (node) VALUES ($1) RETURNING owner", &[&node]).await?;
+    let owner: i64 = row.try_get(0)?;
+    // Waits for commits of an earlier start that are under way.
+    let earlier = "SELECT FROM ringline.writers WHERE owner IN (SELECT owner FROM ringline.owners WHERE node = $1) \
+         ORDER BY owner, shard FOR UPDATE";
+    client.query(earlier, &[&node]).await?;
+    let gone = "DELETE FROM ringline.writers WHERE owner IN (SELECT owner FROM ringline.owners WHERE node = $1)";
+    client.execute(gone, &[&node]).await?;
+    let forgotten = "DELETE FROM ringline.owners WHERE owner < $1::int8 - 1000 AND owner NOT IN \
+         (SELECT owner FROM ringline.writers UNION ALL SELECT owner FROM ringline.partitions)";
+    client.execute(forgotten, &[&owner]).await?;
+    let writers = "INSERT INTO ringline.writers SELECT $1::int8, shard, 0, 0 FROM generate_series($2::int4, $3::int4 - 1) AS shard";
+    client.execute(writers, &[&owner, &REGISTRAR, &i32::from(shards)]).await?;
+    client.batch_execute(NOTED).await?;
+    Ok(Some((owner, number)))
+}
+
+/// The number of a node, the lowest that is free if it has none yet.
+async fn number_of(client: &Client, node: &str) -> Result<Option<u8>, Error> {
+    let known = client.query_opt("SELECT number FROM ringline.nodes WHERE name = $1", &[&node]).await?;
+    let given = "INSERT INTO ringline.nodes (number, name) SELECT free::int2, $1::text FROM generate_series(0, $2::int4 - 1) \
+         AS free WHERE NOT EXISTS (SELECT FROM ringline.nodes WHERE number = free) ORDER BY free LIMIT 1 RETURNING number";
+    let row = match known {
+        Some(row) => Some(row),
+        None => client.query_opt(given, &[&node, &i32::from(NODES_MAX)]).await?,
+    };
+    Ok(row.map(|row| row.try_get::<_, i16>(0)).transpose()?.and_then(|number| u8::try_from(number).ok()))
 }

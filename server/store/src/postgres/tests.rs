@@ -11,20 +11,21 @@ use crate::conformance::{self, ALL, Node, Pair, answers, committed};
 use crate::{LoadToken, Lsn, Refused, Store, StoreError, StoreEvent};
 
 /// How long anything may take before a test gives up.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
-fn wait(since: Instant, what: &str) {
+pub(super) fn wait(since: Instant, what: &str) {
     assert!(since.elapsed() < PATIENCE, "{what}: nothing came");
     std::thread::sleep(Duration::from_millis(2));
 }
 
-const TERMINATE: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'ringline'";
+pub(super) const TERMINATE: &str =
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'ringline'";
 
-fn options(url: &str) -> PostgresOptions {
+pub(super) fn options(url: &str) -> PostgresOptions {
     PostgresOptions { url: url.into(), ..PostgresOptions::default() }
 }
 
-fn open(url: &str, shards: u16) -> Vec<PostgresShard> {
+pub(super) fn open(url: &str, shards: u16) -> Vec<PostgresShard> {
     let _ = tracing_subscriber::fmt().with_test_writer().with_max_level(tracing::Level::WARN).try_init();
     PostgresStore::open(options(url), shards).unwrap_or_else(|error| panic!("{error}")).0
 }
@@ -33,12 +34,12 @@ fn refusal(url: &str) -> String {
     PostgresStore::open(options(url), 1).err().expect("a refusal").to_string()
 }
 
-fn boxed(handles: Vec<PostgresShard>) -> Vec<Box<dyn Store>> {
+pub(super) fn boxed(handles: Vec<PostgresShard>) -> Vec<Box<dyn Store>> {
     handles.into_iter().map(|handle| Box::new(handle) as Box<dyn Store>).collect()
 }
 
 /// Appends messages one by one as fast as they are taken, until the last is committed.
-fn drive(store: &mut PostgresShard, pair: &Pair, (from, to): (u64, u64)) {
+pub(super) fn drive(store: &mut PostgresShard, pair: &Pair, (from, to): (u64, u64)) {
     let (mut events, mut since, mut next) = (Vec::new(), Instant::now(), from);
     let (first, mut announced) = (store.append(&pair.record()).unwrap(), Lsn(0));
     while announced < Lsn(first.0 + to - from + 1) {
@@ -59,7 +60,7 @@ fn drive(store: &mut PostgresShard, pair: &Pair, (from, to): (u64, u64)) {
 }
 
 /// All messages are there once, in a store that is opened anew.
-fn check(url: &str, pair: &Pair, head: u64) {
+pub(super) fn check(url: &str, pair: &Pair, head: u64) {
     let mut node = Node::new(boxed(open(url, 1)));
     conformance::check(&mut node, std::slice::from_ref(pair), head);
     node.close();

@@ -24,8 +24,9 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::address::Address;
 use super::batch::Columns;
-use super::commit::{self, Epochs};
+use super::commit;
 use super::errors::{Fate, QueryError, WriteError};
+use super::held::{Held, Taken};
 use super::query;
 use super::session::{Session, Writer};
 use crate::LoadToken;
@@ -108,7 +109,7 @@ type Writing = Option<Pin<Box<dyn Future<Output = Result<(), WriteError>> + Send
 pub(super) struct Worker {
     pub address: Arc<Address>,
     pub writer: Writer,
-    pub epochs: Arc<Epochs>,
+    pub held: Arc<Held>,
     pub jobs: Receiver<Job>,
     pub out: Out,
     /// An attempt to connect or to commit that takes longer has failed.
@@ -129,11 +130,11 @@ struct State {
 
 impl Worker {
     pub fn new(
-        (address, writer, epochs): (Arc<Address>, Writer, Arc<Epochs>),
+        (address, writer, held): (Arc<Address>, Writer, Arc<Held>),
         (jobs, out): (Receiver<Job>, Out),
         limit: Duration,
     ) -> Self {
-        Self { address, writer, epochs, jobs, out, limit, state: State::default() }
+        Self { address, writer, held, jobs, out, limit, state: State::default() }
     }
 
     /// The task's body. Ends when the handle is closed or gone, or when nothing more can be written.
@@ -142,10 +143,11 @@ impl Worker {
         loop {
             let address = Arc::clone(&self.address);
             let (writer, known, limit) = (self.writer, self.state.committed, self.limit);
+            let taken = self.held.taken();
             let begin = async move { Session::begin(&address, writer, (known, limit)).await };
             let Some(begun) = self.meanwhile(begin).await else { return };
             let ended = match begun {
-                Ok(session) => self.serve(Arc::new(session)).await,
+                Ok(session) => self.serve(Arc::new(session), taken).await,
                 Err(error) => Err(error),
             };
             let Err(error) = ended else { return };
@@ -211,13 +213,19 @@ impl Worker {
         self.out.say(Reply::Failed);
     }
 
-    /// Works with a session until the handle is closed or gone, or the session is of no more use.
-    async fn serve(&mut self, session: Arc<Session>) -> Result<(), WriteError> {
+    /// Works with a session until the handle is closed or gone, or the session is of no more use. `taken`: the last take
+    /// before the session began.
+    async fn serve(&mut self, session: Arc<Session>, taken: Taken) -> Result<(), WriteError> {
         self.resolve(&session);
         let (mut writing, mut asked): (Writing, Asked) = (None, Asked::new());
         let started = Instant::now();
         self.state.questions.iter_mut().for_each(|question| question.since = started);
         loop {
+            // Looked at before what came behind the take is asked or written.
+            let last = self.held.taken();
+            if last.count > taken.count && last.server != session.begun.server {
+                return Err(WriteError::Moved);
+            }
             if writing.is_none() {
                 writing = self.write(&session);
             }
@@ -249,7 +257,7 @@ impl Worker {
             tracing::info!(shard, "PostgreSQL is there again");
         }
         match &self.state.batch {
-            Some(_) if session.commits > self.state.committed => {
+            Some(_) if session.begun.commits > self.state.committed => {
                 tracing::info!(shard, "the commit that was under way had come through");
                 self.committed();
             }
@@ -276,7 +284,7 @@ impl Worker {
     /// Begins the commit that is to be written, if there is one.
     fn write(&self, session: &Arc<Session>) -> Writing {
         let batch = Arc::clone(self.state.batch.as_ref()?);
-        let (session, epochs) = (Arc::clone(session), Arc::clone(&self.epochs));
+        let (session, epochs) = (Arc::clone(session), self.held.epochs());
         let (number, limit) = (self.state.committed + 1, self.limit);
         Some(Box::pin(async move {
             let columns = Columns::of(&batch);
