@@ -17,6 +17,7 @@ pub mod cluster_cli;
 pub mod config;
 pub mod doctor;
 pub mod edge;
+pub mod etcd;
 pub mod joined;
 pub mod lanes;
 pub mod logs;

@@ -282,7 +282,7 @@ impl PeerLinks {
             self.too_late(net, conn, now_ms);
         }
         for at in 0..self.links.len() {
-            let due = |link: &&mut Link| link.line.next_ms().is_some_and(|at_ms| at_ms <= now_ms);
+            let due = |link: &&mut Link| link.next_ms().is_some_and(|at_ms| at_ms <= now_ms);
             let Some(link) = self.links.get_mut(at).filter(due) else { continue };
             let silent = link.line.tick((now_ms, rand::random()), &mut self.told);
             let conn = if silent { link.conn.take() } else { None };
@@ -311,7 +311,7 @@ impl PeerLinks {
     /// When [`PeerLinks::tick`] has something to do.
     pub fn next_ms(&self) -> Option<u64> {
         let conns = self.conns.values().filter(|own| !matches!(own.stage, Stage::Live(_))).map(|own| own.deadline_ms);
-        conns.chain(self.links.iter().filter_map(|link| link.line.next_ms())).min()
+        conns.chain(self.links.iter().filter_map(Link::next_ms)).min()
     }
 
     fn dial(&mut self, net: &mut dyn Net, at: usize, now_ms: u64) {

@@ -28,6 +28,8 @@ const DRAIN_BYTES_MAX: usize = 1024 * 1024;
 pub(super) struct Link {
     pub node: NodeIndex,
     pub number: u16,
+    /// Whether the node is listed; otherwise it is not dialled.
+    pub is_wanted: bool,
     pub line: Line,
     /// The connection that carries it.
     pub conn: Option<ConnId>,
@@ -44,6 +46,7 @@ impl Link {
         Self {
             node,
             number,
+            is_wanted: true,
             line,
             conn: None,
             batch: Vec::new(),
@@ -51,6 +54,11 @@ impl Link {
             bytes_received: 0,
             bytes_sent: 0,
         }
+    }
+
+    /// When something is to be done on it even if nothing happens.
+    pub fn next_ms(&self) -> Option<u64> {
+        self.line.next_ms().filter(|_| self.is_wanted)
     }
 
     /// Gives the collected messages to the channel.

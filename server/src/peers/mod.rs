@@ -170,8 +170,11 @@ pub struct PeerLinks {
     shard: u16,
     admission: Arc<Admission>,
     arrivals: Arrivals,
-    /// First one to each other node, in order of names; behind them those that only bring something.
+    /// Those that this core sends by and those that only bring something. None ever goes: a node that is not listed any more
+    /// is not dialled, and finds its link when it is back.
     links: Vec<Link>,
+    /// By number of node: the place of the link that this core sends by.
+    own_links: Vec<Option<usize>>,
     conns: HashMap<ConnId, Conn>,
     /// By slot: whether one of ours sits there. Looked at for every event of the net.
     marks: Vec<bool>,
@@ -195,17 +198,13 @@ impl PeerLinks {
         (admission, arrivals): (Arc<Admission>, Arrivals),
         now_ms: u64,
     ) -> Self {
-        let own = |node: NodeIndex, name: &str| {
-            let right = is_dialled_by_the_right_one(roster.own_name(), name);
-            Link::new((node, shard), Line::new((true, right), now_ms))
-        };
-        let links = roster.others().map(|(node, other)| own(node, &other.name)).collect();
-        Self {
+        let mut links = Self {
             roster,
             shard,
             admission,
             arrivals,
-            links,
+            links: Vec::new(),
+            own_links: Vec::new(),
             conns: HashMap::new(),
             marks: Vec::new(),
             leaving: Vec::new(),
@@ -215,6 +214,45 @@ impl PeerLinks {
             pumped: Vec::new(),
             counters: PeerCounters::default(),
             refused: Refused::default(),
+        };
+        links.open_links(now_ms);
+        links
+    }
+
+    /// Nodes have come or gone, or have other addresses. Those that have gone are down at once and refused from here on;
+    /// a connection to one that has moved stays as long as it lives, and the next goes to the new address.
+    pub fn set_roster(&mut self, roster: Arc<Roster>, now_ms: u64) {
+        self.roster = roster;
+        self.open_links(now_ms);
+        for at in 0..self.links.len() {
+            let Some(link) = self.links.get_mut(at) else { break };
+            let is_listed = self.roster.node(link.node).is_some_and(|node| node.is_listed);
+            if link.is_wanted == is_listed {
+                continue;
+            }
+            link.is_wanted = is_listed;
+            let conn = if is_listed { None } else { link.conn.take() };
+            if !is_listed {
+                link.line.gone((now_ms, rand::random()), &mut self.told);
+                self.tell(at);
+            }
+            if let Some(conn) = conn {
+                self.close_later(conn);
+            }
+        }
+    }
+
+    /// A link of this core to every node that is listed.
+    fn open_links(&mut self, now_ms: u64) {
+        for (node, other) in self.roster.others() {
+            let at = usize::from(node.0);
+            if self.own_links.len() <= at {
+                self.own_links.resize(at + 1, None);
+            }
+            let Some(place @ None) = self.own_links.get_mut(at) else { continue };
+            *place = Some(self.links.len());
+            let right = is_dialled_by_the_right_one(self.roster.own_name(), &other.name);
+            self.links.push(Link::new((node, self.shard), Line::new((true, right), now_ms)));
         }
     }
 
@@ -260,20 +298,14 @@ impl PeerLinks {
 
     /// The place of this core's own link to a node.
     fn own_link(&self, node: NodeIndex) -> Option<usize> {
-        let own = self.roster.own();
-        if node == own {
-            return None;
-        }
-        // The own node has no link, so those behind it move up.
-        let at = usize::from(node.0) - usize::from(node > own);
-        self.links.get(at).filter(|link| link.node == node && link.number == self.shard).map(|_| at)
+        *self.own_links.get(usize::from(node.0))?
     }
 
     /// A message of a node came by a link of another number: whether it is of the process that is known. What it says of
     /// that process is told first.
     fn is_of_known_process(&mut self, node: NodeIndex, process: Process, now_ms: u64) -> bool {
         let Some(at) = self.own_link(node) else { return false };
-        let Some(link) = self.links.get_mut(at) else { return false };
+        let Some(link) = self.links.get_mut(at).filter(|link| link.is_wanted) else { return false };
         let sender = link.line.heard_of(process, now_ms, &mut self.told);
         let conn = if sender == Sender::New { link.conn.take() } else { None };
         self.roster.saw(node, process.incarnation);
@@ -320,7 +352,8 @@ impl PeerLinks {
         let again: u64 = self.links.iter().map(|link| link.line.channel().sent_again()).sum();
         let mut counters = PeerCounters { refused: self.refused.counts(), batches_sent_again: again, ..self.counters };
         counters.refused[Reason::TooMany as usize] += self.arrivals.turned_away();
-        PeerSnapshot { counters, links: self.links.iter().map(|link| self.status(link, now_ms)).collect() }
+        let listed = self.links.iter().filter(|link| link.is_wanted);
+        PeerSnapshot { counters, links: listed.map(|link| self.status(link, now_ms)).collect() }
     }
 
     fn status(&self, link: &Link, now_ms: u64) -> LinkStatus {

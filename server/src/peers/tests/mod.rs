@@ -10,6 +10,7 @@ use ringline_cluster::link::channel::{OUT_BYTES_MAX, SILENCE_MS};
 use ringline_cluster::placement::NodeIndex;
 
 use self::rig::{Cluster, Kind, PATIENCE, Proxy, numbers};
+use super::refused::Reason;
 use super::{NotSent, PeerEvent};
 
 const A: NodeIndex = NodeIndex(0);
@@ -207,4 +208,44 @@ fn messages_have_a_largest_size_and_the_largest_goes_through() {
     let lengths: Vec<_> = cluster.came(((A, 0), (B, 0))).iter().map(|payload| payload.len()).collect();
     assert_eq!(lengths, [6, PAYLOAD_BYTES_MAX, 5]);
     assert_eq!(cluster.snapshot(B, 0).counters.dropped, 1);
+}
+
+#[test]
+fn nodes_join_and_leave_while_the_others_run() {
+    let mut cluster = Cluster::stopped(Kind::Epoll, &[("a", 2), ("b", 1), ("c", 2)]);
+    for node in [A, B] {
+        cluster.start(node);
+        cluster.list(node, &[A, B]);
+    }
+    cluster.until("a and b are up", |cluster| cluster.is_up((A, 0), B) && cluster.is_up((B, 0), A));
+    // It knows the others, which do not know it: refused by name, and nobody hears of it.
+    cluster.start(C);
+    let unknown = |cluster: &Cluster| {
+        let refused = |node, shard| cluster.snapshot(node, shard).counters.refused[Reason::UnknownNode as usize];
+        refused(A, 0) + refused(A, 1) + refused(B, 0)
+    };
+    cluster.until("c is refused", |cluster| unknown(cluster) > 0);
+    assert!(!cluster.is_up((A, 0), C) && cluster.snapshot(A, 0).levels() == (1, 1));
+    for node in [A, B] {
+        cluster.list(node, &[A, B, C]);
+    }
+    cluster.until("all are up", Cluster::all_up);
+    everybody_speaks(&mut cluster, 20);
+    // It leaves: down at once, refused, and what is sent to it is not taken.
+    cluster.forget_what_came();
+    cluster.list(A, &[A, B]);
+    cluster.turn();
+    assert_eq!(
+        (cluster.told(A, 0), cluster.told(A, 1)),
+        (vec![PeerEvent::Down { node: C }], vec![PeerEvent::Down { node: C }])
+    );
+    assert_eq!(cluster.send((A, 0), (C, 0), b"late"), Err(NotSent::Away));
+    let before = unknown(&cluster);
+    cluster.until("c is refused again", |cluster| unknown(cluster) > before);
+    assert!(cluster.is_up((B, 0), C) && cluster.is_up((A, 0), B), "others stay as they are");
+    // The same process is back: what either had for the other goes on.
+    cluster.list(A, &[A, B, C]);
+    cluster.until("all are up again", Cluster::all_up);
+    cluster.forget_what_came();
+    everybody_speaks(&mut cluster, 20);
 }

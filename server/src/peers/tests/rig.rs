@@ -185,6 +185,19 @@ impl Cluster {
         self.kill(index);
     }
 
+    /// From here on a node knows of these, itself among them.
+    pub fn list(&mut self, index: NodeIndex, listed: &[NodeIndex]) {
+        let node = |of: &NodeIndex| {
+            let node = &self.nodes[usize::from(of.0)];
+            (*of, node.name.to_owned(), node.address)
+        };
+        let list: Vec<_> = listed.iter().map(node).collect();
+        let now_ms = self.now_ms();
+        let (_, cores) = self.nodes[usize::from(index.0)].running.as_mut().unwrap();
+        let roster = Arc::new(cores[0].links.roster.with_nodes(&list).unwrap());
+        cores.iter_mut().for_each(|core| core.links.set_roster(roster.clone(), now_ms));
+    }
+
     /// A paused node does nothing at all.
     pub fn pause(&mut self, index: NodeIndex, paused: bool) {
         self.nodes[usize::from(index.0)].paused = paused;
