@@ -1,8 +1,9 @@
 //! Partition → node → core. Within a node: partition number modulo the number of cores.
 //!
 //! The core is fixed by the partition and the core count alone, so every core computes the owner of anything without
-//! asking. A restart with another count only changes who owns what, never where a record is read from. The node is fixed
-//! by the names and weights of the configuration ([`ClusterPlacement`]), whoever of them is alive.
+//! asking. A restart with another count only changes who owns what, never where a record is read from. The node
+//! ([`ClusterPlacement`]) is fixed by the names and weights of the configuration, whoever of them is alive; or, where
+//! partitions change hands, it is who the database says ([`Ownership`]), and of some partitions perhaps nobody.
 //!
 //! A [`ShardIndex`] names a shard of any node, in the 16 bits that it takes within one: the node in the upper 6, the core
 //! in the lower 10, as many as there are partitions to own. So the shards of a node that is alone (or the first of its
@@ -11,6 +12,7 @@
 
 use ringline_schema::ids::{PARTITIONS, Partition};
 
+use crate::ownership::{Ownership, PartitionSet, all};
 use crate::rendezvous::{self, Candidate};
 
 /// Nodes whose shards can be named.
@@ -39,7 +41,12 @@ impl ShardIndex {
     }
 }
 
-/// Place of a node in the sorted list of the cluster's names: the same on all nodes.
+/// Stands for the shard of a partition that nobody owns now: the last core of the last node, which no node has as long as
+/// [`ClusterPlacement::learn`] does not take 1,024 cores of that one.
+pub const NOBODY: ShardIndex = ShardIndex(u16::MAX);
+
+/// Number of a node: its place in the sorted list of the cluster's names, or, where nodes come and go, what it was given by
+/// its name once for ever. The same on all nodes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeIndex(pub u16);
 
@@ -82,14 +89,20 @@ pub enum PlacementError {
     NoOwner,
 }
 
-/// Who owns what in a cluster of configured nodes. Those that are away keep what they own.
+/// Who owns what in a cluster, as one shard knows it. Of configured nodes those that are away keep what they own; where
+/// partitions change hands it follows what [`ClusterPlacement::follow`] is told. One look into a table says the shard.
 #[derive(Clone, Debug)]
 pub struct ClusterPlacement {
     own: NodeIndex,
-    /// In order of names. `None`: never seen, so nobody knows how many cores it has.
+    moves: bool,
+    /// By number of node. `None`: never seen, so nobody knows how many cores it has.
     cores: Vec<Option<CorePlacement>>,
-    /// By number of partition.
-    owners: Vec<NodeIndex>,
+    /// By number of partition. `None`: nobody, or it is not served now.
+    owners: Vec<Option<NodeIndex>>,
+    /// The same with cores; [`NOBODY`] for `None`.
+    shards: Vec<ShardIndex>,
+    /// Bit n: there is a node of number n.
+    present: u64,
     fingerprint: u64,
 }
 
@@ -107,19 +120,65 @@ impl ClusterPlacement {
         let place = sorted.iter().position(|node| node.name == own);
         let place = place.ok_or_else(|| PlacementError::NotListed(own.to_owned()))?;
         let owners = rendezvous::owners(&sorted).into_iter().map(|owner| Some(NodeIndex(owner? as u16)));
-        let owners = owners.collect::<Option<Vec<_>>>().ok_or(PlacementError::NoOwner)?;
+        let owners = owners.collect::<Vec<_>>();
+        if owners.contains(&None) {
+            return Err(PlacementError::NoOwner);
+        }
         let mut text = Vec::new();
         for node in &sorted {
             text.extend_from_slice(node.name.as_bytes());
             text.push(b'\n');
         }
-        owners.iter().for_each(|owner| text.extend_from_slice(&owner.0.to_le_bytes()));
+        owners.iter().flatten().for_each(|owner| text.extend_from_slice(&owner.0.to_le_bytes()));
         let fingerprint = xxhash_rust::xxh3::xxh3_64(&text);
         let mut all = vec![None; sorted.len()];
         if let Some(known) = all.get_mut(place) {
             *known = Some(cores);
         }
-        Ok(Self { own: NodeIndex(place as u16), cores: all, owners, fingerprint })
+        let present = (0..sorted.len()).fold(0, |present, node| present | 1 << node);
+        let (own, moves, shards) = (NodeIndex(place as u16), false, vec![NOBODY; owners.len()]);
+        let mut placement = Self { own, moves, cores: all, owners, shards, present, fingerprint };
+        placement.count_cores();
+        Ok(placement)
+    }
+
+    /// Of a cluster whose partitions change hands: nobody owns anything until [`ClusterPlacement::follow`] says so. `None`: no
+    /// node has that number.
+    pub fn moving(own: NodeIndex, cores: CorePlacement) -> Option<Self> {
+        let mut all = vec![None; NODES_MAX];
+        *all.get_mut(usize::from(own.0))? = Some(cores);
+        let (owners, shards) = (vec![None; usize::from(PARTITIONS)], vec![NOBODY; usize::from(PARTITIONS)]);
+        // Nodes agree by the database, not by a list.
+        let fingerprint = xxhash_rust::xxh3::xxh3_64(b"moving");
+        Some(Self { own, moves: true, cores: all, owners, shards, present: 1 << own.0, fingerprint })
+    }
+
+    /// Whether partitions change hands.
+    pub fn is_moving(&self) -> bool {
+        self.moves
+    }
+
+    /// Takes in who owns what now. `withheld`: what this shard does not serve all the same; nor is served what this node is
+    /// asked to give up.
+    pub fn follow(&mut self, ownership: &Ownership, withheld: &PartitionSet) {
+        debug_assert!(self.moves, "of configured nodes nothing changes hands");
+        for (partition, place) in all().zip(&mut self.owners) {
+            let part = ownership.part(partition);
+            let served = part.owner != Some(self.own) || !(part.giving || withheld.contains(partition));
+            *place = part.owner.filter(|_| served);
+        }
+        let named = ownership.nodes().map(|(node, _)| node);
+        let nodes = named.chain(self.owners.iter().flatten().copied()).chain([self.own]);
+        self.present = nodes.fold(0, |present, node| present | 1 << node.0);
+        self.count_cores();
+    }
+
+    /// Brings the table of shards up to date.
+    fn count_cores(&mut self) {
+        for (partition, place) in all().zip(&mut self.shards) {
+            let owner = self.owners.get(usize::from(partition.number())).copied().flatten();
+            *place = owner.map_or(NOBODY, |owner| shard_on(&self.cores, owner, partition));
+        }
     }
 
     /// The same on nodes that agree on who is who and who owns what.
@@ -132,7 +191,8 @@ impl ClusterPlacement {
     }
 
     pub fn nodes(&self) -> impl Iterator<Item = NodeIndex> + use<> {
-        (0..self.cores.len() as u16).map(NodeIndex)
+        let present = self.present;
+        (0..NODES_MAX as u16).filter(move |node| present & 1 << node != 0).map(NodeIndex)
     }
 
     /// How many shards a node has, as it said last; 0: it was never seen.
@@ -142,29 +202,46 @@ impl ClusterPlacement {
 
     /// A node has said how many cores it has. True when that is news, so that its shards have other partitions now.
     pub fn learn(&mut self, node: NodeIndex, cores: CorePlacement) -> bool {
-        let known = self.cores.get_mut(usize::from(node.0)).filter(|_| node != self.own);
-        known.is_some_and(|known| known.replace(cores) != Some(cores))
+        let named = ShardIndex::new(node, cores.shards() - 1) != NOBODY;
+        let known = self.cores.get_mut(usize::from(node.0)).filter(|_| node != self.own && named);
+        let news = known.is_some_and(|known| known.replace(cores) != Some(cores));
+        if news {
+            self.count_cores();
+        }
+        news
     }
 
+    /// Who owns a partition and serves it, as far as is known here.
+    pub fn owner_of(&self, partition: Partition) -> Option<NodeIndex> {
+        self.owners.get(usize::from(partition.number())).copied().flatten()
+    }
+
+    /// The same; of what nobody owns the node of [`NOBODY`]. For configured nodes, where there is none such.
     pub fn node_of(&self, partition: Partition) -> NodeIndex {
-        self.owners.get(usize::from(partition.number())).copied().unwrap_or_default()
+        self.shard_of(partition).node()
     }
 
-    /// The shard that owns a partition. Of a node that was never seen the first stands for all.
+    /// The shard that owns a partition, or [`NOBODY`]. Of a node that was never seen the first stands for all.
+    #[inline]
     pub fn shard_of(&self, partition: Partition) -> ShardIndex {
-        self.shard_on(self.node_of(partition), partition)
+        self.shards.get(usize::from(partition.number())).copied().unwrap_or(NOBODY)
     }
 
     /// The shard of that node which has this partition, or would have it.
     pub fn shard_on(&self, node: NodeIndex, partition: Partition) -> ShardIndex {
-        let cores = self.cores.get(usize::from(node.0)).copied().flatten();
-        ShardIndex::new(node, cores.map_or(0, |cores| cores.shard_of(partition).within()))
+        shard_on(&self.cores, node, partition)
     }
+}
+
+fn shard_on(cores: &[Option<CorePlacement>], node: NodeIndex, partition: Partition) -> ShardIndex {
+    let cores = cores.get(usize::from(node.0)).copied().flatten();
+    ShardIndex::new(node, cores.map_or(0, |cores| cores.shard_of(partition).within()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ownership::{Known, Part};
 
     #[test]
     fn a_fingerprint_tells_names_and_owners_apart_and_nothing_else() {
@@ -238,5 +315,34 @@ mod tests {
         assert_eq!(refused("n0", &[nodes(&[1]), nodes(&[1])].concat()), PlacementError::Twice("n0".into()));
         let gateway = ClusterPlacement::new("n1", cores, &nodes(&[1, 0])).unwrap();
         assert!((0..PARTITIONS).all(|number| gateway.node_of(Partition::new(number).unwrap()) == NodeIndex(0)));
+    }
+
+    #[test]
+    fn what_changes_hands_is_nobodys_until_somebody_is_said_to_own_it() {
+        let cores = |count| CorePlacement::new(count).unwrap();
+        let (own, other, last) = (NodeIndex(5), NodeIndex(9), NodeIndex(63));
+        let mut placement = ClusterPlacement::moving(own, cores(2)).unwrap();
+        let [first, second, third] = [0, 1, 2].map(|number| Partition::new(number).unwrap());
+        assert!(placement.is_moving() && placement.nodes().eq([own]));
+        assert_eq!((placement.shard_of(first), placement.owner_of(first)), (NOBODY, None));
+        let mut ownership = Ownership::new(1);
+        let part = |owner| Part { owner: Some(owner), epoch: 1, giving: false };
+        ownership.set(first, part(own));
+        ownership.set(second, part(own));
+        ownership.set(third, part(other));
+        assert!(ownership.name(last, Known { name: "z".into(), address: "z:1".into() }));
+        placement.follow(&ownership, &PartitionSet::default());
+        assert!(placement.nodes().eq([own, other, last]));
+        assert_eq!(placement.shard_of(second), ShardIndex::new(own, 1));
+        assert_eq!(placement.shard_of(third), ShardIndex::new(other, 0), "of one never seen the first stands for all");
+        assert!(placement.learn(other, cores(3)) && !placement.learn(other, cores(3)));
+        assert_eq!(placement.shard_of(third), ShardIndex::new(other, 2));
+        assert!(!placement.learn(last, cores(1_024)) && placement.learn(last, cores(1_023)), "nobody has a name too");
+        // Asked to give it up, or withheld: not served, whoever the table says.
+        ownership.set(second, Part { giving: true, ..part(own) });
+        placement.follow(&ownership, &[first, third].into_iter().collect());
+        assert_eq!([first, second].map(|partition| placement.owner_of(partition)), [None; 2]);
+        assert_eq!(placement.owner_of(third), Some(other), "what others own is not withheld here");
+        assert!(ClusterPlacement::moving(NodeIndex(64), cores(1)).is_none());
     }
 }

@@ -446,6 +446,8 @@ impl Reactor {
             }
             Effect::Work { token, work } => self.begin_work(token, work),
             Effect::ToShard { to, message } => self.carry(to, message),
+            // Configured nodes are never asked to give something up.
+            Effect::Released { version } => tracing::debug!(version, "partitions are released"),
         }
     }
 

@@ -113,6 +113,7 @@ impl World {
                     self.after(delay, Action::Worked { epoch, shard, token, work });
                 }
                 Effect::ToShard { to, message } => self.put_on_lane((shard as u16, to.0), message),
+                Effect::Released { .. } => unreachable!("a node alone gives nothing up"),
             }
         }
         for conn in fx.dirty {

@@ -1,5 +1,8 @@
 //! What a shard is told at its start. Defaults and bounds of the configurable ones stand in the server's key table.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use ringline_cluster::placement::{ClusterPlacement, CorePlacement, ShardIndex};
 use ringline_schema::ids::UserName;
 use ringline_schema::limits;
@@ -19,9 +22,32 @@ pub enum DevicePolicy {
 /// The cluster that a node belongs to.
 #[derive(Clone, Debug)]
 pub struct ClusterConfig {
+    /// Where partitions change hands ([`ClusterPlacement::moving`]) all nodes share one store, and whoever owns what, each
+    /// reads all of it.
     pub placement: ClusterPlacement,
-    /// Name and client address of every node, in order of its index.
+    /// Name and client address of every node, in order of its index. Where nodes come and go it is empty: what
+    /// [`crate::event::Event::Placement`] says counts.
     pub nodes: Vec<(String, String)>,
+}
+
+/// Until when this node may believe that what it owns is still its own, in milliseconds of the clock of
+/// [`crate::event::Now::mono_us`]. Pushed on by who keeps the lease; read by every shard.
+#[derive(Clone, Debug)]
+pub struct Lease(Arc<AtomicU64>);
+
+impl Lease {
+    pub fn new(until_ms: u64) -> Self {
+        Self(Arc::new(AtomicU64::new(until_ms)))
+    }
+
+    pub fn until_ms(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// A time that is earlier than what was said before counts as well.
+    pub fn set(&self, until_ms: u64) {
+        self.0.store(until_ms, Ordering::Release);
+    }
 }
 
 /// Settings of a shard.
@@ -31,6 +57,8 @@ pub struct CoreConfig {
     pub placement: CorePlacement,
     /// `None`: the node is alone.
     pub cluster: Option<ClusterConfig>,
+    /// `None`: what this node owns is its own whatever happens.
+    pub lease: Option<Lease>,
     /// This node's name and client address, for ROUTE.
     pub node: String,
     pub address: String,
@@ -74,6 +102,7 @@ impl CoreConfig {
             shard,
             placement,
             cluster: None,
+            lease: None,
             node: "ringline".to_owned(),
             address: "127.0.0.1:9700".to_owned(),
             frame_bytes_max: limits::FRAME_BYTES_MAX,

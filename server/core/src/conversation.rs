@@ -264,6 +264,27 @@ pub(crate) enum PendingWork {
     Deletion(UserName),
 }
 
+impl PendingWork {
+    /// The members that it goes to, by shard.
+    pub(crate) fn targets_mut(&mut self) -> Option<&mut Targets> {
+        match self {
+            Self::Group(group) => group.message.as_mut().map(|(_, targets)| targets),
+            Self::Pass(pass) => Some(&mut pass.1),
+            Self::Message(_)
+            | Self::Repeat { .. }
+            | Self::User { .. }
+            | Self::Social(_)
+            | Self::Receipt(_)
+            | Self::Mark(..)
+            | Self::Hidden(_)
+            | Self::Dropped(..)
+            | Self::Done(_)
+            | Self::Deleted(_)
+            | Self::Deletion(_) => None,
+        }
+    }
+}
+
 impl Shard {
     /// A durable send has reached the owner of its conversation.
     pub(crate) fn submit(&mut self, submit: Submit, fx: &mut Effects) {
@@ -589,6 +610,9 @@ impl Shard {
                 PendingWork::Deleted(ask) => self.deleted(*ask, fx),
                 PendingWork::Deletion(user) => self.deletion_written(&user, fx),
             }
+        }
+        if self.is_moving() {
+            self.left_behind(fx);
         }
     }
 

@@ -369,6 +369,9 @@ impl Shard {
 
     /// A cursor that can't be written is only redelivery after a restart, which clients filter.
     fn append_cursor(&mut self, record: Record, fx: &mut Effects) {
+        if !self.may_write_of(record.partition()) {
+            return;
+        }
         let busy = self.may_append() == Err(ErrorCode::Busy);
         if !self.poisoned && !busy && !self.planted.is(Bug::ForgottenCursor) {
             self.sessions.counters.cursors_written += 1;

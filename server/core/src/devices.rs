@@ -36,6 +36,12 @@ pub(crate) struct DeviceWork {
     what: What,
 }
 
+impl DeviceWork {
+    pub(crate) fn user(&self) -> &UserName {
+        &self.user
+    }
+}
+
 #[derive(Debug)]
 enum What {
     Login { device: DeviceId, kind: DeviceKind, agent: String },

@@ -1,5 +1,8 @@
 //! The shard's whole interface: events in, effects out, and what shards say to each other.
 
+use std::sync::Arc;
+
+use ringline_cluster::ownership::Ownership;
 use ringline_cluster::placement::{NodeIndex, ShardIndex};
 use ringline_schema::codec::{Codec, PlainSend, decode_plain_send, decode_request};
 use ringline_schema::errors::ErrorCode;
@@ -110,6 +113,9 @@ pub enum Event<'a> {
         node: NodeIndex,
         news: NodeNews,
     },
+    /// Who owns what now; only where partitions change hands ([`crate::nodes`]). If this node is asked to give something up,
+    /// [`Effect::Released`] follows with its version or a later one.
+    Placement(Arc<Ownership>),
     /// The link to another node had no room for this, which will not go out.
     Unsent {
         to: ShardIndex,
@@ -171,6 +177,8 @@ pub enum CloseReason {
     Kicked,
     /// Told by GOAWAY.
     Draining,
+    /// The user belongs to another node now. Told by GOAWAY, or by UNAVAILABLE who was logging in.
+    Moved,
 }
 
 /// Work that may block, for the pool.
@@ -237,6 +245,11 @@ pub enum Effect {
     ToShard {
         to: ShardIndex,
         message: ShardMessage,
+    },
+    /// Of what this node was asked to give up, by the placement of that version or an earlier one, this shard has nothing in
+    /// flight any more and serves nothing.
+    Released {
+        version: u64,
     },
 }
 

@@ -27,7 +27,7 @@ use crate::shard::{Question, Shard};
 #[derive(Clone, Debug)]
 pub(crate) struct Hiding {
     pub(crate) origin: Origin,
-    user: UserName,
+    pub(crate) user: UserName,
     conversation: ConversationId,
     seq: Seq,
     /// The session was given messages up to there: they exist.

@@ -48,6 +48,13 @@ pub(crate) struct MarkWork {
     pinned: usize,
 }
 
+impl MarkWork {
+    /// Whose it is.
+    pub(crate) fn user(&self) -> &UserName {
+        &self.user
+    }
+}
+
 impl Shard {
     pub(crate) fn conversations(
         &mut self,
@@ -214,7 +221,7 @@ impl Shard {
         }
     }
 
-    /// The node of the conversation is away.
+    /// The node of the conversation is away, or the user is another's.
     pub(crate) fn mark_unavailable(&mut self, work: &MarkWork, fx: &mut Effects) {
         self.marked(work.origin, &work.user, Err(ErrorCode::Unavailable), fx);
     }

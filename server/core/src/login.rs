@@ -4,7 +4,7 @@
 //! unknown user and a bad token end in the same answer, after the same work.
 
 use ringline_schema::errors::ErrorCode;
-use ringline_schema::ids::{DeviceId, UserName};
+use ringline_schema::ids::{DeviceId, Partition, UserName};
 use ringline_schema::limits;
 use ringline_schema::message::{self, Credential, DeviceKind, KickReason, LoginOk, Reply, Secret};
 use ringline_schema::record::{Answer, Query, Record, User};
@@ -45,6 +45,13 @@ enum Step {
     UserForToken,
     /// The record of a new user on its way to the disk.
     Created,
+}
+
+impl Attempt {
+    /// Of its user.
+    pub(crate) fn partition(&self) -> Partition {
+        self.user.partition()
+    }
 }
 
 impl std::fmt::Debug for Step {
@@ -205,7 +212,7 @@ impl Shard {
         }
     }
 
-    fn attempt_failed(&mut self, conn: ConnId, code: ErrorCode, fx: &mut Effects) {
+    pub(crate) fn attempt_failed(&mut self, conn: ConnId, code: ErrorCode, fx: &mut Effects) {
         if let Some(attempt) = self.take_attempt(conn) {
             self.sessions.fail(conn, attempt.request_id, code, fx);
         }

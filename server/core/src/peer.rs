@@ -245,4 +245,8 @@ pub enum ShardMessage {
     },
     /// To every shard of another node: something for its devices could not be sent.
     Missed,
+    /// To a shard that has these partitions now: what was sent before to who had them may not have come to their users.
+    Moved {
+        partitions: Vec<u16>,
+    },
 }

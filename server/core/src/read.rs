@@ -66,7 +66,7 @@ impl Shard {
             newest: fetch.newest,
         };
         let owner = self.owner(conversation.partition());
-        if self.is_here(owner) {
+        if self.is_here(owner) || self.is_moving() {
             let query = Query::Messages { conversation, range, reader };
             self.load(Question::Fetch(origin, conversation, range), query, fx);
         } else if self.is_blocked(owner) {
@@ -92,7 +92,7 @@ impl Shard {
         if origin.conn == DELETER {
             return self.deletion_fetched(origin.request_id, answer, fx);
         }
-        if self.is_clustered() && self.is_remote(self.owner(id.partition())) {
+        if self.stores_are_apart() && self.is_remote(self.owner(id.partition())) {
             let reader = self.sessions.get(origin.conn).and_then(|session| session.login());
             let reader = reader.map(|login| login.user.clone());
             return self.veil((reader, answer), Then::Fetched(origin, id, truncated), fx);

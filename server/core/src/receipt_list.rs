@@ -68,6 +68,10 @@ pub(crate) struct ReceiptList {
 }
 
 impl ReceiptList {
+    pub(crate) fn conversation(&self) -> ConversationId {
+        self.ask.conversation
+    }
+
     /// Who has to have the message: in a direct conversation the other user, in a group whoever is a member now.
     fn message(&mut self, message: StoredMessage) -> Result<RowList, NoReceipts> {
         let conversation = self.ask.conversation;
@@ -211,6 +215,12 @@ impl Shard {
                 self.receipts_answer(list.ask.origin, Err(why), fx);
             }
         }
+    }
+
+    /// The conversation is another's.
+    pub(crate) fn receipts_unavailable(&mut self, list: &ReceiptList, fx: &mut Effects) {
+        self.receipt_lists = self.receipt_lists.saturating_sub(1);
+        self.receipts_answer(list.ask.origin, Err(NoReceipts::Refused(ErrorCode::Unavailable)), fx);
     }
 
     fn receipts_done(&mut self, list: &ReceiptList, fx: &mut Effects) {

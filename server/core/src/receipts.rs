@@ -16,6 +16,7 @@ use std::collections::{HashMap, VecDeque};
 
 use foldhash::fast::FixedState;
 use lru::LruCache;
+use ringline_cluster::ownership::PartitionSet;
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, ConversationKind, DeviceKey, Seq, UserName};
 use ringline_schema::limits::RECEIPTS_INTERVAL_MS;
@@ -320,6 +321,32 @@ impl Shard {
         let row = Row { key, stamp, value: Some(RowValue::Receipt(row)) };
         let lsn = self.append(Record::Change(Box::new(Change { message: None, rows: vec![row] })), fx);
         self.pending.push_back(Pending { lsn, weight: 0, work: PendingWork::Receipt(Box::new(write)) });
+    }
+
+    /// Conversations of these partitions are another's: who waits is told so. Rows on their way to the disk stay, unless `all`
+    /// are to go: then they are there.
+    pub(crate) fn let_receipts_go(&mut self, gone: &PartitionSet, all: bool, fx: &mut Effects) {
+        let is_gone = |id: &ConversationId| gone.contains(id.partition());
+        let keys = self.receipts.rows.iter().filter(|((id, _), _)| is_gone(id)).map(|(key, _)| key.clone());
+        let mut keys: Vec<_> = keys.collect();
+        keys.sort_unstable();
+        for key in keys {
+            let Some(entry) = self.receipts.rows.peek_mut(&key) else { continue };
+            let waiting = std::mem::take(&mut entry.waiting);
+            entry.stage = Stage::Ready;
+            if all || entry.in_flight == 0 {
+                self.receipts.rows.pop(&key);
+            }
+            for up in waiting {
+                self.up_ended(&up, Err(ErrorCode::Unavailable), fx);
+            }
+        }
+        self.receipts.cooling.retain(|id, _| !is_gone(id));
+        self.receipts.due.retain(|(_, id)| !is_gone(id));
+        let reached = self.receipts.reached.iter().filter(|(id, _)| is_gone(id)).map(|(id, _)| *id);
+        for id in reached.collect::<Vec<_>>() {
+            self.receipts.reached.pop(&id);
+        }
     }
 
     /// Answers who waited, if somebody did.

@@ -282,6 +282,9 @@ impl Shard {
             self.send_result(origin, (durable, result), copy, fx);
         } else {
             let copy = copy.filter(|message| message.from != message.to).cloned();
+            if let Some(copy) = &copy {
+                self.copy_follows(origin, &copy.from, fx);
+            }
             self.tell_shard(origin.shard, ShardMessage::SendResult { origin, durable, result, copy }, fx);
         }
     }

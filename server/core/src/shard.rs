@@ -30,6 +30,8 @@ use crate::group::slices::FanOuts;
 use crate::hide::Hiding;
 use crate::list::{ListWork, MarkWork};
 use crate::nodes::Nodes;
+use crate::nodes::catch_up::CatchUpPage;
+use crate::nodes::lease::Leased;
 use crate::nodes::resync::ResyncPage;
 use crate::nodes::veil::Veil;
 use crate::online::Online;
@@ -86,6 +88,8 @@ pub(crate) enum Question {
     Resync(Box<ResyncPage>),
     /// What the reader of messages of another node has deleted for himself.
     Veil(Box<Veil>),
+    /// What a session may lack after partitions changed hands.
+    CatchUp(Box<CatchUpPage>),
 }
 
 /// See the module. Fields are shared by the `impl` blocks of this crate's files, each of which says what it owns.
@@ -102,6 +106,8 @@ pub struct Shard {
     pub(crate) lanes_blocked: Vec<bool>,
     /// `None`: the node is alone.
     pub(crate) nodes: Option<Box<Nodes>>,
+    /// `None`: what this node owns is its own whatever happens.
+    pub(crate) lease: Option<Box<Leased>>,
     pub(crate) questions: HashMap<Token, Question, FixedState>,
     pub(crate) next_token: u64,
 
@@ -170,6 +176,7 @@ impl Shard {
             poisoned: false,
             lanes_blocked: vec![false; lanes],
             nodes: config.cluster.as_ref().map(|cluster| Box::new(Nodes::new(cluster))),
+            lease: config.lease.clone().map(|lease| Box::new(Leased::new(lease))),
             questions: HashMap::with_hasher(hasher.clone()),
             next_token: 0,
             online: Online::new(&hasher),
@@ -212,6 +219,9 @@ impl Shard {
     pub fn handle(&mut self, event: Event<'_>, now: Now, fx: &mut Effects) -> Verdict {
         self.now = now;
         self.sessions.now_us = now.mono_us;
+        if self.lease.is_some() && !self.holds_lease(fx) {
+            return self.handle_without_lease(event, fx);
+        }
         let verdict = match event {
             Event::Request { conn, codec, flags, request_id, request } => {
                 self.request(conn, (codec, request_id, flags), request, fx)
@@ -233,10 +243,15 @@ impl Shard {
         if self.planted.is(Bug::AckBeforeCommit) {
             self.stored(self.appended, fx);
         }
+        self.forget_ended(fx);
+        verdict
+    }
+
+    /// Sessions that ended leave the online list.
+    pub(crate) fn forget_ended(&mut self, fx: &mut Effects) {
         while let Some((conn, login)) = self.sessions.ended.pop() {
             self.forget_login(conn, &login, fx);
         }
-        verdict
     }
 
     /// A SEND that is not for the straight way.
@@ -256,7 +271,7 @@ impl Shard {
         }
     }
 
-    fn refused(
+    pub(crate) fn refused(
         &mut self,
         conn: ConnId,
         (codec, request_id): (Codec, u32),
@@ -271,7 +286,7 @@ impl Shard {
     }
 
     /// Every event that is not a client's request.
-    fn background(&mut self, event: Event<'_>, fx: &mut Effects) {
+    pub(crate) fn background(&mut self, event: Event<'_>, fx: &mut Effects) {
         match event {
             Event::Opened { conn } => self.opened(conn, fx),
             Event::Sent { conn, bytes } => self.sessions.sent(conn, bytes, fx),
@@ -287,12 +302,8 @@ impl Shard {
             Event::StoreAway { away } => self.store_away = away,
             Event::Loaded { token, answer } => self.loaded(token, answer, fx),
             Event::Worked { token, outcome } => self.worked(token, outcome, fx),
-            Event::Shard { from, message } if self.is_remote(from) => {
-                if let Some(message) = self.take_from_node(message, fx) {
-                    self.shard_message(from, message, fx);
-                }
-            }
-            Event::Shard { from, message } => self.shard_message(from, message, fx),
+            Event::Shard { from, message } => self.hear(from, message, fx),
+            Event::Placement(ownership) => self.placement_on(ownership, fx),
             Event::Node { node, news } => self.node_news(node, news, fx),
             Event::Unsent { to, message } => self.unsent(to, message, fx),
             Event::Timer => self.timers_due(fx),
@@ -300,6 +311,14 @@ impl Shard {
             Event::Request { .. } | Event::Send { .. } | Event::Refused { .. } => {
                 debug_assert!(false, "handled by the caller")
             }
+        }
+    }
+
+    fn hear(&mut self, from: ShardIndex, message: ShardMessage, fx: &mut Effects) {
+        let Some(message) = self.take_if_served(from, message, fx) else { return };
+        let taken = if self.is_remote(from) { self.take_from_node(message, fx) } else { Some(message) };
+        if let Some(message) = taken {
+            self.shard_message(from, message, fx);
         }
     }
 
@@ -324,7 +343,7 @@ impl Shard {
         }
     }
 
-    fn request(
+    pub(crate) fn request(
         &mut self,
         conn: ConnId,
         (codec, request_id, flags): (Codec, u32, Flags),
@@ -420,6 +439,7 @@ impl Shard {
             ShardMessage::Read { number, read } => self.read_for(from, number, *read, fx),
             ShardMessage::ReadDone { number, answer } => self.read_done(number, (from.node(), *answer), fx),
             ShardMessage::Missed => self.missed_from(from, fx),
+            ShardMessage::Moved { partitions } => self.moved_here(&partitions),
         }
     }
 
@@ -427,14 +447,15 @@ impl Shard {
         match self.questions.remove(&token) {
             Some(Question::AttemptWork(conn)) => self.attempt_worked(conn, outcome, fx),
             Some(Question::Deletion(DeletionQuestion::Proof(ask))) => self.proof_worked(&ask, &outcome, fx),
-            _ => debug_assert!(false, "work nobody asked for"),
+            _ => debug_assert!(self.is_moving(), "work nobody asked for"),
         }
     }
 
     fn loaded(&mut self, token: Token, answer: Answer, fx: &mut Effects) {
         match self.questions.remove(&token) {
             Some(question) => self.answered(question, answer, fx),
-            None => debug_assert!(false, "an answer nobody asked for"),
+            // What was asked for a partition that went was taken back.
+            None => debug_assert!(self.is_moving(), "an answer nobody asked for"),
         }
     }
 
@@ -472,6 +493,7 @@ impl Shard {
             }
             Question::Resync(page) => self.resync_loaded(page, answer, fx),
             Question::Veil(veil) => self.veil_loaded(veil, answer, fx),
+            Question::CatchUp(page) => self.catch_up_loaded(*page, answer, fx),
             Question::AttemptWork(_) => debug_assert!(false, "workers answer that"),
         }
     }
@@ -501,6 +523,7 @@ impl Shard {
     /// Queues a record and returns its number. The caller has checked [`Shard::may_append`].
     pub(crate) fn append(&mut self, record: Record, fx: &mut Effects) -> u64 {
         debug_assert!(!self.poisoned, "append after the store failed");
+        debug_assert!(self.may_write_of(record.partition()), "a record of a partition of another: {record:?}");
         self.appended += 1;
         fx.list.push(Effect::Append(self.planted.spoiled(record)));
         self.appended
@@ -645,7 +668,7 @@ impl Shard {
 
     /// When `Event::Timer` is next wanted, in monotonic microseconds. Some deadlines turn out stale: that is harmless.
     pub fn next_deadline_us(&self) -> Option<u64> {
-        self.timers.next_us()
+        self.lease_look_us().or_else(|| self.timers.next_us())
     }
 
     /// Tells whether the lane to another shard is full. While it is, requests that need that shard are BUSY.

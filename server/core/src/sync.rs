@@ -147,7 +147,9 @@ impl Shard {
             return Err(ErrorCode::Busy);
         }
         let first_page = sync.from == Place::default();
-        let others: Vec<_> = if first_page { self.reachable_shards() } else { Vec::new() };
+        // A store that all nodes share shows what is committed at once.
+        let asks = first_page && !self.is_moving();
+        let others: Vec<_> = if asks { self.reachable_shards() } else { Vec::new() };
         if others.iter().any(|&shard| self.is_blocked(shard)) {
             return Err(ErrorCode::Busy);
         }

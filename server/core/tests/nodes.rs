@@ -83,7 +83,7 @@ impl Node {
                     assert_eq!(to.node(), THERE);
                     self.said.push(message);
                 }
-                Effect::Close { .. } => {}
+                Effect::Close { .. } | Effect::Released { .. } => {}
             }
         }
         for conn in fx.dirty {

@@ -55,7 +55,7 @@ impl Node {
                 Effect::Append(record) => drop(self.store.append(&record).unwrap()),
                 Effect::Load { token, query } => self.store.load(LoadToken(token.0), query).unwrap(),
                 Effect::Work { token, work } => self.work(token, work),
-                Effect::ToShard { .. } => panic!("there is only one shard"),
+                Effect::ToShard { .. } | Effect::Released { .. } => panic!("there is only one shard"),
             }
         }
         for conn in fx.dirty {

@@ -361,6 +361,7 @@ impl Cluster {
                 Effect::ToShard { to, message } => {
                     unsent.extend(self.send(place, to, message).map(|message| (to, message)));
                 }
+                Effect::Released { .. } => unreachable!("configured nodes give nothing up"),
             }
         }
         for conn in fx.dirty {

@@ -16,6 +16,7 @@ pub(crate) mod walk;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use ringline_cluster::ownership::PartitionSet;
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, UserName};
 use ringline_schema::limits;
@@ -50,6 +51,18 @@ pub(crate) struct Proof {
 enum OwnSecret {
     Password(String),
     Token(String),
+}
+
+impl DeletionQuestion {
+    /// Whose deletion it is about; `None`: about any.
+    pub(crate) fn user(&self) -> Option<&UserName> {
+        match self {
+            Self::Account(proof) => Some(&proof.ask.user),
+            Self::Proof(ask) | Self::Exists(ask) => Some(&ask.user),
+            Self::Page(user) | Self::Rows(user) | Self::Hash(user) => Some(user),
+            Self::Recover => None,
+        }
+    }
 }
 
 /// Never prints a secret.
@@ -88,6 +101,8 @@ pub(crate) struct Deletions {
     pub next_ask: u32,
     pub armed: bool,
     pub recovery: walk::Recovery,
+    /// What is left of earlier runs is asked for once more, because partitions have come.
+    pub again: bool,
     /// Users with a proof under way.
     proving: BTreeSet<UserName>,
     /// Users whose deletion is on its way to the disk: a crash may still undo it.
@@ -129,6 +144,14 @@ impl Shard {
         let question = DeletionQuestion::Account(Box::new(Proof { ask, secret }));
         self.load(Question::Deletion(question), Query::User { name: own }, fx);
         Ok(())
+    }
+
+    /// Users of these partitions are another's, which goes on with their deletions by what the store says of them.
+    pub(crate) fn let_deletions_go(&mut self, gone: &PartitionSet) {
+        let Deletions { users, asks, proving, .. } = &mut self.deletions;
+        users.retain(|user, _| !gone.contains(user.partition()));
+        asks.retain(|_, user| !gone.contains(user.partition()));
+        proving.retain(|user| !gone.contains(user.partition()));
     }
 
     fn send_deletion(&mut self, ask: DeleteAsk, fx: &mut Effects) -> Result<(), ErrorCode> {

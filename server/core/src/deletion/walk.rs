@@ -235,6 +235,15 @@ impl Shard {
         self.deletions_on(fx);
     }
 
+    /// This shard has more users than before, whose deletions go on here.
+    pub(crate) fn recover_again(&mut self) {
+        match self.deletions.recovery {
+            Recovery::Loading => self.deletions.again = true,
+            Recovery::Wanted | Recovery::More | Recovery::Done => self.deletions.recovery = Recovery::Wanted,
+        }
+        self.arm_deletions();
+    }
+
     fn recover(&mut self, after: Option<RowKey>, fx: &mut Effects) {
         let query = Query::Rows { list: RowList::Deletions, after, limit: PAGE_DELETIONS };
         self.load(Question::Deletion(DeletionQuestion::Recover), query, fx);
@@ -260,7 +269,9 @@ impl Shard {
             let deletion = Deletion::resumed(value, row.stamp, self.now.mono_us);
             self.deletions.users.insert(user, deletion);
         }
+        let again = last.is_none() && std::mem::take(&mut self.deletions.again);
         self.deletions.recovery = match last {
+            _ if again => Recovery::Wanted,
             Some(_) if !room => Recovery::More,
             Some(last) => {
                 self.recover(Some(last), fx);
@@ -392,7 +403,9 @@ impl Shard {
     fn ask_owner(&mut self, user: &UserName, mut job: Job, fx: &mut Effects) {
         let number = self.deletions.next_ask;
         self.deletions.next_ask = number.wrapping_add(1);
-        let owner = self.owner(job.conversation.partition());
+        // Every shard reads a store that all share.
+        let reads = self.is_moving() && matches!(job.todo, Todo::Read(_));
+        let owner = if reads { self.config.shard } else { self.owner(job.conversation.partition()) };
         let free = self.is_here(owner) || !self.is_blocked(owner);
         job.due_us = self.now.mono_us + 1_000 * if free { PATIENCE_MS } else { RETRY_MS };
         let origin = Origin { shard: self.config.shard, conn: DELETER, request_id: number };

@@ -48,6 +48,13 @@ pub(crate) enum GroupQuestion {
     Guest(ConversationId, UserName),
 }
 
+impl GroupQuestion {
+    pub(crate) fn group(&self) -> ConversationId {
+        let (Self::Row(id) | Self::Members(id) | Self::Guest(id, _)) = self;
+        *id
+    }
+}
+
 impl Shard {
     /// Whether a send or an act can go on to the conversation. If not, it waits in the slot of its group and comes back
     /// as a submit.

@@ -21,6 +21,18 @@ const GUESTS_MAX: usize = 2 * limits::GROUP_PENDING_MAX;
 /// The members on each shard that has any. Shared by every message until the next change.
 pub type Targets = Arc<[(ShardIndex, MemberList)]>;
 
+/// The same members, by the shards that have them now.
+pub(crate) fn placed_anew(targets: &Targets, owner: impl Fn(Partition) -> ShardIndex) -> Targets {
+    let mut lists: BTreeMap<ShardIndex, Vec<UserName>> = BTreeMap::new();
+    let mut names: Vec<_> = targets.iter().flat_map(|(_, list)| list.iter().cloned()).collect();
+    names.sort_unstable();
+    names.dedup();
+    for name in names {
+        lists.entry(owner(name.partition())).or_default().push(name);
+    }
+    lists.into_iter().filter_map(|(shard, names)| Some((shard, MemberList::new(&names)?))).collect()
+}
+
 /// A present member. About 100 bytes with its name.
 #[derive(Clone, Debug)]
 pub(crate) struct Member {

@@ -589,4 +589,5 @@ variants! {
     26 Read { number, read };
     27 ReadDone { number, answer };
     28 Missed;
+    29 Moved { partitions };
 }

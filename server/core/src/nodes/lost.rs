@@ -1,6 +1,6 @@
 //! What could not be sent to another node, and what comes from one: who has to hear of it. Owned by the shard.
 
-use ringline_cluster::placement::ShardIndex;
+use ringline_cluster::placement::{NOBODY, ShardIndex};
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::Partition;
 
@@ -11,7 +11,7 @@ use crate::shard::Shard;
 use crate::social::presence::Seen;
 
 /// The partition that something is for, if only its owner may take it.
-fn meant_for(message: &ShardMessage) -> Option<Partition> {
+pub(super) fn meant_for(message: &ShardMessage) -> Option<Partition> {
     match message {
         ShardMessage::Submit(submit) => Some(submit.message.conversation.partition()),
         ShardMessage::Transient(send) => Some(send.to.partition()),
@@ -41,7 +41,8 @@ fn meant_for(message: &ShardMessage) -> Option<Partition> {
         | ShardMessage::OnlinePage { .. }
         | ShardMessage::Read { .. }
         | ShardMessage::ReadDone { .. }
-        | ShardMessage::Missed => None,
+        | ShardMessage::Missed
+        | ShardMessage::Moved { .. } => None,
     }
 }
 
@@ -75,9 +76,10 @@ impl Shard {
                     self.tell_timeout(wanted.origin, &message, fx);
                 }
             }
-            ShardMessage::DeliverGroup { .. } | ShardMessage::PushGroup { .. } | ShardMessage::Missed => {
-                self.not_pushed(to)
-            }
+            ShardMessage::DeliverGroup { .. }
+            | ShardMessage::PushGroup { .. }
+            | ShardMessage::Missed
+            | ShardMessage::Moved { .. } => self.not_pushed(to),
             ShardMessage::SendResult { origin, durable, result, copy } => {
                 if copy.is_some() {
                     self.not_pushed(to);
@@ -122,6 +124,10 @@ impl Shard {
     }
 
     fn not_pushed(&mut self, to: ShardIndex) {
+        // Whoever owns it next hears of it.
+        if to == NOBODY {
+            return;
+        }
         // When it is down, its next `Up` is what it is told with.
         if self.nodes.as_mut().is_some_and(|nodes| nodes.missed(to.node())) {
             self.nodes_again();
@@ -130,7 +136,7 @@ impl Shard {
 
     /// Judges what a shard of another node says. `None`: it has been dealt with.
     pub(crate) fn take_from_node(&mut self, message: ShardMessage, fx: &mut Effects) -> Option<ShardMessage> {
-        if meant_for(&message).is_some_and(|partition| !self.is_here(self.owner(partition))) {
+        if !self.is_moving() && meant_for(&message).is_some_and(|partition| !self.is_here(self.owner(partition))) {
             // The other node counted other cores here: it has yet to hear that this one has started again.
             self.undelivered(self.config.shard, message, fx);
             return None;
@@ -164,7 +170,8 @@ impl Shard {
             | ShardMessage::PushGroup { .. }
             | ShardMessage::Read { .. }
             | ShardMessage::ReadDone { .. }
-            | ShardMessage::Missed => return Some(message),
+            | ShardMessage::Missed
+            | ShardMessage::Moved { .. } => return Some(message),
         };
         if origin.shard != own || self.is_awaited(origin) {
             return (origin.shard == own).then_some(message);

@@ -1,7 +1,7 @@
 //! Other nodes of a cluster, as a shard deals with them. Owned by the shard; a node that is alone has none of it.
 //!
-//! Every user and every conversation belongs to one node for ever, which alone writes and keeps its rows; a node that is away
-//! is waited for. So nothing is copied between nodes: a list is put together from the stores of all ([`reads`]), and what
+//! Of configured nodes every user and every conversation belongs to one node for ever, which alone writes and keeps its rows; a
+//! node that is away is waited for. (Where partitions change hands, all nodes share one store: see [`moves`].) So nothing is copied between nodes: a list is put together from the stores of all ([`reads`]), and what
 //! can't be asked is told at once: `UNAVAILABLE` when it was not sent, `UNKNOWN` when it was and the node went ([`lost`]).
 //!
 //! A link carries what is said in order, once each, as long as both processes live, over any number of connections. What
@@ -15,9 +15,13 @@
 //!   conversation is the truth, so no news of it has to be kept durably.
 //! - *A SYNC while a node is away* leaves that node's conversations out; when it is back they are compared in the same way.
 
+pub(crate) mod catch_up;
 mod fields;
 mod kept;
+pub(crate) mod lease;
+mod letting_go;
 mod lost;
+mod moves;
 pub mod reads;
 pub mod record;
 pub(crate) mod resync;
@@ -25,7 +29,7 @@ pub(crate) mod veil;
 
 use std::collections::{BTreeMap, VecDeque};
 
-use ringline_cluster::placement::{ClusterPlacement, CorePlacement, NodeIndex, ShardIndex};
+use ringline_cluster::placement::{ClusterPlacement, CorePlacement, NOBODY, NODES_MAX, NodeIndex, ShardIndex};
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, Partition, UserName};
 use ringline_schema::message::Reply;
@@ -38,6 +42,7 @@ use crate::peer::{Origin, ShardMessage, SocialMessage, Submit};
 use crate::shard::Shard;
 use crate::timers::Timer;
 use kept::Kept;
+use moves::Moves;
 use reads::Reading;
 use resync::Resync;
 
@@ -103,32 +108,38 @@ pub(crate) struct Nodes {
     /// Numbers waits, reads and comparisons.
     next: u64,
     resyncs: BTreeMap<NodeIndex, Resync>,
+    /// `None`: of configured nodes nothing changes hands.
+    moves: Option<Box<Moves>>,
 }
 
 impl Nodes {
     pub(crate) fn new(config: &ClusterConfig) -> Self {
-        let own = config.placement.own();
-        let peer = |(at, (name, address)): (usize, &(String, String))| Peer {
-            name: name.clone(),
-            address: address.clone(),
+        let (own, moves) = (config.placement.own(), config.placement.is_moving());
+        let peer = |(at, (name, address)): (usize, (String, String))| Peer {
+            name,
+            address,
             up: at == usize::from(own.0),
             missed: false,
             stale: false,
             kept: Kept::new(),
         };
+        // Where nodes come and go each number has its place from the beginning.
+        let unnamed = if moves { NODES_MAX.saturating_sub(config.nodes.len()) } else { 0 };
+        let named = config.nodes.iter().cloned().chain(std::iter::repeat_n(Default::default(), unnamed));
         Self {
             placement: config.placement.clone(),
-            peers: config.nodes.iter().enumerate().map(peer).collect(),
+            peers: named.enumerate().map(peer).collect(),
             waits: BTreeMap::new(),
             reads: BTreeMap::new(),
             due: VecDeque::new(),
             next: 0,
             resyncs: BTreeMap::new(),
+            moves: moves.then(Box::default),
         }
     }
 
     pub(crate) fn is_remote(&self, shard: ShardIndex) -> bool {
-        shard.node() != self.placement.own()
+        shard.node() != self.placement.own() || shard == NOBODY
     }
 
     pub(crate) fn is_up(&self, node: NodeIndex) -> bool {
@@ -205,7 +216,8 @@ fn awaited(message: &ShardMessage) -> Option<(Origin, Fate)> {
         | ShardMessage::OnlinePage { .. }
         | ShardMessage::Read { .. }
         | ShardMessage::ReadDone { .. }
-        | ShardMessage::Missed => None,
+        | ShardMessage::Missed
+        | ShardMessage::Moved { .. } => None,
     }
 }
 
@@ -223,6 +235,9 @@ impl Shard {
     /// said again.
     pub(crate) fn may_lack(&self, conversation: ConversationId) -> bool {
         self.nodes.as_ref().is_some_and(|nodes| {
+            if let Some(moves) = &nodes.moves {
+                return moves.catch_up.is_wanted() || nodes.placement.owner_of(conversation.partition()).is_none();
+            }
             let node = nodes.placement.node_of(conversation.partition());
             let peer = nodes.peer(node).filter(|_| node != nodes.placement.own());
             peer.is_some_and(|peer| !peer.up || peer.stale || nodes.resyncs.contains_key(&node))
@@ -236,10 +251,12 @@ impl Shard {
         self.shards_here().chain(up.flat_map(|node| nodes.shards_of(node))).collect()
     }
 
-    /// Every other shard there is; one stands for all of a node that is away.
+    /// Every other shard there is; one stands for all of a node that is away. A node that is away and owns nothing is none.
     pub(crate) fn other_shards(&self) -> Vec<ShardIndex> {
         let Some(nodes) = &self.nodes else { return self.shards_here().collect() };
-        self.shards_here().chain(nodes.others().flat_map(|node| nodes.shards_of(node))).collect()
+        let counts =
+            |node: &NodeIndex| nodes.is_up(*node) || nodes.moves.as_ref().is_none_or(|moves| moves.owns(*node));
+        self.shards_here().chain(nodes.others().filter(counts).flat_map(|node| nodes.shards_of(node))).collect()
     }
 
     /// The other shards of this node.
@@ -265,13 +282,15 @@ impl Shard {
         fx: &mut Effects,
     ) -> Option<Verdict> {
         let nodes = self.nodes.as_ref()?;
-        let node = nodes.placement.node_of(partition);
-        let peer = nodes.peer(node).filter(|_| node != nodes.placement.own())?;
-        if peer.up {
-            let reply = Reply::Redirect { node: &peer.name, address: &peer.address };
-            self.sessions.answer(conn, request_id, &reply, fx);
-        } else {
-            self.sessions.fail(conn, request_id, ErrorCode::Unavailable, fx);
+        let owner = nodes.placement.owner_of(partition);
+        if owner == Some(nodes.placement.own()) {
+            return None;
+        }
+        match owner.and_then(|owner| nodes.peer(owner)).filter(|peer| peer.up) {
+            Some(Peer { name: node, address, .. }) => {
+                self.sessions.answer(conn, request_id, &Reply::Redirect { node, address }, fx);
+            }
+            None => self.sessions.fail(conn, request_id, ErrorCode::Unavailable, fx),
         }
         Some(Verdict::Continue)
     }
@@ -279,7 +298,7 @@ impl Shard {
     /// Answers a ROUTE with the node that the user lives on.
     pub(crate) fn route(&mut self, conn: ConnId, request_id: u32, user: &str, fx: &mut Effects) {
         let home = UserName::of_user(user).ok().zip(self.nodes.as_ref()).and_then(|(user, nodes)| {
-            let node = nodes.placement.node_of(user.partition());
+            let node = nodes.placement.owner_of(user.partition())?;
             nodes.peer(node).filter(|_| node != nodes.placement.own())
         });
         let (node, address) = match home {
@@ -293,7 +312,7 @@ impl Shard {
     pub(crate) fn tell_node(&mut self, to: ShardIndex, message: ShardMessage, fx: &mut Effects) {
         let own = self.config.shard;
         let Some(nodes) = &mut self.nodes else { return };
-        if !nodes.is_up(to.node()) {
+        if to == NOBODY || !nodes.is_up(to.node()) {
             return self.undelivered(to, message, fx);
         }
         if let Some((origin, fate)) = awaited(&message).filter(|(origin, _)| origin.shard == own) {
@@ -358,6 +377,7 @@ impl Shard {
 
     /// What a link says of another node.
     pub(crate) fn node_news(&mut self, node: NodeIndex, news: NodeNews, fx: &mut Effects) {
+        let moving = self.is_moving();
         let Some(nodes) = self.nodes.as_mut().filter(|nodes| nodes.placement.own() != node) else { return };
         match news {
             NodeNews::Up { shards } => {
@@ -367,9 +387,9 @@ impl Shard {
                     peer.up = true;
                 }
                 if moved {
-                    let groups = self.groups.iter_mut().filter_map(|(_, slot)| slot.group.as_mut());
-                    groups.for_each(|group| group.forget_targets());
+                    self.forget_targets();
                 }
+                self.node_is_back(node);
                 self.tell_kept(node, fx);
                 self.tell_missed(node, fx);
                 self.resync_if_stale(node, fx);
@@ -379,14 +399,16 @@ impl Shard {
                     peer.up = false;
                 }
                 self.node_lost(node, fx);
+                self.node_is_away(node, false);
             }
             NodeNews::Reset => {
                 if let Some(peer) = nodes.peer_mut(node) {
                     // Its devices have begun anew with it; ours may have lost what it had sent.
-                    (peer.missed, peer.stale) = (false, true);
+                    (peer.missed, peer.stale) = (false, !moving);
                     peer.kept.clear();
                 }
                 self.node_lost(node, fx);
+                self.node_is_away(node, true);
                 self.resync_if_stale(node, fx);
             }
         }
@@ -476,6 +498,12 @@ impl Shard {
             self.tell_missed(node, fx);
             self.resync_if_stale(node, fx);
         }
+        self.catch_up_due(fx);
+    }
+
+    fn forget_targets(&mut self) {
+        let groups = self.groups.iter_mut().filter_map(|(_, slot)| slot.group.as_mut());
+        groups.for_each(|group| group.forget_targets());
     }
 
     fn nodes_again(&mut self) {

@@ -107,7 +107,7 @@ impl Shard {
     /// Asks for conversations of a user, of all nodes that `whole` says.
     pub(crate) fn load_list(&mut self, question: Question, (ask, whole): (ListAsk, Whole), fx: &mut Effects) {
         let ListAsk { user, device, cursor, limit } = ask.clone();
-        if !self.is_clustered() {
+        if !self.stores_are_apart() {
             return self.load(question, Query::Conversations { user, device, cursor, limit }, fx);
         }
         let read = NodeRead::Conversations { user: user.clone(), device, cursor, limit };
@@ -116,7 +116,7 @@ impl Shard {
 
     /// Asks how many groups a user is in.
     pub(crate) fn load_group_count(&mut self, question: Question, user: UserName, fx: &mut Effects) {
-        if !self.is_clustered() {
+        if !self.stores_are_apart() {
             return self.load(question, Query::GroupCount { user }, fx);
         }
         let read = NodeRead::GroupCount { user: user.clone() };
@@ -131,7 +131,7 @@ impl Shard {
         fx: &mut Effects,
     ) {
         let owner = self.owner(conversation.partition());
-        if !self.is_remote(owner) {
+        if !self.stores_are_apart() || !self.is_remote(owner) {
             return self.load(question, Query::Messages { conversation, range, reader }, fx);
         }
         let (from, whole) = (SmallVec::from_slice(&[owner.node()]), Whole::Only(owner.node()));
@@ -299,6 +299,7 @@ impl Shard {
             | Question::Devices(_)
             | Question::Original(_)
             | Question::Veil(_)
+            | Question::CatchUp(_)
             | Question::Receipt(_)
             | Question::Receipts(_)
             | Question::Flush(..)

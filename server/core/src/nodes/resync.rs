@@ -44,6 +44,9 @@ pub(crate) struct ResyncPage {
 impl Shard {
     /// Begins, if devices here may lack something of that node and it is there.
     pub(super) fn resync_if_stale(&mut self, node: NodeIndex, fx: &mut Effects) {
+        if self.is_moving() {
+            return self.catch_up_if_stale(node);
+        }
         let Some(nodes) = &mut self.nodes else { return };
         let begins = nodes.peer_mut(node).is_some_and(|peer| peer.up && std::mem::take(&mut peer.stale));
         if !begins {
@@ -148,7 +151,7 @@ impl Shard {
     }
 
     /// Tells a device of what it was not given of a conversation.
-    fn tell_behind(&mut self, conn: ConnId, row: &ConversationRow, fx: &mut Effects) {
+    pub(super) fn tell_behind(&mut self, conn: ConnId, row: &ConversationRow, fx: &mut Effects) {
         let Some(login) = self.sessions.login_mut(conn) else { return };
         // What was shown counts for nothing: lists show heads whose messages were not given.
         let known = login.known().get(&row.conversation).map_or(Seq::ZERO, |known| known.acked);

@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound::{Excluded, Unbounded};
 use std::sync::Arc;
 
+use ringline_cluster::ownership::PartitionSet;
 use ringline_cluster::placement::ShardIndex;
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::UserName;
@@ -184,6 +185,11 @@ impl Shard {
         let until_us = self.now.mono_us + LEASE_MS * 1_000;
         let mut rows = Vec::with_capacity(users.len());
         for user in users {
+            // As if away: who watches hears of the new owner and asks there.
+            if !self.may_write_of(user.partition()) {
+                rows.push(Seen::nothing(user));
+                continue;
+            }
             let watchers = &mut self.social.presence.watchers;
             if watchers.len() < WATCHED_USERS_MAX || watchers.contains_key(&user) {
                 let shards = watchers.entry(user.clone()).or_default();
@@ -332,6 +338,26 @@ impl Shard {
         }
     }
 
+    /// Those that sessions of this shard watch, of these partitions.
+    pub(crate) fn watched_of(&self, partitions: &PartitionSet) -> Vec<UserName> {
+        let watched = self.social.presence.watched.keys();
+        watched.filter(|user| partitions.contains(user.partition())).cloned().collect()
+    }
+
+    /// Asks a shard how users are that are watched here.
+    pub(crate) fn ask_presence_of(&mut self, shard: ShardIndex, users: &[UserName], fx: &mut Effects) {
+        for users in users.chunks(ROWS_MAX) {
+            self.ask_presence(shard, users.to_vec(), None, fx);
+        }
+    }
+
+    /// Users of these partitions are another's: who watches them asks there.
+    pub(crate) fn forget_watchers_of(&mut self, partitions: &PartitionSet) {
+        let presence = &mut self.social.presence;
+        presence.watchers.retain(|user, _| !partitions.contains(user.partition()));
+        presence.changed.retain(|user| !partitions.contains(user.partition()));
+    }
+
     /// Forgets shards that have not asked for a while, some users at a time.
     fn sweep_watchers(&mut self) {
         let now_us = self.now.mono_us;
@@ -369,6 +395,9 @@ impl Shard {
 
     /// Notes when a user was last there. In memory at once; on disk now and then.
     pub(crate) fn note_last_seen(&mut self, user: &UserName, unix_ms: u64, fx: &mut Effects) {
+        if !self.may_write_of(user.partition()) {
+            return;
+        }
         let writable = !self.poisoned && self.may_append() != Err(ErrorCode::Busy);
         let Some(settings) = self.settings_mut(user).filter(|settings| settings.row.deleted_ms == 0) else { return };
         settings.row.last_seen_ms = settings.row.last_seen_ms.max(unix_ms);

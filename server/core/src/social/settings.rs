@@ -10,6 +10,7 @@ use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ops::Bound::{Excluded, Unbounded};
 
+use ringline_cluster::ownership::PartitionSet;
 use ringline_cluster::placement::ShardIndex;
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, UserName};
@@ -258,6 +259,33 @@ impl Shard {
         self.settings_loaded(user, fx);
     }
 
+    /// Users of these partitions are another's: who waits for their settings is told so. What is on its way to the disk stays.
+    pub(crate) fn let_settings_go(&mut self, gone: &PartitionSet, fx: &mut Effects) {
+        let loading = self.social.loading.keys().filter(|user| gone.contains(user.partition())).cloned();
+        let mut loading: Vec<_> = loading.collect();
+        // The table has no order of its own; replays must agree.
+        loading.sort_unstable();
+        for user in loading {
+            let waiting = self.social.loading.remove(&user).map(|loading| loading.waiting);
+            for parked in waiting.into_iter().flatten() {
+                self.finish(parked, Err(ErrorCode::Unavailable), fx);
+            }
+        }
+        self.forget_settings(gone, false);
+    }
+
+    /// Forgets cached settings; those with something on its way to the disk only if `written` says that all of it is there.
+    pub(crate) fn forget_settings(&mut self, gone: &PartitionSet, written: bool) {
+        let cached = self.social.settings.iter();
+        let goes =
+            |user: &UserName, settings: &Settings| gone.contains(user.partition()) && (written || settings.writes == 0);
+        let users: Vec<_> = cached.filter(|(user, kept)| goes(user, kept)).map(|(user, _)| user.clone()).collect();
+        for user in users {
+            let blocked = self.social.settings.pop(&user).map_or(0, |settings| settings.blocked.len());
+            self.social.blocked_names = self.social.blocked_names.saturating_sub(blocked);
+        }
+    }
+
     fn settings_failed(&mut self, user: &UserName, fx: &mut Effects) {
         let Some(loading) = self.social.loading.remove(user) else { return };
         for parked in loading.waiting {
@@ -434,7 +462,7 @@ impl Shard {
     }
 
     /// The end of a wait: what may happen happens, what may not is answered.
-    fn finish(&mut self, parked: Parked, result: Result<(), ErrorCode>, fx: &mut Effects) {
+    pub(crate) fn finish(&mut self, parked: Parked, result: Result<(), ErrorCode>, fx: &mut Effects) {
         match (parked, result) {
             (Parked::Ask(asker, ask), result) => self.tell_user_known(asker, &ask, result, fx),
             (Parked::Transient(send), Ok(())) => self.give_transient(&send, fx),

@@ -258,7 +258,7 @@ impl Town {
         let _ = self.sides[at].shard.handle(event, self.now, &mut fx);
         for effect in fx.list {
             match effect {
-                Effect::Close { .. } => {}
+                Effect::Close { .. } | Effect::Released { .. } => {}
                 Effect::Append(_) if self.records >= self.records_max => {
                     self.dead = true;
                     return self.sides.iter_mut().for_each(|side| side.store.submit());

@@ -105,6 +105,7 @@ impl Rig {
                     let _ = self.step(at, Event::Worked { token, outcome }, lanes);
                 }
                 Effect::ToShard { to, message } => lanes.push((ShardIndex(at as u16), usize::from(to.0), message)),
+                Effect::Released { .. } => panic!("a node alone gives nothing up"),
             }
         }
         for conn in fx.dirty {

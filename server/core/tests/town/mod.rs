@@ -67,7 +67,7 @@ impl Town {
         let mut worked = Vec::new();
         for effect in fx.list {
             match effect {
-                Effect::Close { .. } => {}
+                Effect::Close { .. } | Effect::Released { .. } => {}
                 Effect::Append(record) => drop(self.sides[at].store.append(&record).unwrap()),
                 Effect::Load { token, query } => self.sides[at].store.load(LoadToken(token.0), query).unwrap(),
                 Effect::Work { token, work } => {

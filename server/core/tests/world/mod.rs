@@ -182,6 +182,7 @@ impl World {
                         self.lanes.entry((at as u16, to.0)).or_default().push_back(message);
                     }
                 }
+                Effect::Released { .. } => panic!("a node alone gives nothing up"),
             }
         }
         for conn in fx.dirty {
