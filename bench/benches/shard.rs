@@ -71,7 +71,9 @@ impl Node {
                     Effect::Work { token: Token(token), .. } => {
                         self.event(Event::Worked { token: Token(token), outcome: WorkOutcome::Verified(true) });
                     }
-                    Effect::Close { .. } | Effect::ToShard { .. } => panic!("not in this scene"),
+                    Effect::Close { .. } | Effect::ToShard { .. } | Effect::Released { .. } => {
+                        panic!("not in this scene")
+                    }
                 }
             }
             self.event(Event::Stored { upto: self.appended });

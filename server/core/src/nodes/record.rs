@@ -123,7 +123,7 @@ mod tests {
             assert_eq!(decode(&bytes).as_ref(), Ok(&message), "seed {seed}");
             kinds.insert(std::mem::discriminant(&message));
         }
-        assert_eq!(kinds.len(), 28, "one for each kind");
+        assert_eq!(kinds.len(), 29, "one for each kind");
     }
 
     #[test]
