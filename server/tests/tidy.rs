@@ -176,6 +176,38 @@ fn unsafe_stands_only_where_it_is_proven() {
 }
 
 #[test]
+fn every_file_is_in_a_module() {
+    let sources = sources();
+    let mut lost = Vec::new();
+    for path in sources.keys() {
+        let (folder, file) = path.rsplit_once('/').unwrap();
+        let (above, last) = folder.rsplit_once('/').unwrap_or(("", folder));
+        // Crate roots: the compiler finds them by itself.
+        let is_root = ["tests", "benches", "examples", "bin", "bins"].contains(&last)
+            || (last == "src" && ["lib.rs", "main.rs"].contains(&file))
+            || (["tests", "benches", "examples"].iter().any(|kind| above.ends_with(kind)) && file == "main.rs")
+            || file == "build.rs";
+        if is_root {
+            continue;
+        }
+        let (folder, name) = match file {
+            "mod.rs" => (above, last),
+            _ => (folder, file.trim_end_matches(".rs")),
+        };
+        let wanted = format!("mod {name};");
+        let said = |(other, text): (&String, &String)| {
+            let beside = other.strip_prefix(&format!("{folder}/")).is_some_and(|rest| !rest.contains('/'));
+            (beside || *other == format!("{folder}.rs")) && text.lines().any(|line| line.trim_end().ends_with(&wanted))
+        };
+        let by_path = |text: &String| text.contains(&format!("{file}\"]"));
+        if !sources.iter().any(said) && !sources.values().any(by_path) {
+            lost.push(path.clone());
+        }
+    }
+    report("a file that no module names is not compiled", lost);
+}
+
+#[test]
 fn nothing_is_left_for_later() {
     let words = ["todo!(", "unimplemented!(", "dbg!(", "#[ignore"];
     let mut broken = Vec::new();
