@@ -1,5 +1,6 @@
 //! SIGINT and SIGTERM: the first stops the node in order, the second at once. From the first line of a start on, which may
-//! take long while the store reads its logs. Owned by the main thread; a thread of its own waits for signals.
+//! take long while the store reads its logs. SIGXFSZ, a file at the size that the process may write, would end it without a
+//! word; here it is said, and the write fails like any other. Owned by the main thread; a thread of its own waits for signals.
 //!
 //! Invariant: a signal is heard by the node's [`Control`] whether it comes before or after that is attached.
 
@@ -7,7 +8,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 
 use crate::node::EXIT_NOT_CLEAN;
@@ -22,11 +23,15 @@ pub struct StopSignals {
 impl StopSignals {
     /// Begins to wait for signals. Errors: those of the system, and "no thread".
     pub fn watch() -> io::Result<Self> {
-        let mut signals = Signals::new([SIGINT, SIGTERM])?;
+        let mut signals = Signals::new([SIGINT, SIGTERM, SIGXFSZ])?;
         let this = Self { asked: Arc::default(), control: Arc::default() };
         let (asked, control) = (Arc::clone(&this.asked), Arc::clone(&this.control));
         let watch = move || {
             for signal in signals.forever() {
+                if signal == SIGXFSZ {
+                    tracing::error!("a file reached the size that this process may write (ulimit -f)");
+                    continue;
+                }
                 let mut control = control.lock().unwrap_or_else(PoisonError::into_inner);
                 if asked.swap(true, Ordering::Relaxed) {
                     tracing::error!("a second signal: stopping at once");

@@ -4,9 +4,11 @@ mod common;
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{PATIENCE, Server, run};
+use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::Seq;
 use ringline_schema::message::{BodyKind, ChatReply, Class, Fetch, Mentions, Reply, Request, Send};
 
@@ -236,4 +238,42 @@ fn retention_lets_old_messages_go_and_the_metrics_tell() {
     let told = ann.request(&Request::Fetch(fetch(first.0 - 1)));
     let Reply::FetchOk { first: still, head, .. } = told.reply() else { panic!("{:?}", told.reply()) };
     assert!(still >= first && head.0 == sent);
+}
+
+#[test]
+fn a_disk_that_fails_under_a_server_is_loud_and_nothing_acknowledged_is_lost() {
+    let (mut server, address) = start(&["--cores", "1"]);
+    let (mut ann, mut bob) = (server.login("ann", 1), server.login("bob", 1));
+    let accepted =
+        |wire: &mut common::Wire, client_seq| match wire.request(&send("bob", client_seq, Class::Durable)).reply() {
+            Reply::SendAck(ack) => Ok(ack.seq),
+            Reply::Failure { code, .. } => Err(code),
+            other => panic!("{other:?}"),
+        };
+    assert_eq!(accepted(&mut ann, 1), Ok(Seq(1)));
+    assert_eq!(ask(&address, "GET", "/healthz").0, 200);
+    // From here on every write to a file fails, at once and by name (EFBIG).
+    let limited = Command::new("prlimit").args([&format!("--pid={}", server.pid()), "--fsize=1:"]).status().unwrap();
+    assert!(limited.success());
+    assert_eq!(accepted(&mut ann, 2), Err(ErrorCode::StoreFailed));
+    assert_eq!(accepted(&mut ann, 3), Err(ErrorCode::StoreFailed), "for ever");
+    server.wait_for_line("the store of this shard stops");
+    let (status, _, body) = ask(&address, "GET", "/healthz");
+    assert!(status == 503 && body.contains("its store failed"), "{body}");
+    assert_eq!(sum(&page(&address), "ringline_store_failed"), Some(1));
+    let answer = ann.request(&send("bob", 4, Class::Transient));
+    assert!(matches!(answer.reply(), Reply::SendAck(_)), "what needs no disk goes on: {:?}", answer.reply());
+    let delivered = |frame: common::Received| match frame.reply() {
+        Reply::Deliver(message) => message.class,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!([delivered(bob.push()), delivered(bob.push())], [Class::Durable, Class::Transient]);
+    assert_ne!(server.stop(), Some(0), "a supervisor sees that it was no clean stop");
+    server.restart(None);
+    let mut ann = server.login("ann", 1);
+    let range = Fetch { with: "bob", after: Seq(0), before: None, limit: 10, newest: false };
+    let told = ann.request(&Request::Fetch(range));
+    let Reply::FetchOk { messages, head, .. } = told.reply() else { panic!("{:?}", told.reply()) };
+    let seqs: Vec<_> = messages.iter().map(|message| message.seq.0).collect();
+    assert!(seqs[0] == 1 && seqs.len() as u64 == head.0, "{seqs:?}");
 }

@@ -135,6 +135,7 @@ fn health(answers: &[Answer]) -> (StatusCode, String) {
             None => "does not answer",
             Some(snapshot) if snapshot.store_failed => "its store failed: nothing durable is accepted",
             Some(snapshot) if snapshot.disk_full => "its disk is full: durable messages are refused",
+            Some(snapshot) if snapshot.store_away => "its database is away: durable messages are refused",
             Some(snapshot) if snapshot.draining => "is stopping",
             Some(_) => continue,
         };
@@ -228,12 +229,14 @@ mod tests {
             core(0, |_| ()),
             core(1, |own| own.store_failed = true),
             (ShardIndex(2), None),
-            core(3, |o| o.draining = true),
+            core(3, |own| own.draining = true),
+            core(4, |own| own.store_away = true),
         ];
         let (code, text) = health(&ill);
         assert_eq!(code, StatusCode::SERVICE_UNAVAILABLE);
         let lines: Vec<_> = text.lines().collect();
-        assert!(lines.len() == 3 && lines[0].starts_with("core 1: its store failed"), "{text}");
-        assert_eq!(lines[1..], ["core 2: does not answer", "core 3: is stopping"]);
+        assert!(lines.len() == 4 && lines[0].starts_with("core 1: its store failed"), "{text}");
+        assert_eq!(lines[1..3], ["core 2: does not answer", "core 3: is stopping"]);
+        assert_eq!(lines[3], "core 4: its database is away: durable messages are refused");
     }
 }
