@@ -66,7 +66,7 @@ errors! {
      5 BadFlags       "BAD_FLAGS"        Client retry=false closes=true  "flags are set that this version does not know";
      6 UnknownCommand "UNKNOWN_COMMAND"  Client retry=false closes=false "no such command, or not one that clients send";
      7 BadBody        "BAD_BODY"         Client retry=false closes=true  "the body does not decode as this command's table";
-     8 BufferFull     "BUFFER_FULL"      Client retry=false closes=true  "too many bytes were sent before login";
+     8 BufferFull     "BUFFER_FULL"      Client retry=false closes=true  "too many bytes were sent before login (kept for its number: no server says it)";
     // The session.
     20 NotLoggedIn    "NOT_LOGGED_IN"    Client retry=false closes=true  "this command needs a login first";
     21 AlreadyLoggedIn "ALREADY_LOGGED_IN" Client retry=false closes=false "this connection is logged in already";
@@ -129,7 +129,7 @@ errors! {
     111 TooManyPins   "TOO_MANY_PINS"    Client retry=false closes=false "this user has as many pinned conversations as allowed";
     112 TooManyBlocks "TOO_MANY_BLOCKS"  Client retry=false closes=false "the block list is full";
     113 TooManyWatched "TOO_MANY_WATCHED" Client retry=false closes=false "this session watches as many users as it may";
-    114 TooManyDevices "TOO_MANY_DEVICES" Client retry=false closes=false "this user has as many devices as allowed: log one out first";
+    114 TooManyDevices "TOO_MANY_DEVICES" Client retry=false closes=false "this user has as many devices as allowed (kept for its number: the device seen longest ago is forgotten)";
     115 UserDeleted   "USER_DELETED"     Client retry=false closes=false "this user was deleted";
 }
 

@@ -12,8 +12,6 @@ pub const TOKEN_BYTES_MAX: usize = 2048;
 pub const FRAME_HEADER_BYTES: usize = 16;
 /// Before login a larger frame ends the connection: `FRAME_TOO_LARGE`.
 pub const FRAME_BYTES_MAX_BEFORE_LOGIN: u32 = 4 * 1024;
-/// Before login a connection that has more than this waiting is closed: `BUFFER_FULL`.
-pub const BUFFERED_BYTES_MAX_BEFORE_LOGIN: usize = 8 * 1024;
 /// After login, the default of `limits.frame_bytes_max`.
 pub const FRAME_BYTES_MAX: u32 = 64 * 1024;
 /// The largest `limits.frame_bytes_max` that can be configured.
@@ -28,7 +26,8 @@ pub const TABLES_MAX: usize = 64;
 /// FlatBuffers tables in one answer, as a client verifies it.
 pub const ANSWER_TABLES_MAX: usize = 2048;
 
-/// Rows of one FETCH, ONLINE or CONVERSATIONS page: a larger `limit` is lowered to this.
+/// Rows of one page (FETCH, CONVERSATIONS, ONLINE, BLOCKS, RECEIPTS): a larger `limit` is lowered to this, and to what surely
+/// fits half a frame (128 messages or 64 conversations in one of 64 KiB).
 pub const PAGE_ROWS_MAX: u16 = 200;
 /// Rows of a page whose `limit` is 0.
 pub const PAGE_ROWS_DEFAULT: u16 = 50;
@@ -91,7 +90,6 @@ pub const PRESENCE_INTERVAL_MS: u64 = 1_000;
 
 const _: () = assert!(GROUP_PENDING_MAX + GROUP_MEMBERS_MAX <= 16_384);
 const _: () = assert!(SENDS_IN_FLIGHT_MAX as usize <= DUPLICATE_WINDOW);
-const _: () = assert!(FRAME_BYTES_MAX_BEFORE_LOGIN as usize <= BUFFERED_BYTES_MAX_BEFORE_LOGIN);
 const _: () = assert!(FRAME_BYTES_MAX <= FRAME_BYTES_CEILING);
 const _: () = assert!(USER_NAME_BYTES_MAX * 2 + FRAME_HEADER_BYTES < MESSAGE_OVERHEAD_BYTES_MAX as usize);
 const _: () = assert!(TOKEN_BYTES_MAX < FRAME_BYTES_MAX_BEFORE_LOGIN as usize);

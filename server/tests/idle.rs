@@ -19,7 +19,7 @@ use ringline_schema::message::{Reply, Request};
 const SETTLE: Duration = Duration::from_secs(7);
 const LOGIN_TIMEOUT: &str = "limits.login_timeout_ms=3000";
 const WINDOW_S: u64 = 10;
-const STRACE_WINDOW_S: u64 = 5;
+const STRACE_WINDOW_S: u64 = 10;
 /// Clients of a server that has some: five devices each of ten users.
 const USERS: usize = 10;
 const DEVICES: u64 = 5;

@@ -1,5 +1,6 @@
 //! The rules of groups, over several shards: who may do what, who sees which message, and every limit at its edge.
 
+mod edges;
 mod passing;
 mod receipts;
 mod slices;
