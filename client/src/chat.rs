@@ -8,6 +8,7 @@ mod account;
 mod amend;
 mod deletion;
 mod groups;
+mod mentions;
 mod social;
 mod typing;
 
@@ -52,7 +53,7 @@ const SENDS_OPEN_MAX: usize = 512;
 
 const HELP: &str = "\
 /msg NAME TEXT      send to NAME, and keep writing to NAME
-/to NAME            plain lines go to NAME from now on
+/to NAME            plain lines go to NAME from now on; NAME may be a group
 /who                who is online, and what they say beside their names
 /watch NAME         how NAME is, and from now on every change; /unwatch NAME
 /status TEXT        what others see beside your name; /visible on or off: whether they see you at all
@@ -63,7 +64,8 @@ const HELP: &str = "\
 /history NAME [N]   the last N messages with NAME (20, at most 200); a NAME with spaces goes in \"quotes\"
 /edit N TEXT        another text for your message N of this conversation; /recall N takes it back
 /delete N           deletes message N for you, /delete N all for everyone
-/group              the commands of groups
+/seen NAME N        who has received and read message N of the conversation with NAME
+/group              the commands of groups; in a message to one, @NAME and @all say whom it is meant for
 /conversations      with whom, how many messages, how many you have not read
 /pin NAME           /unpin NAME, /mute NAME HOURS: what you keep in sight, what may not disturb you
 /devices            where you are or were logged in; /drop ID logs one out
@@ -582,6 +584,7 @@ impl Chat {
         };
         let time = self.time(message.time_ms);
         let from = clean(message.from.as_str());
+        let body = body + mentions::of_reader(message, self.client.user());
         let change = message.extra.as_ref().and_then(|extra| extra.change.as_ref());
         if let Some(change) = change {
             format!("{time} {} * {from} {}", clean(message.to.as_str()), groups::what_happened(change, &message.from))
@@ -674,7 +677,8 @@ impl Chat {
             self.sent(sent);
         }
         self.pace.reset();
-        let sending = self.client.send(peer.as_str(), text.to_owned());
+        let options = mentions::options(&peer, text);
+        let sending = self.client.send_with(peer.as_str(), text.to_owned(), options);
         self.show_result(sending, peer.as_str());
     }
 
@@ -704,11 +708,10 @@ impl Chat {
                 let devices = if row.devices == 1 { String::new() } else { format!(" ({} devices)", row.devices) };
                 self.screen.line(&format!("  {}{devices}{status}", clean(row.user.as_str())));
             }
-            // A list that does not rise would never end.
-            from = match page.next {
-                Some(next) if from.as_ref().is_none_or(|from| next > *from) => Some(next),
-                Some(_) | None => return,
-            };
+            from = onward(from, page.next);
+            if from.is_none() {
+                return;
+            }
         }
     }
 
@@ -746,15 +749,24 @@ impl Chat {
                 let (with, time) = (clean(row.with.as_str()), self.time(row.last_time_ms));
                 let unread = row.unread();
                 let unread = if unread == 0 { String::new() } else { format!(", {unread} unread") };
-                let invited = if row.standing == Some(Standing::Invited) { ", you are invited" } else { "" };
-                self.screen.line(&format!("  {with}: {} messages{unread}{invited}, last {time}", row.head));
+                let standing = match row.standing {
+                    Some(Standing::Invited) => ", you are invited",
+                    Some(Standing::Asked) => ", you have asked to join",
+                    Some(Standing::Member | Standing::Left | Standing::Kicked) | None => "",
+                };
+                self.screen.line(&format!("  {with}: {} messages{unread}{standing}, last {time}", row.head));
             }
-            from = match page.next {
-                Some(next) if from.is_none_or(|from| next > from) => Some(next),
-                Some(_) | None => return,
-            };
+            from = onward(from, page.next);
+            if from.is_none() {
+                return;
+            }
         }
     }
+}
+
+/// Where the next page of a list begins. One that does not rise would never end.
+fn onward<T: PartialOrd>(from: Option<T>, next: Option<T>) -> Option<T> {
+    next.filter(|next| from.is_none_or(|from| *next > from))
 }
 
 /// A name and what follows it. A name with spaces is put in double quotes.

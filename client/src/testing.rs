@@ -3,6 +3,8 @@
 //! Not a model of the real one: no limits, no persistence, one lock. It runs on the runtime of the test. Invariant:
 //! conversations have dense sequences and a duplicate filter, so that a client's resending can be judged.
 
+mod people;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -89,6 +91,10 @@ struct State {
     without_sync: bool,
     syncs: u64,
     statuses: HashMap<String, String>,
+    /// What `people` has noted.
+    asked: Vec<String>,
+    /// What the next requests that `people` answers are told instead.
+    refusals: VecDeque<ErrorCode>,
 }
 
 /// The server; it stops when this is dropped.
@@ -212,6 +218,16 @@ impl FakeServer {
     /// What a user says beside the name.
     pub fn status(&self, user: &str, status: &str) {
         locked(&self.state).statuses.insert(user.to_owned(), status.to_owned());
+    }
+
+    /// What was asked of groups, people and devices since this was called last, and which mentions messages had.
+    pub fn asked(&self) -> Vec<String> {
+        std::mem::take(&mut locked(&self.state).asked)
+    }
+
+    /// Queues a refusal of what is asked next of groups, people or devices.
+    pub fn refuse(&self, code: ErrorCode) {
+        locked(&self.state).refusals.push_back(code);
     }
 
     /// Pages of SYNC that were asked for.
@@ -347,6 +363,7 @@ impl State {
 
     fn session_request(&mut self, asker: &Asker<'_>, who: (&UserName, DeviceId), request: Request<'_>) -> bool {
         let (user, device) = who;
+        self.asked.extend(people::note(&request));
         match request {
             Request::Send(send) => return self.send(asker, who, &send),
             Request::Ack(Ack::Upto { conversation, seq }) => {
@@ -366,7 +383,6 @@ impl State {
             Request::Online { cursor, limit: _ } => self.online(asker, cursor),
             Request::Chat(ChatRequest::Sync(sync)) if !self.without_sync => self.sync(asker, who, &sync),
             Request::Chat(ChatRequest::Watch { users }) => self.watch(asker, users),
-            Request::Chat(ChatRequest::Unwatch { .. }) => asker.answer(&Reply::Chat(ChatReply::Done)),
             Request::Chat(ChatRequest::Signal { to, kind, body }) => {
                 let from = user.as_str();
                 let conversation = ConversationId(0);
@@ -395,7 +411,10 @@ impl State {
                 asker.answer(&Reply::Chat(ChatReply::Done));
                 self.push(name, &Reply::Kicked { reason: KickReason::UserDeleted, detail: "" });
             }
-            Request::Group { .. } | Request::Chat(_) => asker.refuse(ErrorCode::Unsupported, 0),
+            Request::Group { .. } | Request::Chat(_) => match (self.refusals.pop_front(), people::answer(&request)) {
+                (None, Some(reply)) => asker.answer(&reply),
+                (code, _) => asker.refuse(code.unwrap_or(ErrorCode::Unsupported), 0),
+            },
             Request::Conversations { cursor, limit } => self.list(asker, who, (cursor, limit)),
             Request::Register { .. }
             | Request::Login(_)

@@ -1,5 +1,5 @@
-//! What the prompt says of one's own devices and conversations: read and delivered, pins, mutes, the device list. Part of
-//! the chat, on its thread.
+//! What the prompt says of one's own devices and conversations: read and delivered, who has seen a message, pins, mutes,
+//! the device list. Part of the chat, on its thread.
 //!
 //! Invariant as in the chat: what others chose passes [`clean`] on its way to the screen.
 
@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::Write;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::{Chat, clean, split_name};
+use super::{Chat, clean, onward, split_name};
 use crate::{ConversationId, DeviceId, ReadUpto, Seq, UserName};
 
 const MS_PER_HOUR: u64 = 3_600_000;
@@ -24,6 +24,10 @@ impl Chat {
                     self.settled(result, "logged out");
                 }
                 Err(_) => self.screen.line("/drop ID, as /devices shows it"),
+            },
+            "/seen" => match (self.conversation_with(name), more.parse()) {
+                (Some(id), Ok(seq @ 1..)) => self.receipts(id, Seq(seq)).await,
+                (_, _) => self.screen.line("/seen NAME N; N is the number behind a message of /history"),
             },
             "/export" => self.export(rest.trim()).await,
             "/pin" | "/unpin" => match self.conversation_with(name) {
@@ -75,6 +79,35 @@ impl Chat {
             cursor = page.next;
         }
         self.screen.line(&format!("{lines} lines in {file}"));
+    }
+
+    /// How many have a message, and how far each member has it.
+    async fn receipts(&mut self, conversation: ConversationId, seq: Seq) {
+        let mut from: Option<String> = None;
+        loop {
+            let page = match self.client.receipts(conversation, seq, from.as_deref(), 0).await {
+                Ok(page) => page,
+                Err(error) => return self.refused(&error),
+            };
+            if from.is_none() {
+                let (members, delivered, read) = (page.members, page.delivered, page.read);
+                self.screen.line(&format!("message {seq}: received by {delivered} of {members}, read by {read}"));
+            }
+            for row in page.rows {
+                let state = if row.read >= seq {
+                    "has read it"
+                } else if row.delivered >= seq {
+                    "has received it"
+                } else {
+                    "does not have it yet"
+                };
+                self.screen.line(&format!("  {} {state}", clean(row.user.as_str())));
+            }
+            from = onward(from, page.next);
+            if from.is_none() {
+                return;
+            }
+        }
     }
 
     async fn devices(&mut self) {

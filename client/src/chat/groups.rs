@@ -3,17 +3,22 @@
 use crate::group::{Change, GroupChanged, GroupDone};
 use crate::{CallError, JoinPolicy, Role, Standing, UserName, What};
 
-use super::{Chat, clean, split_name};
+use super::{Chat, clean, onward, split_name};
+
+const MS_PER_SECOND: u64 = 1_000;
 
 pub(super) const HELP: &str = "\
-/group create #NAME [TITLE]      make a group; open to everyone with /group create-open
+/group create #NAME [TITLE]      make a group that takes who is invited; create-open: everyone; create-approval: who asks
+/group policy #NAME HOW          who may join: open, approval, invite
 /group invite #NAME USER         invite somebody (who has asked to join becomes a member)
-/group join #NAME [WORDS]        join, or ask to
+/group join #NAME [WORDS]        join, or ask to; decline #NAME: say no to an invitation, or do not ask any more
 /group leave|info|members|dissolve #NAME
-/group kick|approve|reject|admin|member|transfer #NAME USER
+/group pending #NAME             who is invited, and who asks to join
+/group approve|reject #NAME USER answer who asks; reject also takes an invitation back
+/group kick|admin|member|transfer #NAME USER
 /group mute #NAME USER SECONDS   forbid somebody to write for a while; 0 ends it
 /group rename #NAME TITLE
-messages go to a group as to a user: /to #NAME";
+messages go to a group as to a user: /to #NAME; @USER in one is told to USER, @all of an administrator to all";
 
 impl Chat {
     pub(super) async fn group(&mut self, rest: &str) {
@@ -22,34 +27,64 @@ impl Chat {
         if group.is_empty() {
             return self.screen.line(HELP);
         }
+        match verb {
+            "members" => _ = self.members(group, Standing::Member).await,
+            "pending" => self.pending(group).await,
+            "info" => self.group_info(group).await,
+            _ => match self.change_group(verb, group, rest).await {
+                Ok(done) => self.group_done(group, done),
+                Err(usage) => self.screen.line(&usage),
+            },
+        }
+    }
+
+    /// Errors: how the command is written.
+    async fn change_group(
+        &mut self,
+        verb: &str,
+        group: &str,
+        rest: &str,
+    ) -> Result<Result<GroupDone, CallError>, String> {
         let (user, more) = split_name(rest);
-        let client = self.client.clone();
-        let done = match verb {
-            "create" | "create-open" => {
-                let join = if verb == "create" { JoinPolicy::Invite } else { JoinPolicy::Open };
+        let client = &self.client;
+        Ok(match verb {
+            "create" | "create-open" | "create-approval" => {
+                let join = match verb {
+                    "create-open" => JoinPolicy::Open,
+                    "create-approval" => JoinPolicy::Approval,
+                    _ => JoinPolicy::Invite,
+                };
                 let title = if rest.is_empty() { group } else { rest };
                 client.create_group(group, (title, join), &[]).await
             }
+            "policy" => match rest {
+                "open" => client.set_join_policy(group, JoinPolicy::Open).await,
+                "approval" => client.set_join_policy(group, JoinPolicy::Approval).await,
+                "invite" => client.set_join_policy(group, JoinPolicy::Invite).await,
+                _ => return Err("/group policy #NAME open, approval or invite".to_owned()),
+            },
+            "rename" if rest.is_empty() => return Err("/group rename #NAME TITLE".to_owned()),
             "rename" => client.rename_group(group, rest).await,
             "join" => client.join_group(group, rest).await,
+            "decline" => client.answer_request(group, client.user().as_str(), false).await,
+            "leave" => client.leave_group(group).await,
+            "dissolve" => client.dissolve_group(group).await,
+            "mute" => match more.parse::<u64>() {
+                Ok(seconds) => client.mute_member(group, user, seconds.saturating_mul(MS_PER_SECOND)).await,
+                Err(_) => return Err("/group mute #NAME USER SECONDS".to_owned()),
+            },
+            "invite" | "approve" | "reject" | "kick" | "admin" | "member" | "transfer" if user.is_empty() => {
+                return Err(format!("/group {verb} #NAME USER"));
+            }
             "invite" => client.invite(group, &[user]).await,
             "approve" => client.answer_request(group, user, true).await,
             "reject" => client.answer_request(group, user, false).await,
-            "leave" => client.leave_group(group).await,
             "kick" => client.kick(group, user).await,
             "admin" => client.set_role(group, user, Role::Admin).await,
             "member" => client.set_role(group, user, Role::Member).await,
             "transfer" => client.transfer_group(group, user).await,
-            "mute" => match more.parse::<u64>() {
-                Ok(seconds) => client.mute_member(group, user, seconds.saturating_mul(1_000)).await,
-                Err(_) => return self.screen.line("/group mute #NAME USER SECONDS"),
-            },
-            "dissolve" => client.dissolve_group(group).await,
-            "members" => return self.members(group).await,
-            "info" => return self.group_info(group).await,
-            _ => return self.screen.line(HELP),
-        };
-        self.group_done(group, done);
+            _ => return Err(HELP.to_owned()),
+        })
     }
 
     fn group_done(&mut self, group: &str, done: Result<GroupDone, CallError>) {
@@ -64,26 +99,44 @@ impl Chat {
         self.screen.line(&line);
     }
 
-    async fn members(&mut self, group: &str) {
-        let mut from: Option<String> = None;
+    /// Who is invited, and who asks to join.
+    async fn pending(&mut self, group: &str) {
+        let mut shown = 0;
+        for standing in [Standing::Invited, Standing::Asked] {
+            let Some(users) = self.members(group, standing).await else { return };
+            shown += users;
+        }
+        if shown == 0 {
+            self.screen.line("nobody is invited, and nobody asks to join");
+        }
+    }
+
+    /// Shows those who stand so to a group. How many they are; `None`: it could not be had, and that was said.
+    async fn members(&mut self, group: &str, standing: Standing) -> Option<usize> {
+        let (mut from, mut shown): (Option<String>, usize) = (None, 0);
         loop {
-            let page = match self.client.group_members(group, Standing::Member, from.as_deref()).await {
+            let page = match self.client.group_members(group, standing, from.as_deref()).await {
                 Ok(page) => page,
-                Err(error) => return self.group_done(group, Err(error)),
+                Err(error) => {
+                    self.group_done(group, Err(error));
+                    return None;
+                }
             };
+            shown += page.members.len();
             for member in page.members {
-                let role = match member.role {
-                    Role::Owner => " (owner)",
-                    Role::Admin => " (administrator)",
-                    Role::Member => "",
+                let what = match (member.standing, member.role) {
+                    (Standing::Invited, _) => " is invited",
+                    (Standing::Asked, _) => " asks to join",
+                    (Standing::Member, Role::Owner) => " (owner)",
+                    (Standing::Member, Role::Admin) => " (administrator)",
+                    (Standing::Member, Role::Member) | (Standing::Left | Standing::Kicked, _) => "",
                 };
-                self.screen.line(&format!("  {}{role}", clean(member.user.as_str())));
+                self.screen.line(&format!("  {}{what}", clean(member.user.as_str())));
             }
-            // A list that does not rise would never end.
-            from = match page.next {
-                Some(next) if from.as_ref().is_none_or(|from| next > *from) => Some(next),
-                Some(_) | None => return,
-            };
+            from = onward(from, page.next);
+            if from.is_none() {
+                return Some(shown);
+            }
         }
     }
 

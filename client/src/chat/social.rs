@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use ringline_schema::limits;
 
-use super::{Chat, clean, split_name};
+use super::{Chat, clean, onward, split_name};
 use crate::{CallError, MessagesFrom, Notice, OnlineUser, Presence, Signal, UserName};
 
 /// Pages of a list that are shown.
@@ -18,6 +18,10 @@ impl Chat {
     pub(super) async fn social(&mut self, command: &str, rest: &str) -> bool {
         let (name, _) = split_name(rest);
         match command {
+            "/block" | "/unblock" | "/watch" | "/unwatch" if name.is_empty() => {
+                self.screen.line(&format!("{command} NAME"));
+            }
+            "/notice" if rest.is_empty() => self.screen.line("/notice TEXT"),
             "/typing" => self.typing(),
             "/block" => {
                 let result = self.client.block(name).await;
@@ -62,7 +66,7 @@ impl Chat {
         }
     }
 
-    fn refused(&mut self, error: &CallError) {
+    pub(super) fn refused(&mut self, error: &CallError) {
         match error {
             CallError::Refused { code, .. } => self.screen.line(code.text()),
             CallError::BadName | CallError::Timeout | CallError::QueueFull | CallError::Closed => {
@@ -96,11 +100,10 @@ impl Chat {
             for user in page.users {
                 self.screen.line(&format!("  {}", clean(user.as_str())));
             }
-            // A list that does not rise would never end.
-            from = match page.next {
-                Some(next) if from.as_ref().is_none_or(|from| next > *from) => Some(next),
-                Some(_) | None => return,
-            };
+            from = onward(from, page.next);
+            if from.is_none() {
+                return;
+            }
         }
     }
 

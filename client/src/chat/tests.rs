@@ -1,5 +1,7 @@
 //! The chat on a pipe against the fake server.
 
+mod commands;
+
 use std::io::{PipeWriter, pipe};
 use std::sync::{Arc, Mutex};
 
