@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
 use ringline_cluster::link::channel::{OUT_BYTES_MAX, WINDOW_BYTES};
-use ringline_cluster::placement::PlacementError;
+use ringline_cluster::placement::{NODES_MAX, PlacementError};
 use ringline_core::config as core_bounds;
 use ringline_store::embedded::{EmbeddedOptions, Retention};
 use ringline_store::postgres::PostgresOptions;
@@ -67,8 +67,6 @@ pub enum BootError {
     DataDir { path: String, error: std::io::Error },
     #[error(transparent)]
     Auth(#[from] AuthError),
-    #[error("cluster.mode = \"{0}\" is not in this build yet: a node serves alone, with cluster.mode = \"none\"")]
-    NotInThisBuild(&'static str),
     #[error(transparent)]
     Roster(#[from] RosterError),
     #[error(transparent)]
@@ -170,7 +168,8 @@ pub fn fit_clients(config: &Config, cores: usize) -> Result<usize, BootError> {
     const STRANGERS: usize = 64;
     let links = match config.cluster_mode {
         ClusterMode::None => 0,
-        ClusterMode::Static | ClusterMode::Etcd => cores * (2 * config.cluster_nodes.len() + STRANGERS),
+        ClusterMode::Static => cores * (2 * config.cluster_nodes.len() + STRANGERS),
+        ClusterMode::Etcd => cores * (2 * NODES_MAX + STRANGERS),
     };
     Ok(fit_connections(config.connections_max + links, cores)?.saturating_sub(links).max(CONNECTIONS_MIN))
 }

@@ -9,6 +9,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use ringline_cluster::rendezvous::WEIGHT_MAX;
 use ringline_core::config::DevicePolicy;
 use ringline_schema::ids::UserName;
 use ringline_schema::limits;
@@ -17,9 +18,11 @@ use crate::net::NetKind;
 use crate::park::ParkKind;
 
 mod cluster;
+mod etcd;
 mod postgres;
 
 pub use self::cluster::{ClusterError, ClusterMode, ClusterNode, NODE_NAME_BYTES_MAX, PeerTls, is_node_name};
+pub use self::etcd::EtcdKeyError;
 pub use self::postgres::DatabaseUrl;
 
 /// The prefix of environment variables.
@@ -65,6 +68,8 @@ pub enum ConfigError {
     Conflict(String),
     #[error(transparent)]
     Cluster(#[from] ClusterError),
+    #[error(transparent)]
+    Etcd(#[from] EtcdKeyError),
 }
 
 /// What a value may be: its type, and for numbers its range (inclusive).
@@ -505,6 +510,12 @@ settings! {
         "Where other nodes connect; empty: this node's peer_address in cluster.nodes.";
     cluster_nodes: Vec<ClusterNode> = "cluster.nodes" [""] Vec::new(), Bounds::Nodes,
         "All nodes of a static cluster, the same list on each; this one is the one called node.name.";
+    cluster_advertise: Option<SocketAddr> = "cluster.advertise" [""] None, Bounds::AddressOrNone,
+        "With etcd, where other nodes are told to connect; empty: cluster.listen.";
+    cluster_weight: u32 = "cluster.weight" [""] 1, Bounds::Number(0, WEIGHT_MAX as u64),
+        "With etcd, this node's part of the partitions, against the weights of the others; 0: a gateway, which owns nothing.";
+    cluster_client_weight: u32 = "cluster.client_weight" [""] 1, Bounds::Number(0, WEIGHT_MAX as u64),
+        "With etcd, this node's part of the clients that are told where to connect.";
     cluster_tls: PeerTls = "cluster.tls" [""] PeerTls::On, Bounds::Choice(PEER_TLS),
         "Whether links between nodes are mutual TLS 1.3; off is allowed on loopback only.";
     cluster_ca: String = "cluster.ca" [""] String::new(), Bounds::Text { may_be_empty: true },
@@ -513,6 +524,12 @@ settings! {
         "PEM file of this node's certificate and what leads to the CA; its DNS name is the node's name.";
     cluster_key: String = "cluster.key" [""] String::new(), Bounds::Text { may_be_empty: true },
         "PEM file of the key of this node's certificate.";
+    etcd_endpoints: Vec<String> = "etcd.endpoints" [""] vec!["http://127.0.0.1:2379".to_owned()], Bounds::List,
+        "The servers of etcd, http://HOST:PORT each; without TLS or password: keep them in a net of their own.";
+    etcd_prefix: String = "etcd.prefix" [""] "/ringline".to_owned(), ANY,
+        "What all keys of this cluster in etcd begin with: a / first and none last.";
+    etcd_timeout_ms: u64 = "etcd.timeout_ms" ["ms"] 2_000, Bounds::Number(100, 3_000),
+        "An endpoint of etcd that takes longer is passed over.";
     log_level: LogLevel = "log.level" [""] LogLevel::Info, Bounds::Choice(LOG_LEVELS),
         "Least important messages that are logged, to the standard error.";
     log_format: LogFormat = "log.format" [""] LogFormat::Text, Bounds::Choice(LOG_FORMATS),
@@ -604,6 +621,7 @@ impl Config {
             )));
         }
         postgres::check(self)?;
+        etcd::check(self)?;
         Ok(cluster::check(self)?)
     }
 

@@ -3,17 +3,27 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Instant;
 
-use ringline_cluster::placement::{ClusterPlacement, CorePlacement, PlacementError};
-use ringline_core::config::ClusterConfig;
+use ringline_cluster::link::hello::Incarnation;
+use ringline_cluster::membership::{Member, Standing};
+use ringline_cluster::placement::{ClusterPlacement, CorePlacement, NodeIndex, PlacementError};
+use ringline_cluster::reconcile::Start;
+use ringline_core::config::{ClusterConfig, Lease};
 use ringline_schema::ids::{PARTITIONS, Partition};
+use ringline_store::postgres::Ownership;
+use tokio::sync::{Notify, watch as changing};
 
 use crate::boot::BootError;
-use crate::config::{ClusterMode, Config};
+use crate::config::{ClusterMode, Config, ConfigError, EtcdKeyError};
+use crate::etcd::entry::Entry;
+use crate::etcd::lease::LeaseClock;
 use crate::net::Admission;
 use crate::peers::PeerLinks;
 use crate::peers::door::{self, Arrivals, Door};
-use crate::peers::roster::Roster;
+use crate::peers::roster::{Roster, RosterError, identity_of};
+use crate::steward::desk::{self, OrdersPort};
+use crate::steward::{Own, StewardParts};
 use crate::wake::Waker;
 
 /// See the module.
@@ -23,6 +33,18 @@ pub struct Joined {
     pub seeds: Vec<LinkSeed>,
     /// Accepts as long as it is there.
     pub door: Door,
+    /// `None`: the nodes of the configuration stay those that they are.
+    pub moving: Option<Moving>,
+}
+
+/// What a node of etcd has beside its links.
+pub struct Moving {
+    pub parts: StewardParts<Ownership>,
+    /// The desk's.
+    pub bell: Arc<Notify>,
+    pub lease: Lease,
+    /// One a core.
+    pub ports: Vec<OrdersPort>,
 }
 
 /// What a core makes its links of.
@@ -36,6 +58,58 @@ impl LinkSeed {
     pub fn links(self, shard: u16, admission: Arc<Admission>, now_ms: u64) -> PeerLinks {
         PeerLinks::new(self.roster, shard, (admission, self.arrivals), now_ms)
     }
+}
+
+/// Joins by etcd, with the place that this start has in the database; `listening`: where clients connect; `epoch`: of the
+/// cores' clock. Errors: those of keys and certificates, and of the port for other nodes.
+pub fn join_moving(
+    (config, ownership): (&Config, Ownership),
+    wakers: &[Arc<Waker>],
+    (listening, epoch): (SocketAddr, Instant),
+) -> Result<Joined, BootError> {
+    let shards = wakers.len() as u16;
+    let cores = CorePlacement::new(shards).or(CorePlacement::new(1));
+    let cores = cores.unwrap_or_else(|| unreachable!("one shard is always a placement"));
+    let (number, start) = (NodeIndex(u16::from(ownership.number())), Start(ownership.start().0));
+    let name = config.node_name.clone();
+    let placement = ClusterPlacement::moving(number, cores);
+    let placement = placement.ok_or_else(|| RosterError::TooMany(name.clone(), number.0))?;
+    let etcd = config.etcd().map_err(ConfigError::from)?;
+    let listen = config.cluster_listen.ok_or(ConfigError::from(EtcdKeyError::NoListen))?;
+    let bound = door::bind(listen).map_err(|error| BootError::PeerListen(listen, error))?;
+    let (door, arrivals) = door::open(bound, wakers).map_err(|error| BootError::PeerListen(listen, error))?;
+    let address = config.peer_address().unwrap_or(door.address());
+    let incarnation = Incarnation(start.0.unsigned_abs());
+    let nodes = vec![(number, name.clone(), address)];
+    let identity = identity_of(config).map_err(RosterError::from)?;
+    let roster = Roster::numbered((&config.cluster_name, &name), nodes, (incarnation, shards), identity)?;
+    let roster = Arc::new(roster.with_list(placement.fingerprint()));
+    tracing::info!(
+        "node {name} is number {} of cluster {}, this is its start {}; other nodes on {}",
+        number.0,
+        config.cluster_name,
+        start.0,
+        door.address()
+    );
+    let member = Member {
+        incarnation,
+        peer_address: address,
+        client_address: advertised(config, listening),
+        weight: config.cluster_weight,
+        client_weight: config.cluster_client_weight,
+        connections: 0,
+        standing: Standing::Up,
+    };
+    let bell = Arc::new(Notify::new());
+    let (desk, ports) = desk::desk(wakers, &bell);
+    let lease = Lease::new(0);
+    let clock = LeaseClock::new(epoch, lease.clone());
+    let (entry, _) = changing::channel(Entry { member, start, number });
+    let seeds = arrivals.into_iter().map(|arrivals| LinkSeed { roster: roster.clone(), arrivals }).collect();
+    let own = Own { name, number, start };
+    let parts = StewardParts { own, etcd, registry: ownership, clock, desk, roster, entry };
+    let config = ClusterConfig { placement, nodes: Vec::new() };
+    Ok(Joined { config, seeds, door, moving: Some(Moving { parts, bell, lease, ports }) })
 }
 
 /// Reads certificates, takes an incarnation and opens the port for other nodes; `None`: the node is alone.
@@ -66,7 +140,7 @@ pub fn join(config: &Config, wakers: &[Arc<Waker>]) -> Result<Option<Joined>, Bo
     tracing::info!("node {name} of {of} in cluster {cluster_name} owns {owned} partitions; other nodes on {address}");
     let seed = |arrivals| LinkSeed { roster: roster.clone(), arrivals };
     let seeds = arrivals.into_iter().map(seed).collect();
-    Ok(Some(Joined { config: ClusterConfig { placement, nodes }, seeds, door }))
+    Ok(Some(Joined { config: ClusterConfig { placement, nodes }, seeds, door, moving: None }))
 }
 
 /// Where clients are told to connect: `net.advertise`, or what the list of nodes says, or the address that is listened on.

@@ -28,6 +28,7 @@ pub mod peers;
 mod placed;
 pub mod reactor;
 pub mod signals;
+pub mod steward;
 pub mod stop;
 pub mod store_cli;
 pub mod wake;

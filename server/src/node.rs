@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded, select, unbounded};
+use crossbeam_channel::{Receiver, Sender, bounded, never, select, unbounded};
 use glommio::{LocalExecutorBuilder, Placement};
 use ringline_cluster::placement::{CorePlacement, NodeIndex, ShardIndex};
 use ringline_core::Shard;
@@ -21,7 +21,7 @@ use ringline_schema::codec::{Codec, Encoder};
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::message::Reply;
 use ringline_store::embedded::{EmbeddedStore, OpenError, OpenReport};
-use ringline_store::postgres::{self, PostgresStore};
+use ringline_store::postgres::{self, Ownership, PostgresStore};
 use ringline_store::{Store, memory};
 
 use crate::admin::snapshot::SnapshotPort;
@@ -30,16 +30,21 @@ use crate::auth::{Issuer, Verifier};
 use crate::boot::{self, BootError};
 use crate::config::{ClusterMode, Config, StoreKind};
 use crate::doctor;
-use crate::joined::{self, Joined, LinkSeed};
+use crate::etcd::Lost;
+use crate::joined::{self, Joined, LinkSeed, Moving};
 use crate::lanes;
 use crate::net::epoll::EpollNet;
 use crate::net::ring::RingNet;
 use crate::net::{Admission, Net, NetKind, NetOptions};
 use crate::park::{ParkKind, Parker};
+use crate::peers::door::Door;
 use crate::placed::Placed;
 use crate::reactor::{CoreReport, Ended, Parts, Reactor};
 use crate::signals::StopSignals;
+use crate::steward::desk::OrdersPort;
+use crate::steward::thread::{self, Endings, Running};
 use crate::stop::Control;
+use crate::wake::Waker;
 use crate::workers::{self, WorkerOptions};
 
 /// Exit code of a second signal, of a store that could not be closed, and of a core that ended unasked.
@@ -77,6 +82,8 @@ struct SeedRest {
     port: SnapshotPort,
     /// `None`: a node alone.
     peers: Option<LinkSeed>,
+    /// `None`: nothing of the cluster changes while it runs.
+    orders: Option<OrdersPort>,
     epoch: Instant,
 }
 
@@ -104,12 +111,12 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
     let admin_listener = config.admin_listen.map(admin::bind).transpose()?;
     let net_kind = pick_net(config.net_kind);
     let placed = Placed::check(&config)?;
-    let stores = match open_store(&config, cores.len(), signals.asked()) {
+    let (stores, ownership) = match open_store(&config, cores.len(), signals.asked()) {
         Err(BootError::Store(OpenError::Stopped)) => {
             tracing::info!("stopped while the logs were read; the next start goes on from here");
             return Ok(0);
         }
-        stores => stores?,
+        opened => opened?,
     };
     placed.keep()?;
     let verifier = open_auth(&config)?;
@@ -117,11 +124,7 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
     say_what_is_used(&config, &cores, threads);
 
     let (wakers, ends) = lanes::mesh(cores.len() as u16).map_err(system("the lanes"))?;
-    let joined = joined::join(&config, &wakers)?;
-    let (cluster, mut link_seeds, _door) = match joined {
-        Some(Joined { config, seeds, door }) => (Some(config), seeds.into_iter(), Some(door)),
-        None => (None, Vec::new().into_iter(), None),
-    };
+    let mut entered = enter_cluster((&config, ownership), &wakers, (address, started))?;
     let spare = spare_cores(&cores);
     let options = WorkerOptions { threads, queue: config.workers_queue, cores: spare, verifier };
     let handles = workers::start(options, &wakers).map_err(system("the workers"))?;
@@ -134,33 +137,33 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
     for (at, ((((lanes, waker), (workers, worked)), store), (listener, port))) in parts.enumerate() {
         let control = control.clone();
         let reports = reports.clone();
-        let (peers, epoch) = (link_seeds.next(), started);
-        let rest = SeedRest { store, lanes, waker, workers, worked, control, reports, port, peers, epoch };
-        let core_config = core_config((&config, cluster.as_ref()), (at, cores.len()), address);
+        let (peers, orders, epoch) = (entered.links.next(), entered.orders.next(), started);
+        let rest = SeedRest { store, lanes, waker, workers, worked, control, reports, port, peers, orders, epoch };
+        let core_config = core_config((&config, &entered), (at, cores.len()), address);
         let core = cores.get(at).copied().unwrap_or(at);
         let (admission, refusal) = (admission.clone(), refusal());
         let (net, park) = (net_kind, config.net_park);
         seeds.push(Seed { core, net, park, config: core_config, listener, admission, refusal, rest });
     }
     drop(reports);
-    signals.attach(control.clone());
     let facts = Facts { kernel: kernel(), net: net_name(net_kind), cores: cores.clone() };
     let admin = admin_listener.map(|listener| admin::start(listener, desk, facts)).transpose()?;
     let ends = start_cores(seeds)?;
+    let (steward, lost) = start_steward(&config, entered.moving.take(), &control)?;
+    signals.attach(control);
     tracing::info!("ready on {address} in {} ms", started.elapsed().as_millis());
-    let code = wait(&reports_in, &ends, cores.len());
+    let code = wait(&reports_in, (&ends, &lost), cores.len());
+    if let Some(steward) = steward {
+        steward.end();
+    }
     if let Some(admin) = admin {
         admin.stop();
     }
     Ok(code)
 }
 
-/// What this build can't do, and a key that is not there, are told before anything is touched.
+/// A key that is not there is told before anything is touched.
 fn check_early(config: &Config) -> Result<(), BootError> {
-    match config.cluster_mode {
-        ClusterMode::None | ClusterMode::Static => {}
-        ClusterMode::Etcd => return Err(BootError::NotInThisBuild("etcd")),
-    }
     if !config.auth_issuer.is_empty() {
         Issuer::existing(config)?;
     }
@@ -175,34 +178,93 @@ fn kernel() -> String {
     rustix::system::uname().release().to_string_lossy().into_owned()
 }
 
-fn open_store(config: &Config, cores: usize, stop: &Arc<AtomicBool>) -> Result<Vec<Box<dyn Store + Send>>, BootError> {
+/// What makes a node one of several; nothing of a node alone.
+struct Entered {
+    cluster: Option<ClusterConfig>,
+    links: std::vec::IntoIter<LinkSeed>,
+    orders: std::vec::IntoIter<OrdersPort>,
+    moving: Option<Moving>,
+    /// Accepts as long as it is there.
+    _door: Option<Door>,
+}
+
+fn enter_cluster(
+    (config, ownership): (&Config, Option<Ownership>),
+    wakers: &[Arc<Waker>],
+    (address, started): (SocketAddr, Instant),
+) -> Result<Entered, BootError> {
+    let joined = match ownership {
+        Some(ownership) => Some(joined::join_moving((config, ownership), wakers, (address, started))?),
+        None => joined::join(config, wakers)?,
+    };
+    let Some(Joined { config, seeds, door, mut moving }) = joined else {
+        let (links, orders) = (Vec::new().into_iter(), Vec::new().into_iter());
+        return Ok(Entered { cluster: None, links, orders, moving: None, _door: None });
+    };
+    let orders = moving.as_mut().map_or(Vec::new(), |moving| std::mem::take(&mut moving.ports)).into_iter();
+    Ok(Entered { cluster: Some(config), links: seeds.into_iter(), orders, moving, _door: Some(door) })
+}
+
+/// A store a core, and in a cluster of etcd what this start owns of it.
+type Opened = (Vec<Box<dyn Store + Send>>, Option<Ownership>);
+
+/// Starts the side thread of a cluster of etcd; the other end tells when this start may not go on.
+fn start_steward(
+    config: &Config,
+    moving: Option<Moving>,
+    control: &Arc<Control>,
+) -> Result<(Option<Running>, Receiver<Lost>), BootError> {
+    let Some(Moving { parts, bell, .. }) = moving else { return Ok((None, never())) };
+    let (lost, lost_in) = unbounded();
+    let drain_timeout = Duration::from_millis(config.server_stop_timeout_ms);
+    let endings = Endings { control: control.clone(), drain_timeout, lost };
+    let running = thread::start(parts, bell, endings).map_err(system("the side thread of the cluster"))?;
+    Ok((Some(running), lost_in))
+}
+
+fn open_store(config: &Config, cores: usize, stop: &Arc<AtomicBool>) -> Result<Opened, BootError> {
     let shards = cores as u16;
     match config.store_kind {
         StoreKind::Memory => {
             make_data_dir(config)?;
             tracing::warn!("store.kind is memory: messages are forgotten when the server stops");
-            Ok(memory::open(shards).into_iter().map(|store| Box::new(store) as Box<dyn Store + Send>).collect())
+            Ok((boxed(memory::open(shards)), None))
         }
         StoreKind::Embedded => {
             let (stores, report) = EmbeddedStore::open(&config.data_dir, shards, boot::store_options(config, stop))?;
             say_what_was_found(&config.data_dir, &report);
-            Ok(stores.into_iter().map(|store| Box::new(store) as Box<dyn Store + Send>).collect())
+            Ok((boxed(stores), None))
         }
         StoreKind::Postgres => {
             make_data_dir(config)?;
-            let (stores, report) = PostgresStore::open(boot::postgres_options(config), shards)?;
+            let options = boot::postgres_options(config);
+            let (stores, ownership, report) = match config.cluster_mode {
+                ClusterMode::Etcd => {
+                    let (stores, ownership, report) = PostgresStore::open_cluster(options, shards)?;
+                    (stores, Some(ownership), report)
+                }
+                ClusterMode::None | ClusterMode::Static => {
+                    let (stores, report) = PostgresStore::open(options, shards)?;
+                    (stores, None, report)
+                }
+            };
             let postgres::OpenReport { place, version, owner, took_ms, is_remote } = report;
+            let taken = if ownership.is_some() { "none yet of the" } else { "all" };
             tracing::info!(
-                "PostgreSQL {version} at {place}: all partitions taken over as start {owner} in {took_ms} ms"
+                "PostgreSQL {version} at {place}: {taken} partitions taken over as start {owner} in {took_ms} ms"
             );
             if is_remote {
                 tracing::warn!(
                     "the way to PostgreSQL leaves this machine and is not encrypted: keep it in a net of your own"
                 );
             }
-            Ok(stores.into_iter().map(|store| Box::new(store) as Box<dyn Store + Send>).collect())
+            Ok((boxed(stores), ownership))
         }
     }
+}
+
+fn boxed(stores: Vec<impl Store + Send + 'static>) -> Vec<Box<dyn Store + Send>> {
+    stores.into_iter().map(|store| Box::new(store) as Box<dyn Store + Send>).collect()
 }
 
 /// Of a store that keeps nothing there: the key of the token issuer lies in it.
@@ -294,15 +356,11 @@ fn say_what_is_used(config: &Config, cores: &[usize], threads: usize) {
     tracing::info!("memory at most {} MiB: {}", mib(sum), texts.join(", "));
 }
 
-fn core_config(
-    (config, cluster): (&Config, Option<&ClusterConfig>),
-    (at, cores): (usize, usize),
-    address: SocketAddr,
-) -> CoreConfig {
+fn core_config((config, entered): (&Config, &Entered), (at, cores): (usize, usize), address: SocketAddr) -> CoreConfig {
     // Checked: there is at least one core and at most 1,024.
     let placement = CorePlacement::new(cores as u16).or(CorePlacement::new(1));
     let placement = placement.unwrap_or_else(|| unreachable!("one shard is always a placement"));
-    let node = cluster.map_or(NodeIndex(0), |cluster| cluster.placement.own());
+    let node = entered.cluster.as_ref().map_or(NodeIndex(0), |cluster| cluster.placement.own());
     CoreConfig {
         node: config.node_name.clone(),
         address: joined::advertised(config, address),
@@ -322,7 +380,8 @@ fn core_config(
         conversations_cached_max: config.cache_conversations,
         users_cached_max: config.cache_users,
         connections_max: config.connections_max,
-        cluster: cluster.cloned(),
+        cluster: entered.cluster.clone(),
+        lease: entered.moving.as_ref().map(|moving| moving.lease.clone()),
         ..CoreConfig::new(ShardIndex::new(node, at as u16), placement)
     }
 }
@@ -427,18 +486,23 @@ fn prepare(seed: Seed) -> std::io::Result<(Reactor, Parker)> {
         reports: rest.reports,
         port: rest.port,
         peers,
+        orders: rest.orders,
         epoch: rest.epoch,
     };
     Ok((Reactor::new(parts), parker))
 }
 
 /// Logs what the cores report, until the last of them has ended. Returns the exit code.
-fn wait(reports: &Receiver<CoreReport>, ends: &Receiver<CoreEnd>, cores: usize) -> u8 {
+fn wait(reports: &Receiver<CoreReport>, (ends, lost): (&Receiver<CoreEnd>, &Receiver<Lost>), cores: usize) -> u8 {
     let mut summary = Summary::new(cores);
     let mut code = 0;
     let mut left = cores;
     while left > 0 {
         select! {
+            recv(lost) -> lost => if let Ok(lost) = lost {
+                tracing::error!("the node ends, and is to be started anew: {lost}");
+                std::process::exit(i32::from(EXIT_NOT_CLEAN));
+            },
             recv(reports) -> report => if let Ok(report) = report { summary.take(report) },
             recv(ends) -> end => match end {
                 Ok(CoreEnd::Stopped(shard, ended, closed)) => {

@@ -24,6 +24,7 @@ use crate::lanes::{HandOver, LaneEnd, LaneItem};
 use crate::net::{Flow, Net, NetEvent};
 use crate::park::{Parker, SLEEP_US_MAX};
 use crate::peers::{PeerEvent, PeerLinks};
+use crate::steward::desk::OrdersPort;
 use crate::stop::{Control, Phase};
 use crate::wake::Waker;
 use crate::workers::{Done, WorkersHandle};
@@ -64,6 +65,8 @@ pub struct Parts {
     pub port: SnapshotPort,
     /// Links to other nodes; `None`: a node alone.
     pub peers: Option<PeerLinks>,
+    /// What changes of the cluster while it runs; `None`: nothing does.
+    pub orders: Option<OrdersPort>,
     /// The same on all cores: monotonic times are compared between them in logs.
     pub epoch: Instant,
 }
@@ -165,13 +168,25 @@ impl Reactor {
             let snapshot = self.snapshot();
             self.parts.port.answer(snapshot);
         }
-        let mut busy = self.gather_net();
+        let mut busy = self.gather_orders() | self.gather_net();
         busy |= self.gather_lanes();
         busy |= self.gather_store();
         busy |= self.gather_workers();
         busy |= self.gather_timers();
         busy |= self.gather_peers();
         self.flush() | busy
+    }
+
+    /// Other nodes are there now, or other partitions are this node's.
+    fn gather_orders(&mut self) -> bool {
+        let port = self.parts.orders.as_mut().filter(|port| port.is_new());
+        let Some(orders) = port.and_then(OrdersPort::take) else { return false };
+        if let Some(peers) = &mut self.parts.peers {
+            peers.set_roster(orders.roster, self.now.mono_us / 1_000);
+        }
+        self.tell(Event::Placement(orders.ownership));
+        self.perform();
+        true
     }
 
     fn read_clock(&mut self) {
@@ -394,6 +409,9 @@ impl Reactor {
         if !std::mem::replace(&mut self.store_failed, true) {
             tracing::error!(shard = self.parts.index.0, "the store failed: no durable message is accepted any more");
             self.tell(Event::StoreFailed);
+            if let Some(port) = &self.parts.orders {
+                port.fail();
+            }
         }
     }
 
@@ -447,7 +465,11 @@ impl Reactor {
             Effect::Work { token, work } => self.begin_work(token, work),
             Effect::ToShard { to, message } => self.carry(to, message),
             // Configured nodes are never asked to give something up.
-            Effect::Released { version } => tracing::debug!(version, "partitions are released"),
+            Effect::Released { version } => {
+                if let Some(port) = &self.parts.orders {
+                    port.release(version);
+                }
+            }
         }
     }
 
@@ -535,9 +557,10 @@ impl Reactor {
 
     /// The last look before sleep.
     fn nothing_came(&self) -> bool {
-        let Parts { lanes, worked, port, peers, .. } = &self.parts;
+        let Parts { lanes, worked, port, peers, orders, .. } = &self.parts;
         let called =
             peers.as_ref().is_some_and(|peers| peers.is_called() || (peers.has_events() && !lanes.is_blocked()));
+        let called = called || orders.as_ref().is_some_and(OrdersPort::is_new);
         lanes.is_empty() && worked.is_empty() && !port.is_wanted() && !called && !self.control_changed()
     }
 

@@ -36,6 +36,20 @@ pub struct Control {
     wakers: Vec<Arc<Waker>>,
     /// Set once by the first core that sees all quiet; the others follow.
     finished: AtomicBool,
+    first: First,
+}
+
+/// What a stop begins with: done at the first request; the cores stop at the second.
+#[derive(Default)]
+struct First {
+    begin: OnceLock<Box<dyn Fn() + Send + Sync>>,
+    begun: AtomicBool,
+}
+
+impl std::fmt::Debug for First {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("First").field(&self.begun).finish()
+    }
 }
 
 impl Control {
@@ -47,7 +61,13 @@ impl Control {
             cores: wakers.iter().map(|_| CoreState::default()).collect(),
             wakers,
             finished: AtomicBool::new(false),
+            first: First::default(),
         }
+    }
+
+    /// The first [`Control::stop`] does only this, and whoever does the work calls that again at its end.
+    pub fn before_stop(&self, begin: impl Fn() + Send + Sync + 'static) {
+        let _ = self.first.begin.set(Box::new(begin));
     }
 
     pub fn phase(&self) -> Phase {
@@ -56,6 +76,11 @@ impl Control {
 
     /// Begins the stop and wakes every core. Once is enough.
     pub fn stop(&self) {
+        if let Some(begin) = self.first.begin.get()
+            && !self.first.begun.swap(true, Ordering::SeqCst)
+        {
+            return begin();
+        }
         self.deadline.get_or_init(|| Instant::now() + self.stop_timeout);
         self.phase.store(1, Ordering::Release);
         for waker in &self.wakers {
@@ -129,6 +154,18 @@ mod tests {
         assert!(control.all_quiet());
         control.set_quiet(two, false);
         assert!(control.all_quiet(), "a decision once made stands for all cores");
+    }
+
+    #[test]
+    fn what_comes_before_a_stop_is_done_once_and_the_cores_stop_after_it() {
+        let control = Control::new(vec![Arc::new(Waker::new().unwrap())], Duration::from_secs(60));
+        let begun = Arc::new(AtomicU64::new(0));
+        let count = begun.clone();
+        control.before_stop(move || _ = count.fetch_add(1, Ordering::SeqCst));
+        control.stop();
+        assert_eq!((begun.load(Ordering::SeqCst), control.phase()), (1, Phase::Running));
+        control.stop();
+        assert_eq!((begun.load(Ordering::SeqCst), control.phase()), (1, Phase::Stopping));
     }
 
     #[test]

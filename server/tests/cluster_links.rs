@@ -193,7 +193,7 @@ fn mistakes_of_a_cluster_are_told_before_it_starts() {
         text.lines().last().unwrap_or_default().to_owned()
     };
     let nodes = "cluster.nodes=a@127.0.0.1:1/127.0.0.1:2";
-    assert!(refused(&["cluster.mode=etcd"]).contains("cluster.mode = \"etcd\" is not in this build yet"));
+    assert!(refused(&["cluster.mode=etcd"]).contains("cluster.mode = etcd needs cluster.listen"));
     assert!(refused(&["cluster.mode=static"]).contains("cluster.nodes is empty"));
     assert!(refused(&["cluster.mode=static", nodes]).contains("does not list this node, node.name = \"ringline\""));
     assert!(refused(&["cluster.mode=static", "node.name=a", nodes]).contains("cluster.ca is empty"));

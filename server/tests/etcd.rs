@@ -5,7 +5,6 @@ mod common;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use common::PATIENCE;
@@ -17,6 +16,7 @@ use ringline_cluster::link::hello::Incarnation;
 use ringline_cluster::membership::{Change, Member, Membership, Placing, Standing};
 use ringline_cluster::placement::NodeIndex;
 use ringline_cluster::reconcile::Start;
+use ringline_core::config::Lease;
 use tokio::sync::{Notify, watch as changing};
 use tokio::task::JoinHandle;
 
@@ -38,6 +38,10 @@ fn entry(number: u16, start: i64) -> Entry {
     Entry { member, start: Start(start), number: NodeIndex(number) }
 }
 
+fn clock() -> LeaseClock {
+    LeaseClock::new(Instant::now(), Lease::new(0))
+}
+
 /// A start that is registered and kept so.
 struct Kept {
     entry: changing::Sender<Entry>,
@@ -47,7 +51,7 @@ struct Kept {
 
 impl Kept {
     async fn new(options: &EtcdOptions, name: &str, entry: Entry) -> Result<Self, RegisterError> {
-        let clock = LeaseClock::new(Instant::now());
+        let clock = clock();
         let keeper = Keeper::register(options, name, entry.clone(), clock.clone()).await?;
         let (sender, receiver) = changing::channel(entry);
         Ok(Self { entry: sender, clock, task: tokio::spawn(keeper.keep(receiver)) })
@@ -134,7 +138,7 @@ async fn a_lease_ends_only_after_its_node_has_stopped_to_serve_and_the_next_star
     let options = options(&[etcd.endpoint()]);
     let mut directory = Directory::new(&options);
     let first = Kept::new(&options, "a", entry(0, 5)).await.unwrap();
-    let older = Keeper::register(&options, "a", entry(0, 4), LeaseClock::new(Instant::now())).await.unwrap_err();
+    let older = Keeper::register(&options, "a", entry(0, 4), clock()).await.unwrap_err();
     assert_eq!(older, RegisterError::Replaced { ours: Start(4), theirs: Start(5) });
 
     first.vanish();
@@ -157,7 +161,7 @@ async fn an_etcd_that_is_stopped_and_started_changes_nothing() {
     let node = Kept::new(&options, "a", entry(0, 1)).await.unwrap();
     let mut directory = Directory::new(&options);
     for round in 0..2 {
-        let before = node.clock.until_ms().load(Ordering::SeqCst);
+        let before = node.clock.until_ms();
         if round == 0 {
             etcd.stop()
         } else {
@@ -167,7 +171,7 @@ async fn an_etcd_that_is_stopped_and_started_changes_nothing() {
         etcd.begin();
         assert!(directory.list().await.unwrap().may_live("a", Start(1)), "the lease is still there");
         let deadline = Instant::now() + PATIENCE;
-        while node.clock.until_ms().load(Ordering::SeqCst) <= before {
+        while node.clock.until_ms() <= before {
             assert!(Instant::now() < deadline && !node.task.is_finished(), "it is renewed");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -196,7 +200,7 @@ async fn a_start_whose_lease_is_gone_serves_nothing_more() {
     // What another program has written there is not overwritten.
     let put = r#"{"key":"L3Rlc3Qvbm9kZXMvYQ==","value":"e30="}"#;
     etcd.ask("/v3/kv/put", put).unwrap();
-    let error = Keeper::register(&options, "a", entry(0, 3), LeaseClock::new(Instant::now())).await.unwrap_err();
+    let error = Keeper::register(&options, "a", entry(0, 3), clock()).await.unwrap_err();
     assert_eq!(error, RegisterError::Unreadable { key: "/test/nodes/a".into() });
     let listing = Directory::new(&options).list().await.unwrap();
     assert!(listing.may_live("a", Start(2)) && listing.entries.is_empty());

@@ -113,8 +113,10 @@ fn node_text(table: &toml::Table) -> Option<String> {
 
 /// Checks what the keys say together. Nothing is looked at without a cluster.
 pub(super) fn check(config: &Config) -> Result<(), ClusterError> {
-    if config.cluster_mode != ClusterMode::Static {
-        return Ok(());
+    match config.cluster_mode {
+        ClusterMode::None => return Ok(()),
+        ClusterMode::Etcd => return check_tls(config),
+        ClusterMode::Static => {}
     }
     let nodes = &config.cluster_nodes;
     if nodes.is_empty() {
@@ -187,7 +189,8 @@ fn check_tls(config: &Config) -> Result<(), ClusterError> {
         }
         PeerTls::Off => {
             let nodes = config.cluster_nodes.iter().map(|node| node.peer_address);
-            match nodes.chain(config.cluster_listen).find(|address| !address.ip().is_loopback()) {
+            let own = config.cluster_listen.into_iter().chain(config.cluster_advertise);
+            match nodes.chain(own).find(|address| !address.ip().is_loopback()) {
                 Some(address) => Err(ClusterError::NotLoopback { address }),
                 None => Ok(()),
             }

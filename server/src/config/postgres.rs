@@ -31,9 +31,10 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
     if config.postgres_url.0.is_empty() {
         return conflict("store.kind = postgres needs postgres.url, like postgres://ringline@127.0.0.1/ringline");
     }
-    if config.cluster_mode != ClusterMode::None {
+    if config.cluster_mode == ClusterMode::Static {
         return conflict(
-            "store.kind = postgres serves a node alone in this build: cluster.mode must be none, or store.kind embedded",
+            "store.kind = postgres serves a node alone or a cluster of etcd: cluster.mode must be none or etcd, or store.kind \
+             embedded",
         );
     }
     if config.retention_age_hours != 0 || config.retention_size_bytes != 0 || config.retention_messages != 0 {
@@ -59,8 +60,8 @@ mod tests {
             let told = told(&format!("{url}[retention]\n{key} = 1000\n"));
             assert!(told.contains("retention") && told.contains("not in this build"), "{told}");
         }
-        let etcd = told(&format!("{url}[cluster]\nmode = \"etcd\"\n"));
-        assert!(etcd.contains("cluster.mode must be none") && !etcd.contains("s3cret"), "{etcd}");
+        let listed = told(&format!("{url}[cluster]\nmode = \"static\"\n"));
+        assert!(listed.contains("cluster.mode must be none") && !listed.contains("s3cret"), "{listed}");
         let config = load(url).unwrap();
         assert_eq!(config.postgres_url.0, "postgres://ann:s3cret@h/x");
         for text in [config.to_toml(), config.show(), format!("{config:?}")] {

@@ -8,15 +8,14 @@
 //! - A lease that has ended is not replaced by a new one: others may have taken what this start owned, and it ends.
 
 use std::cmp::Ordering;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use ringline_cluster::reconcile::Start;
+use ringline_core::config::Lease;
 
 use super::entry::Entry;
 use super::gateway::{EtcdError, Gateway};
-use super::wire::{self, Done, Lease, LeaseId, Range, Streamed, Txn, path};
+use super::wire::{self, Done, Granted, LeaseId, Range, Streamed, Txn, path};
 
 /// How long a node that says nothing counts as alive.
 pub const LEASE_S: u64 = 10;
@@ -33,32 +32,35 @@ const _: () = assert!(RENEW_EVERY.as_millis() * 2 < (LEASE_S as u128) * 1_000 - 
 #[derive(Clone, Debug)]
 pub struct LeaseClock {
     epoch: Instant,
-    until_ms: Arc<AtomicU64>,
+    lease: Lease,
 }
 
 impl LeaseClock {
-    /// Nothing may be served yet.
-    pub fn new(epoch: Instant) -> Self {
-        Self { epoch, until_ms: Arc::new(AtomicU64::new(0)) }
+    /// `lease` is what the cores read; this clock alone sets it. Nothing may be served until the first renewal.
+    pub fn new(epoch: Instant, lease: Lease) -> Self {
+        lease.set(0);
+        Self { epoch, lease }
     }
 
-    pub fn until_ms(&self) -> Arc<AtomicU64> {
-        Arc::clone(&self.until_ms)
+    pub fn until_ms(&self) -> u64 {
+        self.lease.until_ms()
     }
 
     /// A lease of `ttl` was granted or renewed by what was sent at `asked_at`. Never takes anything back.
     pub fn extend(&self, asked_at: Instant, ttl: Duration) {
         let until = asked_at.saturating_duration_since(self.epoch) + ttl.saturating_sub(MARGIN);
-        self.until_ms.fetch_max(u64::try_from(until.as_millis()).unwrap_or(u64::MAX), SeqCst);
+        let until_ms = u64::try_from(until.as_millis()).unwrap_or(u64::MAX);
+        // One task registers, renews and ends: nobody sets it in between.
+        self.lease.set(until_ms.max(self.lease.until_ms()));
     }
 
     /// The lease has ended, or this start is to serve nothing any more.
     pub fn end(&self) {
-        self.until_ms.store(0, SeqCst);
+        self.lease.set(0);
     }
 
     pub fn is_over(&self, now: Instant) -> bool {
-        now.saturating_duration_since(self.epoch).as_millis() >= u128::from(self.until_ms.load(SeqCst))
+        now.saturating_duration_since(self.epoch).as_millis() >= u128::from(self.lease.until_ms())
     }
 }
 
@@ -146,7 +148,7 @@ async fn register(
             Ordering::Less => Err(RegisterError::Occupied { start: theirs }),
         };
     }
-    let granted = gateway.ask::<Lease>(path::GRANT, &wire::grant(LEASE_S)).await?;
+    let granted = gateway.ask::<Granted>(path::GRANT, &wire::grant(LEASE_S)).await?;
     let (lease, ttl) = (LeaseId(granted.body.id), ttl(&granted.body));
     let question = wire::create(key, &entry.encode(), lease);
     if gateway.ask::<Txn>(path::TXN, &question).await?.body.succeeded {
@@ -169,7 +171,7 @@ async fn adopt(gateway: &mut Gateway, lease: LeaseId, clock: &LeaseClock) -> Res
 }
 
 async fn renew(gateway: &mut Gateway, lease: LeaseId) -> Result<Kept, EtcdError> {
-    let answer = gateway.ask::<Streamed<Lease>>(path::KEEP, &wire::of_lease(lease)).await?;
+    let answer = gateway.ask::<Streamed<Granted>>(path::KEEP, &wire::of_lease(lease)).await?;
     let lease = answer.body.result;
     if lease.ttl_s <= 0 {
         return Ok(Kept::Gone);
@@ -185,7 +187,7 @@ async fn revoke(gateway: &mut Gateway, lease: LeaseId) -> Result<(), EtcdError> 
     }
 }
 
-fn ttl(lease: &Lease) -> Duration {
+fn ttl(lease: &Granted) -> Duration {
     Duration::from_secs(u64::try_from(lease.ttl_s).unwrap_or(0))
 }
 
@@ -197,15 +199,15 @@ mod tests {
     fn a_lease_is_certain_from_before_it_was_asked_for_and_less_than_its_whole_time() {
         let epoch = Instant::now();
         let at = |ms: u64| epoch + Duration::from_millis(ms);
-        let clock = LeaseClock::new(epoch);
+        let clock = LeaseClock::new(epoch, Lease::new(u64::MAX));
         assert!(clock.is_over(at(0)), "nothing is served before the first");
         clock.extend(at(5_000), Duration::from_secs(10));
-        assert_eq!(clock.until_ms().load(SeqCst), 14_000);
+        assert_eq!(clock.until_ms(), 14_000);
         assert!(!clock.is_over(at(13_999)) && clock.is_over(at(14_000)));
         clock.extend(at(4_000), Duration::from_secs(10));
-        assert_eq!(clock.until_ms().load(SeqCst), 14_000, "an older answer takes nothing back");
+        assert_eq!(clock.until_ms(), 14_000, "an older answer takes nothing back");
         clock.extend(at(20_000), Duration::from_millis(300));
-        assert_eq!(clock.until_ms().load(SeqCst), 20_000, "a lease shorter than the margin is none");
+        assert_eq!(clock.until_ms(), 20_000, "a lease shorter than the margin is none");
         clock.end();
         assert!(clock.is_over(at(0)));
     }

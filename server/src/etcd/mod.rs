@@ -91,6 +91,8 @@ pub enum Lost {
     Lease,
     #[error(transparent)]
     Replaced(#[from] ListError),
+    #[error("the database takes nothing more from this start: another may have what it owned")]
+    Store,
     /// What the database, or a registration, says of it.
     #[error("{0}")]
     Start(String),

@@ -59,7 +59,7 @@ pub struct Txn {
 pub struct Done {}
 
 #[derive(Debug, Deserialize)]
-pub struct Lease {
+pub struct Granted {
     #[serde(rename = "ID", deserialize_with = "number")]
     pub id: i64,
     /// Seconds from when etcd got the question; 0: there is no such lease any more.
@@ -178,9 +178,10 @@ mod tests {
         assert_eq!(one.lease, 2_324_035_532_718_788_615);
         let none: Range = serde_json::from_str(r#"{"header":{"revision":"7"}}"#).unwrap();
         assert!(none.kvs.is_empty());
-        let lease: Streamed<Lease> = serde_json::from_str(r#"{"result":{"header":{},"ID":"123","TTL":"10"}}"#).unwrap();
+        let lease: Streamed<Granted> =
+            serde_json::from_str(r#"{"result":{"header":{},"ID":"123","TTL":"10"}}"#).unwrap();
         assert_eq!((lease.result.id, lease.result.ttl_s), (123, 10));
-        let gone: Streamed<Lease> = serde_json::from_str(r#"{"result":{"header":{},"ID":"123"}}"#).unwrap();
+        let gone: Streamed<Granted> = serde_json::from_str(r#"{"result":{"header":{},"ID":"123"}}"#).unwrap();
         assert_eq!(gone.result.ttl_s, 0);
         let watched: Streamed<Watched> = serde_json::from_str(
             r#"{"result":{"header":{"revision":"3"},"events":[{"type":"DELETE","kv":{"key":"L2E=","mod_revision":"3"}}]}}"#,
