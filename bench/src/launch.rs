@@ -129,13 +129,18 @@ pub fn start(order: Order<'_>, recipe: impl FnOnce(&Place<'_>) -> Recipe) -> Res
     Ok(running)
 }
 
-/// `setpriv` has the kernel end the server with the thread that started it; `taskset` pins it. Both become the server by
+/// Run by a shell between `setpriv` and the server: who asked the kernel to be told of its parent's end when that had come
+/// already is never told, so it looks whose child it is.
+pub const STAY_WITH_PARENT: &str = r#"[ "$PPID" = "$0" ] && exec "$@""#;
+
+/// `setpriv` has the kernel end the server with the thread that started it; `taskset` pins it. All become the server by
 /// `exec`. A process group of its own: what the server starts itself is reached through it, and Ctrl-C is for us only.
 fn command(again: &Again, (folder, (out, err)): (&Path, (File, File))) -> Command {
     let cores = again.cores.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
     let mut command = Command::new("setpriv");
     command
-        .args(["--pdeathsig", "TERM", "taskset", "--cpu-list", &cores])
+        .args(["--pdeathsig", "TERM", "sh", "-c", STAY_WITH_PARENT, &std::process::id().to_string()])
+        .args(["taskset", "--cpu-list", &cores])
         .arg(&again.program)
         .args(&again.recipe.arguments)
         .envs(again.recipe.environment.iter().map(|(name, value)| (*name, value)))
@@ -276,6 +281,14 @@ impl Drop for Started {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_child_whose_parent_has_gone_does_not_begin() {
+        let is_run = |parent: u32| {
+            Command::new("sh").args(["-c", STAY_WITH_PARENT, &parent.to_string(), "true"]).status().unwrap().success()
+        };
+        assert!(is_run(std::process::id()) && !is_run(1));
+    }
 
     #[test]
     fn a_program_that_does_not_listen_leaves_neither_process_nor_folder() {

@@ -17,6 +17,7 @@ use tokio::time::sleep;
 
 use super::failed;
 use crate::Failure;
+use crate::launch::STAY_WITH_PARENT;
 
 /// How long a server may take until it listens, and until it has ended in order.
 const START_TIME: Duration = Duration::from_secs(60);
@@ -97,7 +98,7 @@ impl Server {
         let log = log.map_err(|error| failed("cannot write the server's log", &error))?;
         let other = log.try_clone().map_err(|error| failed("cannot write the server's log", &error))?;
         let child = Command::new("setpriv")
-            .args(["--pdeathsig", "KILL"])
+            .args(["--pdeathsig", "KILL", "sh", "-c", STAY_WITH_PARENT, &std::process::id().to_string()])
             .arg(&self.program)
             .args(["serve", "--listen", &self.target.to_string(), "--cores", &cores.to_string(), "--log", "error"])
             .arg("--data-dir")
