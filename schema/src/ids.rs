@@ -180,6 +180,12 @@ impl ConversationId {
         Partition((self.0 >> PARTITION_SHIFT) as u16)
     }
 
+    /// The lowest and the highest number that a conversation of a partition can have.
+    pub fn range_of(partition: Partition) -> (Self, Self) {
+        let low = u128::from(partition.number()) << PARTITION_SHIFT;
+        (Self(low), Self(low | ((1 << PARTITION_SHIFT) - 1)))
+    }
+
     /// `None` for a kind number that no version has used.
     pub fn kind(self) -> Option<ConversationKind> {
         match (self.0 >> HASH_BITS) & 3 {

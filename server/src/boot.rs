@@ -282,15 +282,19 @@ pub fn store_options(config: &Config, stop: &Arc<AtomicBool>) -> EmbeddedOptions
         segment_bytes: config.store_segment_bytes,
         index_cache_bytes: config.store_cache_bytes,
         free_bytes_min: config.store_free_bytes_min,
-        retention: Retention {
-            age_ms: config.retention_age_hours.saturating_mul(3_600_000),
-            size_bytes: config.retention_size_bytes,
-            messages: config.retention_messages,
-        },
+        retention: retention(config),
         retention_interval_ms: config.retention_interval_ms,
         // Whatever the core may ask at once finds room.
         loads_max: core_bounds::LOADS_IN_FLIGHT_MAX + core_bounds::WORK_IN_FLIGHT_MAX,
         ..EmbeddedOptions::default()
+    }
+}
+
+fn retention(config: &Config) -> Retention {
+    Retention {
+        age_ms: config.retention_age_hours.saturating_mul(3_600_000),
+        size_bytes: config.retention_size_bytes,
+        messages: config.retention_messages,
     }
 }
 
@@ -302,6 +306,8 @@ pub fn postgres_options(config: &Config) -> PostgresOptions {
         password_file: (!file.is_empty()).then(|| PathBuf::from(file)),
         node: config.node_name.clone(),
         timeout: Duration::from_millis(config.postgres_timeout_ms),
+        retention: retention(config),
+        retention_interval: Duration::from_millis(config.retention_interval_ms),
         // Whatever the core may ask at once finds room.
         loads_max: core_bounds::LOADS_IN_FLIGHT_MAX + core_bounds::WORK_IN_FLIGHT_MAX,
         ..PostgresOptions::default()

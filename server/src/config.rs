@@ -450,9 +450,9 @@ settings! {
     postgres_timeout_ms: u64 = "postgres.timeout_ms" ["ms"] 10_000, Bounds::Number(100, 600_000),
         "A commit or a connection that takes longer is given up: the store connects anew and looks what became of it.";
     retention_age_hours: u64 = "retention.age_hours" ["hours"] 0, Bounds::Number(0, 876_000),
-        "Messages older than this are let go, by whole files of a log; 0: however old.";
+        "Messages older than this are let go, in the embedded store by whole files of a log; 0: however old.";
     retention_size_bytes: u64 = "retention.size_bytes" ["bytes"] 0, Bounds::Number(0, 1_048_576 * 1_048_576 * MIB),
-        "The oldest messages are let go, by whole files, while the logs still hold this much; 0: however large.";
+        "The oldest messages are let go while the logs, or the messages in the database, still hold this much; 0: all stay.";
     retention_messages: u64 = "retention.messages" ["messages"] 0, Bounds::Number(0, 1 << 40),
         "Of each conversation at least the newest so many are kept; older ones are not shown; 0: all.";
     retention_interval_ms: u64 = "retention.interval_ms" ["ms"] 60_000, Bounds::Number(1_000, 86_400_000),

@@ -2,11 +2,12 @@
 
 mod common;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::sdk::{find, log_in, run};
-use common::{Server, complaint, ringline};
+use common::{PATIENCE, Server, complaint, ringline};
 use ringline_client::{Client, DeviceId, Event, HistoryRange, JoinPolicy, Seq};
+use ringline_schema::message::{ChatReply, Fetch, Reply, Request};
 use ringline_store::postgres::rig::Cluster;
 
 /// Messages of one round.
@@ -160,6 +161,38 @@ fn groups_settings_and_deletions_are_there_after_a_restart() {
 }
 
 #[test]
+fn old_messages_go_and_who_asks_below_the_first_is_told() {
+    let cluster = Cluster::start(&[]);
+    let url = cluster.database();
+    let mut arguments = on(&url).to_vec();
+    arguments.extend(["--set", "retention.messages=20", "--set", "retention.interval_ms=1000"].map(str::to_owned));
+    let mut server = Server::start(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    run(async {
+        log_in(&server, ("bob", 1)).await;
+        send(Way::of(&server, "ann"), "bob", 0).await;
+    });
+    let mut ann = server.login("ann", 7);
+    let fetch = |after| Request::Fetch(Fetch { with: "bob", after: Seq(after), before: None, limit: 9, newest: false });
+    let since = Instant::now();
+    let first = loop {
+        let told = ann.request(&fetch(1));
+        match told.reply() {
+            Reply::Chat(ChatReply::Truncated { first, .. }) => break first,
+            Reply::FetchOk { .. } => assert!(since.elapsed() < PATIENCE, "nothing goes"),
+            other => panic!("{other:?}"),
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    assert_eq!(first, Seq(ROUND as u64 - 19));
+    assert_eq!(server.stop(), Some(0));
+    server.restart(None);
+    let mut ann = server.login("ann", 8);
+    let told = ann.request(&fetch(first.0 - 1));
+    let Reply::FetchOk { first: still, head, .. } = told.reply() else { panic!("{:?}", told.reply()) };
+    assert_eq!((still, head), (first, Seq(ROUND as u64)));
+}
+
+#[test]
 fn the_second_node_on_a_database_takes_it_over_and_the_first_says_so() {
     let cluster = Cluster::start(&[]);
     let url = cluster.database();
@@ -200,7 +233,6 @@ fn what_is_wrong_with_a_database_is_said_in_one_line_without_its_password() {
     let url = "postgres.url=postgres://ann:s3cret@127.0.0.1:1/x?connect_timeout=1";
     assert!(serve(&[url]).contains("PostgreSQL at 127.0.0.1:1/x as ann cannot be reached"));
     assert!(serve(&["postgres.url=postgres://ann:s3cret@127.0.0.1:1/x?sslmode=require"]).contains("sslmode=require"));
-    assert!(serve(&[url, "retention.messages=5"]).contains("not in this build"));
     let told = complaint(&["store", "check", "--set", "store.kind=postgres", "--set", url]).1;
     assert!(told.contains("embedded store") && !told.contains("s3cret"), "{told}");
 }

@@ -88,12 +88,16 @@ metrics! {
     Gauge "store_index_lag" Some(Unit::Bytes), "durable bytes of the log that the index has not taken in",
         |core| core.store.index_lag_bytes;
     Gauge "store_segments" None, "files of the logs of the node", |core| core.store.retention.segments;
-    Gauge "store_logs" Some(Unit::Bytes), "bytes of these files, with what is reserved",
+    Gauge "store_logs" Some(Unit::Bytes),
+        "bytes of these files, with what is reserved; in a database with retention, of all messages in it",
         |core| core.store.retention.log_bytes;
     Counter "store_floors" None, "times that retention advanced the first message of a conversation",
         |core| core.store.retention.floors;
     Counter "store_segments_released" None, "files that retention removed", |core| core.store.retention.segments_released;
-    Counter "store_released" Some(Unit::Bytes), "bytes of them", |core| core.store.retention.bytes_released;
+    Counter "store_messages_released" None, "messages that retention deleted in a database",
+        |core| core.store.retention.messages_released;
+    Counter "store_released" Some(Unit::Bytes), "bytes of these files or messages",
+        |core| core.store.retention.bytes_released;
     Counter "store_checkpoints" None, "checkpoints written", |core| core.store.retention.checkpoints;
     Gauge "store_checkpoint" Some(Unit::Bytes), "size of the last checkpoint",
         |core| core.store.retention.checkpoint_bytes;

@@ -37,12 +37,6 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
              embedded",
         );
     }
-    if config.retention_age_hours != 0 || config.retention_size_bytes != 0 || config.retention_messages != 0 {
-        return conflict(
-            "retention.age_hours, retention.size_bytes and retention.messages are not in this build for store.kind = \
-             postgres: everything is kept; set them to 0",
-        );
-    }
     Ok(())
 }
 
@@ -57,8 +51,7 @@ mod tests {
         let url = "[postgres]\nurl = \"postgres://ann:s3cret@h/x\"\n";
         assert!(told("").contains("needs postgres.url"));
         for key in ["age_hours", "size_bytes", "messages"] {
-            let told = told(&format!("{url}[retention]\n{key} = 1000\n"));
-            assert!(told.contains("retention") && told.contains("not in this build"), "{told}");
+            assert!(load(&format!("{url}[retention]\n{key} = 1000\n")).is_ok(), "{key}");
         }
         let listed = told(&format!("{url}[cluster]\nmode = \"static\"\n"));
         assert!(listed.contains("cluster.mode must be none") && !listed.contains("s3cret"), "{listed}");

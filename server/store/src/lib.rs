@@ -85,6 +85,8 @@ pub struct RetentionStats {
     pub floors: u64,
     /// Segments and bytes that were let go.
     pub segments_released: u64,
+    /// Of a store that lets go of messages and not of files.
+    pub messages_released: u64,
     pub bytes_released: u64,
     pub checkpoints: u64,
     /// Of the last checkpoint.

@@ -123,6 +123,7 @@ impl Keeper {
             log_bytes: read(&shared.log_bytes),
             floors: read(&shared.floors),
             segments_released: read(&shared.segments_released),
+            messages_released: 0,
             bytes_released: read(&shared.bytes_released),
             checkpoints: read(&shared.checkpoints),
             checkpoint_bytes: read(&shared.checkpoint_bytes),

@@ -9,6 +9,7 @@ use ringline_schema::ids::{ConversationId, DeviceKey, UserName};
 use ringline_schema::record::{Record, StoredMessage, User};
 use ringline_schema::rows::{Row, RowKey};
 
+use super::retainer::MESSAGE_BYTES;
 use super::values::{Id, stored};
 use crate::dropped_device;
 
@@ -27,6 +28,8 @@ pub(super) struct Messages<'a> {
     pub receiver: Vec<&'a str>,
     pub body: Vec<&'a [u8]>,
     pub extra: Vec<Option<Vec<u8>>>,
+    /// Of all of them, as retention counts.
+    pub bytes: i64,
 }
 
 #[derive(Debug, Default)]
@@ -182,7 +185,9 @@ impl<'a> Messages<'a> {
         self.sender.push(message.from.as_str());
         self.receiver.push(message.to.as_str());
         self.body.push(&message.body);
-        self.extra.push(message.extra.as_ref().map(|extra| extra.encode()));
+        let extra = message.extra.as_ref().map(|extra| extra.encode());
+        self.bytes += MESSAGE_BYTES + (message.body.len() + extra.as_ref().map_or(0, Vec::len)) as i64;
+        self.extra.push(extra);
     }
 }
 
@@ -190,7 +195,8 @@ impl<'a> Messages<'a> {
 #[derive(Default)]
 struct Merged<'a> {
     users: HashMap<&'a UserName, &'a User>,
-    conversations: HashMap<ConversationId, (&'a [UserName; 2], u64)>,
+    /// In order as well: retention locks several at once.
+    conversations: BTreeMap<ConversationId, (&'a [UserName; 2], u64)>,
     lists: HashMap<(&'a str, ConversationId), ()>,
     cursors: HashMap<(u128, ConversationId), u64>,
     /// In the order of keys, so that rows are locked in one order everywhere.

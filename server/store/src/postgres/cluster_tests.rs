@@ -487,7 +487,7 @@ fn a_session_on_another_server_than_that_of_the_last_take_is_given_up() {
     let (_, owner, epochs) = runtime.block_on(prepare(&address, ("a", 1))).unwrap();
     let held = Arc::new(Held::new(epochs));
     let (mut handles, workers) = lines(&options, (&address, owner, &held), 1).unwrap();
-    run(runtime, workers, None).unwrap();
+    run(runtime, workers, Others::default()).unwrap();
     let mut store = handles.remove(0);
     drive(&mut store, &pair, (1, 9));
     assert_eq!(store.stats().reconnects, 0);

@@ -25,7 +25,7 @@ pub(super) async fn write(
 ) -> Result<(), WriteError> {
     let (client, writes) = (&session.write.client, &session.writes);
     let writer = session.writer;
-    let count: [Value<'_>; 4] = [&writer.owner, &writer.shard, &session.begun.epoch, &number];
+    let count: [Value<'_>; 5] = [&writer.owner, &writer.shard, &session.begun.epoch, &number, &columns.messages.bytes];
     let hold: [Value<'_>; 2] = [&columns.partitions, &writer.owner];
     // Polled in this order, and each is on its way with its first poll: so they are sent in this order.
     let (begun, counted, held, written) = tokio::join!(
@@ -47,7 +47,7 @@ pub(super) async fn write(
 }
 
 /// Whether all partitions are ours, at the epochs at which they were taken over.
-fn are_held(held: &[Row], wanted: &[i16], epochs: &Epochs) -> Result<bool, Error> {
+pub(super) fn are_held(held: &[Row], wanted: &[i16], epochs: &Epochs) -> Result<bool, Error> {
     for row in held {
         let (partition, epoch): (i16, i64) = (row.try_get(0)?, row.try_get(1)?);
         if epochs.get(&partition) != Some(&epoch) {

@@ -62,6 +62,8 @@ pub(super) enum WriteError {
     Moved,
     #[error("two connections were given two servers")]
     TwoServers,
+    #[error("{0} that was stored does not read")]
+    Damaged(&'static str),
     #[error("no answer within {0:?}")]
     TimedOut(Duration),
     #[error("the connection ended")]
@@ -99,7 +101,7 @@ pub(super) enum Fate {
 impl WriteError {
     pub(super) fn fate(&self) -> Fate {
         match self {
-            Self::Fenced(_) | Self::Conflict { .. } | Self::Lost { .. } => Fate::Stop,
+            Self::Fenced(_) | Self::Conflict { .. } | Self::Lost { .. } | Self::Damaged(_) => Fate::Stop,
             // A primary that came back with other settings may be mended by whoever set them.
             Self::Moved | Self::TwoServers | Self::TimedOut(_) | Self::Ended | Self::Unfit(_) => Fate::Again,
             Self::Database(error) => fate(error),

@@ -5,6 +5,7 @@
 //! - [`batch`], [`commit`]: a batch of records as one transaction. [`query`]: what is answered.
 //! - [`shard`]: the handle on the shard's thread; [`worker`]: its task. All tasks run on one plain thread, the side
 //!   thread; no reactor ever waits for the database.
+//! - [`retainer`], with [`orphans`]: the task that lets go of old messages.
 //! - [`ownership`]: in a cluster, who owns which partition; [`registrar`]: its task; [`held`]: what this start owns.
 //!
 //! **Who may write.** Each start of a node is an *owner*. Alone, it takes all partitions over; in a cluster it takes and
@@ -30,9 +31,13 @@ mod cluster_tests;
 mod commit;
 mod errors;
 mod held;
+mod orphans;
 mod ownership;
 mod query;
 mod registrar;
+mod retainer;
+#[cfg(test)]
+mod retention_tests;
 #[cfg(any(test, feature = "conformance"))]
 pub mod rig;
 mod session;
@@ -60,11 +65,13 @@ use self::held::{Epochs, Held};
 use self::ownership::REQUESTS_MAX;
 pub use self::ownership::{Claim, Epoch, NODES_MAX, Owned, Ownership, OwnershipError, OwnershipTable, Start, StartRow};
 use self::registrar::{REGISTRAR, Registrar};
+use self::retainer::{RETAINER, Retainer};
 use self::session::{Connection, Writer};
 pub use self::shard::PostgresShard;
 use self::shard::Queue;
 use self::worker::{Out, Reply, Shown, Worker};
 use crate::StoreStats;
+use crate::embedded::Retention;
 
 /// Places in the line to a task beside those for questions: one commit, and the end.
 const JOBS_SPARE: usize = 4;
@@ -86,6 +93,10 @@ pub struct PostgresOptions {
     pub loads_max: usize,
     /// A commit, an attempt to connect, and the end that take longer have failed.
     pub timeout: Duration,
+    /// What is kept at least; of size, that of the messages of all nodes of the database as [`retainer`] counts it.
+    pub retention: Retention,
+    /// Time between two looks at what may be let go.
+    pub retention_interval: Duration,
 }
 
 impl std::fmt::Debug for PostgresOptions {
@@ -106,6 +117,8 @@ impl Default for PostgresOptions {
             batch_bytes_max: 4 * 1024 * 1024,
             loads_max: 4096,
             timeout: Duration::from_secs(10),
+            retention: Retention::default(),
+            retention_interval: Duration::from_secs(60),
         }
     }
 }
@@ -150,9 +163,11 @@ impl PostgresStore {
         let runtime = runtime()?;
         let (version, owner, epochs) = runtime.block_on(prepare(&address, (&options.node, shards)))?;
         let held = Arc::new(Held::new(epochs));
-        let (handles, workers) = lines(&options, (&address, owner, &held), shards)?;
-        run(runtime, workers, None)?;
-        Ok((handles, report(&address, (version, owner), started)))
+        let (mut handles, workers) = lines(&options, (&address, owner, &held), shards)?;
+        let report = report(&address, (version, owner), started);
+        let retainer = retainer(&options, (address, owner, held), &mut handles);
+        run(runtime, workers, Others { registrar: None, retainer })?;
+        Ok((handles, report))
     }
 
     /// Connects, makes what is missing in the database, and makes this start of the node one of those that may own
@@ -170,7 +185,8 @@ impl PostgresStore {
         let runtime = runtime()?;
         let (version, owner, number) = runtime.block_on(enter(&address, (&options.node, shards)))?;
         let held = Arc::new(Held::default());
-        let (handles, workers) = lines(&options, (&address, owner, &held), shards)?;
+        let (mut handles, workers) = lines(&options, (&address, owner, &held), shards)?;
+        let retainer = retainer(&options, (Arc::clone(&address), owner, Arc::clone(&held)), &mut handles);
         let (requests, requests_in) = channel(REQUESTS_MAX);
         let ownership = Ownership { start: Start(owner), number, requests };
         let report = report(&address, (version, owner), started);
@@ -184,7 +200,7 @@ impl PostgresStore {
             session: None,
             is_away: false,
         };
-        run(runtime, workers, Some(registrar))?;
+        run(runtime, workers, Others { registrar: Some(registrar), retainer })?;
         Ok((handles, ownership, report))
     }
 
@@ -222,6 +238,23 @@ fn report(address: &Address, (version, owner): (String, i64), started: Instant) 
     OpenReport { place: address.place.clone(), version, owner, is_remote: address.is_remote(), took_ms }
 }
 
+/// What carries out retention, if anything may go. The handle of the first shard shows what it does.
+fn retainer(
+    options: &PostgresOptions,
+    (address, owner, held): (Arc<Address>, i64, Arc<Held>),
+    handles: &mut [PostgresShard],
+) -> Option<Retainer> {
+    if options.retention.is_off() {
+        return None;
+    }
+    let writer = Writer { owner, shard: RETAINER };
+    let retainer = Retainer::new((address, writer, held), (options.retention, options.retention_interval));
+    if let Some(first) = handles.first_mut() {
+        first.figures = Some(Arc::clone(&retainer.figures));
+    }
+    Some(retainer)
+}
+
 /// Handles and tasks of all shards.
 fn lines(
     options: &Arc<PostgresOptions>,
@@ -253,6 +286,7 @@ fn line(
         wake,
         shown,
         queue: Queue::default(),
+        figures: None,
         loads_open: 0,
         events: Vec::new(),
         stats: StoreStats::new(),
@@ -260,13 +294,22 @@ fn line(
     Ok((handle, worker))
 }
 
-/// Starts the side thread: it ends with the last of the tasks.
-fn run(runtime: Runtime, workers: Vec<Worker>, registrar: Option<Registrar>) -> Result<(), OpenError> {
+/// Tasks beside those of the shards.
+#[derive(Default)]
+struct Others {
+    registrar: Option<Registrar>,
+    /// Ends with the thread.
+    retainer: Option<Retainer>,
+}
+
+/// Starts the side thread: it ends with the last of the tasks of shards and of the registrar.
+fn run(runtime: Runtime, workers: Vec<Worker>, others: Others) -> Result<(), OpenError> {
     let body = move || {
         runtime.block_on(async {
             let start = |worker: Worker| (worker.out.clone(), tokio::spawn(worker.run()));
             let tasks: Vec<_> = workers.into_iter().map(start).collect();
-            let registrar = registrar.map(|registrar| tokio::spawn(registrar.run()));
+            let registrar = others.registrar.map(|registrar| tokio::spawn(registrar.run()));
+            others.retainer.map(|retainer| tokio::spawn(retainer.run()));
             for (out, task) in tasks {
                 if task.await.is_err() {
                     tracing::error!("the task of a shard's store panicked");

@@ -14,6 +14,7 @@ use tokio::sync::mpsc::Sender;
 use tokio::sync::mpsc::error::TrySendError;
 
 use super::PostgresOptions;
+use super::retainer::Figures;
 use super::worker::{Job, Reply, Shown};
 use crate::{LoadToken, Lsn, RECORD_BYTES_MAX, Refused, Store, StoreError, StoreEvent, StoreStats, large_bytes};
 
@@ -26,6 +27,7 @@ pub struct PostgresShard {
     pub(super) wake: Arc<OwnedFd>,
     pub(super) shown: Arc<Shown>,
     pub(super) queue: Queue,
+    pub(super) figures: Option<Arc<Figures>>,
     pub(super) loads_open: usize,
     pub(super) events: Vec<StoreEvent>,
     pub(super) stats: StoreStats,
@@ -187,6 +189,7 @@ impl Store for PostgresShard {
     }
 
     fn stats(&self) -> StoreStats {
-        StoreStats { reconnects: self.shown.reconnects.load(Ordering::Relaxed), ..self.stats.clone() }
+        let retention = self.figures.as_ref().map(|figures| figures.stats()).unwrap_or_default();
+        StoreStats { reconnects: self.shown.reconnects.load(Ordering::Relaxed), retention, ..self.stats.clone() }
     }
 }

@@ -1,6 +1,7 @@
 //! Every statement that a session prepares, in one table. Plain SQL, tables named with their schema.
 
 use futures_util::future::try_join_all;
+use ringline_schema::limits::DUPLICATE_WINDOW;
 use tokio_postgres::{Client, Error, Statement};
 
 macro_rules! statements {
@@ -28,6 +29,11 @@ macro_rules! statements {
 /// The run of a server, see `Server`.
 pub(super) const SERVER: &str = "SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::int8";
 
+const HOLD: &str = "SELECT partition, epoch FROM ringline.partitions WHERE partition = ANY($1) AND owner = $2 \
+     ORDER BY partition FOR SHARE";
+
+const VALUES: &str = "SELECT key, value FROM ringline.keyed WHERE key = ANY($1) AND value IS NOT NULL";
+
 /// The first words of a session: whatever an older one left behind can't write any more once this is committed.
 const BEGIN_SESSION: &str = "UPDATE ringline.writers SET epoch = epoch + 1 WHERE owner = $1 AND shard = $2 \
      RETURNING epoch, commits, (extract(epoch FROM pg_postmaster_start_time()) * 1000000)::int8";
@@ -44,11 +50,10 @@ statements! {
     /// Of the connection that writes.
     Writes {
         /// Counts the commit, unless this session is not the newest of its writer, or the count is another.
-        count = "UPDATE ringline.writers SET commits = $4::int8 \
+        count = "UPDATE ringline.writers SET commits = $4::int8, bytes = bytes + $5::int8 \
                  WHERE owner = $1 AND shard = $2 AND epoch = $3 AND commits = $4::int8 - 1";
         /// Holds the partitions that are ours until the end of the transaction, so that nobody takes them over meanwhile.
-        hold = "SELECT partition, epoch FROM ringline.partitions WHERE partition = ANY($1) AND owner = $2 \
-                ORDER BY partition FOR SHARE";
+        hold = HOLD;
         users = "INSERT INTO ringline.users SELECT * FROM unnest($1::text[], $2::text[], $3::int8[]) \
                  ON CONFLICT (name) DO UPDATE SET password_hash = excluded.password_hash, created_ms = excluded.created_ms";
         conversations = "INSERT INTO ringline.conversations (conversation, one, other, created_ms) \
@@ -139,8 +144,13 @@ statements! {
              FROM (SELECT EXISTS (SELECT FROM ringline.conversations WHERE conversation = $1) AS known, \
              (SELECT floor FROM ringline.conversations WHERE conversation = $1) AS floor, \
              {FIRST} AS first, {LAST} AS last) AS head \
-             LEFT JOIN LATERAL (SELECT client_seq, seq, time_ms, body_hash FROM ringline.messages \
+             LEFT JOIN LATERAL (SELECT client_seq, seq, time_ms, body_hash FROM (\
+             (SELECT client_seq, seq, time_ms, body_hash FROM ringline.messages \
              WHERE conversation = $1 AND device_key = $2 AND client_seq <> 0 \
+             ORDER BY (client_seq < 0) DESC, client_seq DESC LIMIT $3) UNION ALL \
+             (SELECT client_seq, seq, time_ms, body_hash FROM ringline.accepted \
+             WHERE conversation = $1 AND device_key = $2 \
+             ORDER BY (client_seq < 0) DESC, client_seq DESC LIMIT $3)) AS each_of \
              ORDER BY (client_seq < 0) DESC, client_seq DESC LIMIT $3) AS sent ON true");
         /// The ends of a conversation, and one row that is asked for beside it.
         bounds = &format!(
@@ -150,7 +160,7 @@ statements! {
         newest = &page("DESC");
         bodies = "SELECT seq, body FROM ringline.messages WHERE conversation = $1 AND seq = ANY($2)";
         row = "SELECT key, stamp, value FROM ringline.keyed WHERE key = $1 AND value IS NOT NULL";
-        values = "SELECT key, value FROM ringline.keyed WHERE key = ANY($1) AND value IS NOT NULL";
+        values = VALUES;
         /// Rows of a list: those with a key between two.
         rows = "SELECT key, stamp, value FROM ringline.keyed WHERE key > $1 AND key < $2 AND value IS NOT NULL \
                 ORDER BY key LIMIT $3";
@@ -177,5 +187,66 @@ statements! {
                  JOIN ringline.keyed AS members ON members.key = 'm'::bytea || uuid_send(list.conversation) || $2::bytea \
                  JOIN ringline.keyed AS groups ON groups.key = 'g'::bytea || uuid_send(list.conversation) \
                  WHERE list.name = $1 AND members.value IS NOT NULL AND groups.value IS NOT NULL";
+    }
+}
+
+/// Messages below the floors that are given beside their conversations.
+const GOING: &str = "unnest($1::uuid[], $2::int8[]) AS going (conversation, floor) \
+     JOIN ringline.messages AS gone ON gone.conversation = going.conversation AND gone.seq < going.floor";
+
+statements! {
+    /// Of the retainer.
+    Retains {
+        begin_session = BEGIN_SESSION;
+        count = "UPDATE ringline.writers SET commits = commits + 1, bytes = bytes + $4::int8 \
+                 WHERE owner = $1 AND shard = $2 AND epoch = $3";
+        hold = HOLD;
+        kept_bytes = "SELECT ((SELECT bytes FROM ringline.ownership) \
+                 + (SELECT coalesce(sum(bytes), 0) FROM ringline.writers))::int8";
+        /// Some conversations that have messages, each with its first and its last: from one to the next by the key, so
+        /// the messages in between are not read.
+        oldest = "WITH RECURSIVE walk AS ((SELECT conversation, seq, time_ms FROM ringline.messages \
+                 WHERE conversation >= $1 AND conversation <= $2 ORDER BY conversation, seq LIMIT 1) \
+                 UNION ALL SELECT next.conversation, next.seq, next.time_ms FROM walk CROSS JOIN LATERAL \
+                 (SELECT conversation, seq, time_ms FROM ringline.messages \
+                 WHERE conversation > walk.conversation AND conversation <= $2 ORDER BY conversation, seq LIMIT 1) AS next) \
+                 SELECT walk.conversation, walk.seq, walk.time_ms, (SELECT newest.seq FROM ringline.messages AS newest \
+                 WHERE newest.conversation = walk.conversation ORDER BY newest.seq DESC LIMIT 1) FROM walk LIMIT $3";
+        /// Of some conversations what may go: below the floor given or older than $3, at most $4 messages and $5 bytes of
+        /// each, without a gap.
+        beginnings = "SELECT wanted.conversation, max(going.seq), max(going.time_ms), count(*), sum(going.bytes)::int8 \
+                 FROM unnest($1::uuid[], $2::int8[]) AS wanted (conversation, floor) CROSS JOIN LATERAL \
+                 (SELECT seq, time_ms, bytes FROM (SELECT seq, time_ms, bytes, \
+                 bool_and(seq < wanted.floor OR time_ms < $3::int8) OVER up AS goes, sum(bytes) OVER up AS so_far \
+                 FROM (SELECT seq, time_ms, octet_length(body) + coalesce(octet_length(extra), 0) + 200 AS bytes \
+                 FROM ringline.messages WHERE conversation = wanted.conversation ORDER BY seq LIMIT $4) AS beginning \
+                 WINDOW up AS (ORDER BY seq ROWS UNBOUNDED PRECEDING)) AS summed \
+                 WHERE goes AND so_far <= $5::int8) AS going GROUP BY wanted.conversation";
+        floors = "INSERT INTO ringline.conversations AS kept (conversation, created_ms, floor, gone_ms) \
+                 SELECT conversation, 0, floor, gone_ms FROM unnest($1::uuid[], $2::int8[], $3::int8[]) \
+                 AS raised (conversation, floor, gone_ms) ON CONFLICT (conversation) DO UPDATE \
+                 SET floor = greatest(kept.floor, excluded.floor), gone_ms = excluded.gone_ms";
+        keep_accepted = &format!("INSERT INTO ringline.accepted \
+                 SELECT gone.conversation, gone.device_key, gone.client_seq, gone.seq, gone.time_ms, gone.body_hash \
+                 FROM {GOING} WHERE gone.client_seq <> 0 ON CONFLICT DO NOTHING");
+        /// Of the devices that sent what goes, what is below the window.
+        drop_accepted = &format!("DELETE FROM ringline.accepted AS old USING \
+                 (SELECT DISTINCT gone.conversation, gone.device_key FROM {GOING} WHERE gone.client_seq <> 0) AS sender \
+                 WHERE old.conversation = sender.conversation AND old.device_key = sender.device_key \
+                 AND (old.client_seq < 0, old.client_seq) < (SELECT kept.client_seq < 0, kept.client_seq \
+                 FROM ringline.accepted AS kept WHERE kept.conversation = sender.conversation \
+                 AND kept.device_key = sender.device_key \
+                 ORDER BY (kept.client_seq < 0) DESC, kept.client_seq DESC OFFSET {} LIMIT 1)", DUPLICATE_WINDOW - 1);
+        messages = "DELETE FROM ringline.messages AS gone USING unnest($1::uuid[], $2::int8[]) \
+                 AS going (conversation, floor) WHERE gone.conversation = going.conversation AND gone.seq < going.floor";
+        rows = "SELECT key, stamp FROM ringline.keyed WHERE key > $1 AND key < $2 AND value IS NOT NULL ORDER BY key LIMIT $3";
+        values = VALUES;
+        firsts = "SELECT wanted.conversation, coalesce((SELECT seq FROM ringline.messages AS kept \
+                 WHERE kept.conversation = wanted.conversation ORDER BY seq LIMIT 1), (SELECT floor \
+                 FROM ringline.conversations AS kept WHERE kept.conversation = wanted.conversation)) \
+                 FROM unnest($1::uuid[]) AS wanted (conversation)";
+        /// Unless they have changed since they were seen.
+        drop_rows = "DELETE FROM ringline.keyed AS gone USING unnest($1::bytea[], $2::int8[]) AS seen (key, stamp) \
+                 WHERE gone.key = seen.key AND gone.stamp = seen.stamp";
     }
 }

@@ -12,11 +12,15 @@ use super::address::Address;
 use super::errors::{OpenError, told};
 use super::held::Epochs;
 use super::ownership::NODES_MAX;
-use super::registrar::REGISTRAR;
+use super::retainer::RETAINER;
 
 /// What each version adds, from version 1 on.
-pub(super) const VERSIONS: &[&str] =
-    &[include_str!("schema_1.sql"), include_str!("schema_2.sql"), include_str!("schema_3.sql")];
+pub(super) const VERSIONS: &[&str] = &[
+    include_str!("schema_1.sql"),
+    include_str!("schema_2.sql"),
+    include_str!("schema_3.sql"),
+    include_str!("schema_4.sql"),
+];
 /// How often the first statement is tried again: nodes that start together may all find nothing and make it.
 const RACES_MAX: u32 = 20;
 
@@ -97,14 +101,19 @@ async fn take(client: &Client, (node, shards): (&str, u16)) -> Result<(i64, Epoc
     for row in client.query(change, &[&owner]).await? {
         epochs.insert(row.try_get(0)?, row.try_get(1)?);
     }
-    client.execute("DELETE FROM ringline.writers", &[]).await?;
+    // What they have written is still there.
+    let gone = "WITH gone AS (DELETE FROM ringline.writers RETURNING bytes) UPDATE ringline.ownership \
+         SET bytes = bytes + (SELECT coalesce(sum(bytes), 0) FROM gone)";
+    client.execute(gone, &[]).await?;
     client.execute("DELETE FROM ringline.owners WHERE owner < $1::int8 - 1000", &[&owner]).await?;
-    let writers =
-        "INSERT INTO ringline.writers SELECT $1::int8, shard, 0, 0 FROM generate_series(0, $2::int4 - 1) AS shard";
-    client.execute(writers, &[&owner, &i32::from(shards)]).await?;
+    client.execute(WRITERS, &[&owner, &RETAINER, &i32::from(shards)]).await?;
     client.batch_execute(NOTED).await?;
     Ok((owner, epochs))
 }
+
+/// One for each shard, and those below 0: of the registrar and of the retainer, where there are any.
+const WRITERS: &str =
+    "INSERT INTO ringline.writers SELECT $1::int8, shard, 0, 0 FROM generate_series($2::int4, $3::int4 - 1) AS shard";
 
 /// The last words of whoever changes owners.
 const NOTED: &str = "UPDATE ringline.ownership SET version = version + 1; COMMIT";
@@ -140,13 +149,14 @@ async fn enter(client: &Client, (node, shards): (&str, u16)) -> Result<Option<(i
     let earlier = "SELECT FROM ringline.writers WHERE owner IN (SELECT owner FROM ringline.owners WHERE node = $1) \
          ORDER BY owner, shard FOR UPDATE";
     client.query(earlier, &[&node]).await?;
-    let gone = "DELETE FROM ringline.writers WHERE owner IN (SELECT owner FROM ringline.owners WHERE node = $1)";
+    let gone = "WITH gone AS (DELETE FROM ringline.writers WHERE owner IN \
+         (SELECT owner FROM ringline.owners WHERE node = $1) RETURNING bytes) UPDATE ringline.ownership \
+         SET bytes = bytes + (SELECT coalesce(sum(bytes), 0) FROM gone)";
     client.execute(gone, &[&node]).await?;
     let forgotten = "DELETE FROM ringline.owners WHERE owner < $1::int8 - 1000 AND owner NOT IN \
          (SELECT owner FROM ringline.writers UNION ALL SELECT owner FROM ringline.partitions)";
     client.execute(forgotten, &[&owner]).await?;
-    let writers = "INSERT INTO ringline.writers SELECT $1::int8, shard, 0, 0 FROM generate_series($2::int4, $3::int4 - 1) AS shard";
-    client.execute(writers, &[&owner, &REGISTRAR, &i32::from(shards)]).await?;
+    client.execute(WRITERS, &[&owner, &RETAINER, &i32::from(shards)]).await?;
     client.batch_execute(NOTED).await?;
     Ok(Some((owner, number)))
 }
