@@ -305,6 +305,7 @@ pub fn postgres_options(config: &Config) -> PostgresOptions {
         url: config.postgres_url.0.clone(),
         password_file: (!file.is_empty()).then(|| PathBuf::from(file)),
         node: config.node_name.clone(),
+        ca: (!config.postgres_ca.is_empty()).then(|| PathBuf::from(&config.postgres_ca)),
         timeout: Duration::from_millis(config.postgres_timeout_ms),
         retention: retention(config),
         retention_interval: Duration::from_millis(config.retention_interval_ms),

@@ -447,6 +447,8 @@ settings! {
         "The database of store.kind = postgres: postgres://USER@HOST:PORT/DATABASE. Its password is not printed.";
     postgres_password_file: String = "postgres.password_file" [""] String::new(), Bounds::Text { may_be_empty: true },
         "File with the password alone; empty: the one in the URL, else what PGPASSFILE or ~/.pgpass say.";
+    postgres_ca: String = "postgres.ca" [""] String::new(), Bounds::Text { may_be_empty: true },
+        "PEM file of who signed the database's certificate: the way there is encrypted, and it proves who it is.";
     postgres_timeout_ms: u64 = "postgres.timeout_ms" ["ms"] 10_000, Bounds::Number(100, 600_000),
         "A commit or a connection that takes longer is given up: the store connects anew and looks what became of it.";
     retention_age_hours: u64 = "retention.age_hours" ["hours"] 0, Bounds::Number(0, 876_000),

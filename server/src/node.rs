@@ -248,14 +248,14 @@ fn open_store(config: &Config, cores: usize, stop: &Arc<AtomicBool>) -> Result<O
                     (stores, None, report)
                 }
             };
-            let postgres::OpenReport { place, version, owner, took_ms, is_remote } = report;
+            let postgres::OpenReport { place, version, owner, took_ms, is_open } = report;
             let taken = if ownership.is_some() { "none yet of the" } else { "all" };
             tracing::info!(
                 "PostgreSQL {version} at {place}: {taken} partitions taken over as start {owner} in {took_ms} ms"
             );
-            if is_remote {
+            if is_open {
                 tracing::warn!(
-                    "the way to PostgreSQL leaves this machine and is not encrypted: keep it in a net of your own"
+                    "the way to PostgreSQL leaves this machine and is not encrypted: set postgres.ca, or keep it in a net of your own"
                 );
             }
             Ok((boxed(stores), ownership))

@@ -232,7 +232,9 @@ fn what_is_wrong_with_a_database_is_said_in_one_line_without_its_password() {
     assert!(serve(&[]).contains("needs postgres.url"));
     let url = "postgres.url=postgres://ann:s3cret@127.0.0.1:1/x?connect_timeout=1";
     assert!(serve(&[url]).contains("PostgreSQL at 127.0.0.1:1/x as ann cannot be reached"));
-    assert!(serve(&["postgres.url=postgres://ann:s3cret@127.0.0.1:1/x?sslmode=require"]).contains("sslmode=require"));
+    let verified = "postgres.url=postgres://ann:s3cret@127.0.0.1:1/x?sslmode=verify-full";
+    assert!(serve(&[verified]).contains("needs postgres.ca"));
+    assert!(serve(&[verified, "postgres.ca=/nowhere.pem"]).contains("/nowhere.pem"));
     let told = complaint(&["store", "check", "--set", "store.kind=postgres", "--set", url]).1;
     assert!(told.contains("embedded store") && !told.contains("s3cret"), "{told}");
 }

@@ -13,6 +13,7 @@ use tokio_postgres::Config;
 use tokio_postgres::config::{Host, SslMode, TargetSessionAttrs};
 
 use super::errors::{OpenError, told};
+use super::tls::Tls;
 
 /// What PostgreSQL listens on unless told otherwise.
 const PORT: u16 = 5432;
@@ -20,6 +21,8 @@ const PORT: u16 = 5432;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A peer that is gone is noticed after so long, unless the URL says another.
 const TCP_USER_TIMEOUT: Duration = Duration::from_secs(10);
+const VERIFY_FULL: &str = "sslmode=verify-full";
+const VERIFY_CA: &str = "sslmode=verify-ca";
 /// Name under which the server lists our sessions.
 const APPLICATION: &str = "ringline";
 
@@ -29,20 +32,29 @@ pub(super) struct Address {
     pub config: Config,
     /// `HOST:PORT/DATABASE as USER`, without the password.
     pub place: String,
+    /// How the connection is encrypted; `None`: not at all.
+    pub tls: Option<Tls>,
+    /// The URL demands that the server proves who it is.
+    is_verified: bool,
 }
 
 impl Address {
     /// Reads `url` (`postgres://…` or `key=value …`), and the password from `password_file` if the URL has none, else from
     /// the file that `PGPASSFILE` names, else from `~/.pgpass`.
     ///
-    /// Errors: `BadAddress`, `PasswordFile`, `NoTls`.
+    /// Whether it is encrypted is settled by [`Address::trust`]. Errors: `BadAddress`, `PasswordFile`, `Tls`.
     pub fn read(url: &str, password_file: Option<&Path>) -> Result<Self, OpenError> {
-        let mut config: Config = url.parse().map_err(|error| OpenError::BadAddress(told(&error)))?;
+        if url.contains(VERIFY_CA) {
+            return Err(OpenError::Tls(format!(
+                "{VERIFY_CA} is not in this build: {VERIFY_FULL} looks at the name too"
+            )));
+        }
+        let is_verified = url.contains(VERIFY_FULL);
+        // What the library does not know is to it only that there is TLS.
+        let known = url.replace(VERIFY_FULL, "sslmode=require");
+        let mut config: Config = known.parse().map_err(|error| OpenError::BadAddress(told(&error)))?;
         if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
             return Err(OpenError::BadAddress("it names no host".into()));
-        }
-        if config.get_ssl_mode() == SslMode::Require {
-            return Err(OpenError::NoTls("require"));
         }
         let user = match config.get_user() {
             Some(user) => user.to_owned(),
@@ -71,11 +83,43 @@ impl Address {
             let _ = write!(place, "{comma}{host}:{port}");
         }
         let _ = write!(place, "/{database} as {user}");
-        Ok(Self { config, place })
+        Ok(Self { config, place, tls: None, is_verified })
     }
 
-    /// Whether the way there leaves this machine. It is not encrypted.
-    pub fn is_remote(&self) -> bool {
+    /// Settles whether the way there is encrypted and whom to believe: who was signed by `ca`, a PEM file, or without one
+    /// whoever answers. With a CA everything is encrypted and proven unless the URL says `sslmode=disable`; on a socket of
+    /// this machine nothing is.
+    ///
+    /// Errors: `Tls`.
+    pub fn trust(mut self, ca: Option<&Path>) -> Result<Self, OpenError> {
+        let is_socket = |host: &Host| matches!(host, Host::Unix(_));
+        let is_local = self.config.get_hostaddrs().is_empty() && self.config.get_hosts().iter().all(is_socket);
+        let is_wanted = match self.config.get_ssl_mode() {
+            SslMode::Disable => false,
+            SslMode::Require => true,
+            // Nothing was said.
+            _ => ca.is_some(),
+        };
+        if self.is_verified && ca.is_none() {
+            return Err(OpenError::Tls(format!("{VERIFY_FULL} needs postgres.ca: who may have signed the server")));
+        }
+        if is_local || !is_wanted {
+            self.config.ssl_mode(SslMode::Disable);
+            return Ok(self);
+        }
+        let place = ca.map_or_else(String::new, |ca| format!("postgres.ca: {}: ", ca.display()));
+        self.tls = Some(Tls::load(ca).map_err(|reason| OpenError::Tls(format!("{place}{reason}")))?);
+        self.config.ssl_mode(SslMode::Require);
+        Ok(self)
+    }
+
+    /// Whether the way there leaves this machine and nothing hides what goes on it.
+    pub fn is_open(&self) -> bool {
+        self.tls.is_none() && self.is_remote()
+    }
+
+    /// Whether the way there leaves this machine.
+    fn is_remote(&self) -> bool {
         let local = |host: &Host| match host {
             Host::Unix(_) => true,
             Host::Tcp(name) => {
@@ -198,8 +242,26 @@ mod tests {
             let told = Address::read(url, None).err().unwrap().to_string();
             assert!(told.contains("postgres.url") && !told.contains("s3cret"), "{url}: {told}");
         }
-        let told = Address::read("postgres://ann@h/x?sslmode=require", None).err().unwrap().to_string();
-        assert!(told.contains("sslmode=require"), "{told}");
+    }
+
+    #[test]
+    fn what_is_asked_for_is_encrypted_or_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let (none, empty) = (folder.path().join("none.pem"), folder.path().join("empty.pem"));
+        fs::write(&empty, "").unwrap();
+        let trust = |url: &str, ca: Option<&Path>| Address::read(url, None).and_then(|address| address.trust(ca));
+        let has_tls = |url: &str| trust(url, None).unwrap().tls.is_some();
+        assert!(has_tls("postgres://ann@h/x?sslmode=require") && has_tls("host=h user=ann sslmode=require"));
+        for open in ["postgres://ann@h/x", "postgres://ann@h/x?sslmode=disable", "postgres://ann@h/x?sslmode=prefer"] {
+            assert!(!has_tls(open) && trust(open, None).unwrap().is_open(), "{open}");
+        }
+        assert!(!has_tls("host=/run/postgresql user=ann sslmode=require"), "a socket of this machine");
+        let told = |url: &str, ca: Option<&Path>| trust(url, ca).err().unwrap().to_string();
+        assert!(told("postgres://ann@h/x?sslmode=verify-full", None).contains("needs postgres.ca"));
+        assert!(told("postgres://ann@h/x?sslmode=verify-ca", None).contains("verify-full"));
+        assert!(told("postgres://ann@h/x", Some(&none)).contains("none.pem"));
+        assert!(told("postgres://ann@h/x?sslmode=verify-full", Some(&empty)).contains("holds no certificate"));
+        assert!(trust("postgres://ann@h/x?sslmode=disable", Some(&none)).is_ok_and(|address| address.tls.is_none()));
     }
 
     #[test]

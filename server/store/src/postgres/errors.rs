@@ -15,10 +15,8 @@ pub enum OpenError {
     BadAddress(String),
     #[error("the password file {path}: {reason}")]
     PasswordFile { path: String, reason: String },
-    #[error(
-        "sslmode={0} is not in this build: the connection to PostgreSQL has no TLS, put sslmode=disable into postgres.url"
-    )]
-    NoTls(&'static str),
+    #[error("the connection to PostgreSQL can't be encrypted: {0}")]
+    Tls(String),
     #[error("PostgreSQL at {place} cannot be reached: {reason}; correct postgres.url, or start it")]
     Unreachable { place: String, reason: String },
     #[error("PostgreSQL at {place} does not let us in: {reason}")]

@@ -1,6 +1,6 @@
 //! The PostgreSQL store: tables of a database that other machines keep, for nodes that may die with their disks.
 //!
-//! - [`address`]: where it is. [`tables`]: its tables, their versions, who owns them. [`session`]: a shard's connections;
+//! - [`address`]: where it is; [`tls`]: how the way there is hidden. [`tables`]: its tables, their versions, who owns them. [`session`]: a shard's connections;
 //!   [`sql`]: what they say; [`values`]: how our values stand there.
 //! - [`batch`], [`commit`]: a batch of records as one transaction. [`query`]: what is answered.
 //! - [`shard`]: the handle on the shard's thread; [`worker`]: its task. All tasks run on one plain thread, the side
@@ -46,6 +46,9 @@ mod sql;
 mod tables;
 #[cfg(test)]
 mod tests;
+mod tls;
+#[cfg(test)]
+mod tls_tests;
 mod values;
 mod worker;
 
@@ -85,6 +88,9 @@ pub struct PostgresOptions {
     pub url: String,
     /// Its first line is the password, unless the URL has one.
     pub password_file: Option<PathBuf>,
+    /// PEM file of who signed the server's certificate: with it the way there is encrypted and the server has to prove who
+    /// it is.
+    pub ca: Option<PathBuf>,
     /// This node, as others are told who took over from them.
     pub node: String,
     /// Bytes that may wait for a commit; more is `Full`. At least room for one largest record (2 MiB).
@@ -113,6 +119,7 @@ impl Default for PostgresOptions {
         Self {
             url: String::new(),
             password_file: None,
+            ca: None,
             node: "ringline".into(),
             batch_bytes_max: 4 * 1024 * 1024,
             loads_max: 4096,
@@ -133,7 +140,7 @@ pub struct OpenReport {
     /// The number of this start among all.
     pub owner: i64,
     /// The way to the server leaves this machine, and is not encrypted.
-    pub is_remote: bool,
+    pub is_open: bool,
     pub took_ms: u64,
 }
 
@@ -159,7 +166,7 @@ impl PostgresStore {
     pub fn open(options: PostgresOptions, shards: u16) -> Result<(Vec<PostgresShard>, OpenReport), OpenError> {
         let started = Instant::now();
         let (options, shards) = (Arc::new(options), shards.max(1));
-        let address = Arc::new(Address::read(&options.url, options.password_file.as_deref())?);
+        let address = Arc::new(address_of(&options)?);
         let runtime = runtime()?;
         let (version, owner, epochs) = runtime.block_on(prepare(&address, (&options.node, shards)))?;
         let held = Arc::new(Held::new(epochs));
@@ -181,7 +188,7 @@ impl PostgresStore {
     ) -> Result<(Vec<PostgresShard>, Ownership, OpenReport), OpenError> {
         let started = Instant::now();
         let (options, shards) = (Arc::new(options), shards.max(1));
-        let address = Arc::new(Address::read(&options.url, options.password_file.as_deref())?);
+        let address = Arc::new(address_of(&options)?);
         let runtime = runtime()?;
         let (version, owner, number) = runtime.block_on(enter(&address, (&options.node, shards)))?;
         let held = Arc::new(Held::default());
@@ -206,10 +213,14 @@ impl PostgresStore {
 
     /// Connects and looks whether this database would do; changes nothing. Returns its place and version. Blocks.
     pub fn probe(options: &PostgresOptions) -> Result<(String, String), OpenError> {
-        let address = Address::read(&options.url, options.password_file.as_deref())?;
+        let address = address_of(options)?;
         let version = runtime()?.block_on(async { Connection::open(&address).await?.check(&address).await })?;
         Ok((address.place, version))
     }
+}
+
+fn address_of(options: &PostgresOptions) -> Result<Address, OpenError> {
+    Address::read(&options.url, options.password_file.as_deref())?.trust(options.ca.as_deref())
 }
 
 fn runtime() -> Result<Runtime, OpenError> {
@@ -235,7 +246,7 @@ async fn enter(address: &Address, node: (&str, u16)) -> Result<(String, i64, u8)
 
 fn report(address: &Address, (version, owner): (String, i64), started: Instant) -> OpenReport {
     let took_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-    OpenReport { place: address.place.clone(), version, owner, is_remote: address.is_remote(), took_ms }
+    OpenReport { place: address.place.clone(), version, owner, is_open: address.is_open(), took_ms }
 }
 
 /// What carries out retention, if anything may go. The handle of the first shard shows what it does.

@@ -24,6 +24,7 @@ pub struct Cluster {
     child: Option<Child>,
     databases: AtomicU32,
     settings: Vec<String>,
+    port: u16,
 }
 
 impl Cluster {
@@ -44,9 +45,38 @@ impl Cluster {
         initdb.args(["--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync", "-U", USER, "-D"]).arg(&data);
         check(initdb.stdout(Stdio::null()));
         let settings = settings.iter().map(|text| text.to_string()).collect();
-        let mut cluster = Self { folder, child: None, databases: AtomicU32::new(0), settings };
+        let mut cluster = Self { folder, child: None, databases: AtomicU32::new(0), settings, port: 5432 };
         cluster.begin();
         cluster
+    }
+
+    /// Starts the server anew, on a free port of 127.0.0.1 as well and with TLS. `pem`: its certificate and its key.
+    /// Returns the port.
+    pub fn listen(&mut self, (certificate, key): (&str, &str)) -> u16 {
+        self.stop();
+        let file = |name: &str, text: &str| {
+            let path = self.folder.join(name);
+            fs::write(&path, text).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+            if is_root() {
+                check(Command::new("chown").arg("postgres").arg(&path));
+            }
+            path.display().to_string()
+        };
+        let (certificate, key) = (file("server.pem", certificate), file("server.key", key));
+        self.port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let settings = ["ssl=on".into(), "listen_addresses=127.0.0.1".into(), format!("port={}", self.port)];
+        self.settings.extend(settings);
+        self.settings.extend([format!("ssl_cert_file={certificate}"), format!("ssl_key_file={key}")]);
+        self.begin();
+        self.port
+    }
+
+    /// Starts the server anew without TLS.
+    pub fn forget_tls(&mut self) {
+        self.stop();
+        self.settings.retain(|setting| !setting.starts_with("ssl"));
+        self.begin();
     }
 
     /// Starts the server again after [`Cluster::stop`] or [`Cluster::kill`].
@@ -107,7 +137,7 @@ impl Cluster {
     }
 
     pub fn url(&self, database: &str) -> String {
-        format!("host={} user={USER} dbname={database}", self.folder.display())
+        format!("host={} port={} user={USER} dbname={database}", self.folder.display(), self.port)
     }
 
     /// Runs SQL in the database of a URL or of this name, and returns what is printed.
@@ -121,6 +151,8 @@ impl Cluster {
         psql.args([
             "-h",
             self.folder.to_str().unwrap(),
+            "-p",
+            &self.port.to_string(),
             "-U",
             USER,
             "-d",

@@ -10,8 +10,9 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
+use tokio_postgres::tls::TlsStream;
 use tokio_postgres::types::ToSql;
-use tokio_postgres::{Client, NoTls, Statement};
+use tokio_postgres::{Client, NoTls, Socket, Statement};
 
 use super::address::Address;
 use super::errors::{OpenError, WriteError, told};
@@ -38,7 +39,13 @@ impl Connection {
     /// Connects to the primary. Errors: `Unreachable`, `Refused`.
     pub async fn open(address: &Address) -> Result<Self, OpenError> {
         let place = || address.place.clone();
-        let (client, connection) = address.config.connect(NoTls).await.map_err(|error| {
+        let connected = match &address.tls {
+            None => address.config.connect(NoTls).await.map(|(client, connection)| (client, moved(connection))),
+            Some(tls) => {
+                address.config.connect(tls.clone()).await.map(|(client, connection)| (client, moved(connection)))
+            }
+        };
+        let (client, (task, ended)) = connected.map_err(|error| {
             let reason = told(&error);
             // What the server itself says, but that it is starting or stopping.
             match error.code().map(|code| code.code()) {
@@ -46,13 +53,6 @@ impl Connection {
                 _ => OpenError::Unreachable { place: place(), reason },
             }
         })?;
-        let (end, ended) = watch::channel(false);
-        let task = tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(reason = told(&error), "a connection to PostgreSQL ended");
-            }
-            let _ = end.send(true);
-        });
         let opened = Self { client, task, ended };
         opened
             .client
@@ -125,6 +125,21 @@ impl Connection {
     async fn server(&self) -> Result<Server, tokio_postgres::Error> {
         Ok(Server(self.client.query_one(SERVER, &[]).await?.try_get(0)?))
     }
+}
+
+/// The task that moves the bytes of a connection, and where its end is told.
+fn moved<S>(connection: tokio_postgres::Connection<Socket, S>) -> (JoinHandle<()>, watch::Receiver<bool>)
+where
+    S: TlsStream + Unpin + Send + 'static,
+{
+    let (end, ended) = watch::channel(false);
+    let task = tokio::spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(reason = told(&error), "a connection to PostgreSQL ended");
+        }
+        let _ = end.send(true);
+    });
+    (task, ended)
 }
 
 /// What a session begins with.
