@@ -370,7 +370,10 @@ impl Session {
             client.execute(&retains.drop_accepted, &which),
             client.execute(&retains.messages, &which),
         );
-        (floors?, kept?, dropped?, gone?);
+        floors?;
+        kept?;
+        dropped?;
+        gone?;
         client.batch_execute("COMMIT").await?;
         Ok(true)
     }
