@@ -64,7 +64,7 @@ fn the_way_is_encrypted_and_others_are_not_believed() {
         assert_eq!(cluster.sql(&name, &all), wanted, "{mode}");
         node.close();
         let since = Instant::now();
-        while cluster.sql(&name, plain) != "" {
+        while !cluster.sql(&name, plain).is_empty() {
             super::tests::wait(since, "the end of the sessions");
         }
     }
