@@ -270,10 +270,10 @@ fn a_store_with_limits_keeps_to_them_by_itself_and_counts_what_was_there_before(
     while stats().messages_released != 93 + 43 {
         wait(since, "the figures");
     }
-    while stats().log_bytes >= 14 * 300 {
+    // It is measured at the end of a pass.
+    while !(14 * 200..14 * 300).contains(&stats().log_bytes) {
         wait(since, "the size");
     }
-    assert!(stats().log_bytes > 14 * 200, "{:?}", stats());
     assert_eq!(node.shards[1].stats().retention, crate::RetentionStats::default());
     let query = Query::Messages { conversation: pair.id, range: ALL, reader: None };
     drop(node.ask(pair.id.partition(), query));
