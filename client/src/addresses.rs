@@ -1,11 +1,12 @@
 //! Where a client connects next: the addresses it was given, and the one it was sent to.
 //!
-//! Pure; owned by the client's one task. In a cluster a user lives on one node, and every other node answers a login with
-//! the address of that one. A client stays with it as long as it can be reached, and else begins anew with those it was
-//! given. Invariant: a client is sent on at most [`HOPS_MAX`] times before it waits as after any other failure, so nodes
-//! that disagree about a user can't keep it running in circles.
+//! Pure; owned by the client's one task. In a cluster a user lives on one node. Which one, any of them tells (ROUTE), and
+//! whoever is asked to log somebody else's user in, answers with the address of that one (REDIRECT). A client stays with
+//! it as long as it can be reached, and else begins anew with those it was given. Invariant: a client is sent on at most
+//! [`HOPS_MAX`] times before it waits as after any other failure, so nodes that disagree about a user can't keep it running
+//! in circles.
 
-/// Redirections in a row that are followed at once.
+/// Routes and redirections in a row that are followed at once.
 const HOPS_MAX: u8 = 3;
 
 /// See the module.
@@ -19,17 +20,30 @@ pub(crate) struct Addresses {
 }
 
 impl Addresses {
-    /// `list`: `host:port`, several with commas between them.
-    pub(crate) fn new(list: &str) -> Self {
-        let configured = list.split(',').map(|address| address.trim().to_owned()).collect();
-        Self { configured, at: 0, sent_to: None, hops: 0 }
+    /// `list`: `host:port`, several with commas between them. `draw` is random in its whole range: of several any is the
+    /// first, or all clients would begin at the same one.
+    pub(crate) fn new(list: &str, draw: usize) -> Self {
+        let configured: Vec<_> = list.split(',').map(|address| address.trim().to_owned()).collect();
+        let at = draw.checked_rem(configured.len()).unwrap_or(0);
+        Self { configured, at, sent_to: None, hops: 0 }
+    }
+
+    /// Whether the next address is one of several that were given, so that another may be the right one: it is asked for the
+    /// route before it is told a password.
+    pub(crate) fn is_a_guess(&self) -> bool {
+        self.sent_to.is_none() && self.configured.len() > 1
+    }
+
+    /// The server says where this user is served from now on.
+    pub(crate) fn send_to(&mut self, address: &str) {
+        self.sent_to = Some(address.to_owned());
     }
 
     pub(crate) fn next(&self) -> String {
         self.sent_to.clone().or_else(|| self.configured.get(self.at).cloned()).unwrap_or_default()
     }
 
-    /// A REDIRECT came. False: too many in a row.
+    /// A REDIRECT came, or a route that leads elsewhere. False: too many in a row.
     pub(crate) fn redirect(&mut self, address: &str) -> bool {
         self.hops = self.hops.saturating_add(1);
         let follows = self.hops <= HOPS_MAX;
@@ -57,19 +71,22 @@ mod tests {
 
     #[test]
     fn given_addresses_are_tried_in_turn() {
-        let mut addresses = Addresses::new("a:1, b:2");
+        let mut addresses = Addresses::new("a:1, b:2", 2);
         assert_eq!(addresses.next(), "a:1");
         addresses.failed();
         assert_eq!(addresses.next(), "b:2");
         addresses.failed();
         assert_eq!(addresses.next(), "a:1");
-        assert_eq!(Addresses::new("c:3").next(), "c:3");
+        assert_eq!(Addresses::new("c:3", 9).next(), "c:3");
+        assert_eq!(Addresses::new("a:1, b:2", 5).next(), "b:2");
     }
 
     #[test]
     fn who_is_sent_on_stays_there_until_it_fails_and_does_not_run_in_circles() {
-        let mut addresses = Addresses::new("a:1,b:2");
+        let mut addresses = Addresses::new("a:1,b:2", 0);
+        assert!(addresses.is_a_guess() && !Addresses::new("a:1", 0).is_a_guess());
         assert!(addresses.redirect("c:3"));
+        assert!(!addresses.is_a_guess());
         addresses.reached();
         assert_eq!(addresses.next(), "c:3", "also for the next connection");
         addresses.failed();
@@ -81,5 +98,8 @@ mod tests {
         assert_eq!(addresses.next(), "a:1");
         addresses.failed();
         assert!(addresses.redirect("c:3"), "after a pause it may be sent on again");
+        addresses.reached();
+        addresses.send_to("f:6");
+        assert_eq!(addresses.next(), "f:6", "and when it has gone it comes back there");
     }
 }

@@ -117,6 +117,10 @@ impl ClientBuilder {
         self
     }
 
+    fn addresses(&self) -> Addresses {
+        Addresses::new(&self.address, rand::random_range(0..=usize::MAX))
+    }
+
     /// Names the application in the server's log.
     pub fn agent(mut self, agent: &str) -> Self {
         agent.clone_into(&mut self.agent);
@@ -148,7 +152,7 @@ impl ClientBuilder {
     pub async fn register(&self) -> Result<(), ConnectError> {
         let user = UserName::new(&self.user).map_err(|_| ConnectError::BadName)?;
         let Some(Proof::Password(password)) = self.proof.clone() else { return Err(ConnectError::NoCredential) };
-        connection::register(Addresses::new(&self.address), &user, password).await
+        connection::register(self.addresses(), &user, password).await
     }
 
     /// Connects and logs in: one attempt. Once it has succeeded, the client reconnects by itself for as long as it
@@ -157,6 +161,7 @@ impl ClientBuilder {
     /// Drop the [`Events`] to only send: then nothing is received, and nothing acknowledged.
     pub async fn connect(self) -> Result<(Client, Events), ConnectError> {
         let user = UserName::new(&self.user).map_err(|_| ConnectError::BadName)?;
+        let addresses = self.addresses();
         let proof = self.proof.ok_or(ConnectError::NoCredential)?;
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let session = Session::new(Config {
@@ -173,7 +178,7 @@ impl ClientBuilder {
         let (events, event_receiver) = mpsc::channel(self.events_queued_max);
         let shared = Arc::new(Shared::default());
         let ends = Ends { commands, events, shared: Arc::clone(&shared) };
-        let mut connection = Connection::new(Addresses::new(&self.address), proof, session, ends);
+        let mut connection = Connection::new(addresses, proof, session, ends);
         let link = connection.connect(Duration::ZERO).await?;
         tokio::spawn(connection.run(link));
         let client = Client { commands: command_sender, user, device: self.device };
@@ -191,7 +196,9 @@ pub struct Client {
 
 impl Client {
     /// Begins to describe a client of the server at `address`, `host:port`; of a cluster, several nodes with commas between
-    /// them. Whichever answers sends the client on to the node that its user lives on.
+    /// them. Any of them is asked for the route, and whichever answers sends the client on to the node that its user lives
+    /// on; one address may as well be that of a balancer before all nodes. Where the client is told to go it stays until
+    /// that can't be reached.
     pub fn builder(address: impl Into<String>) -> ClientBuilder {
         ClientBuilder {
             address: address.into(),

@@ -213,7 +213,8 @@ impl Connection {
 
     /// Waits `delay`, then connects; meanwhile sends are queued and deadlines kept.
     async fn dial_while_serving(&mut self, delay: Duration) -> Result<Result<(TcpStream, String), LinkError>, Cut> {
-        let dialling = dial(self.addresses.next(), self.proof.clone(), delay);
+        let ask = self.addresses.is_a_guess().then(|| self.session.user().clone());
+        let dialling = dial((self.addresses.next(), ask), self.proof.clone(), delay);
         tokio::pin!(dialling);
         loop {
             self.advance()?;
@@ -246,6 +247,9 @@ impl Connection {
                 Cut::Lost(why) => why,
             };
             self.session.disconnected();
+            if let LinkError::Goaway { address: Some(address), .. } = &why {
+                self.addresses.send_to(address);
+            }
             attempt = attempt.saturating_add(1);
             let delay = back_off(attempt, &why);
             self.session.announce(Event::Reconnecting { attempt, delay, why });
@@ -405,7 +409,7 @@ fn back_off(attempt: u32, why: &LinkError) -> Duration {
     let doubled = BACK_OFF_MS_MIN.checked_shl(attempt.saturating_sub(1).min(16)).unwrap_or(BACK_OFF_MS_MAX);
     let jitter = Duration::from_millis(rand::random_range(0..=doubled.min(BACK_OFF_MS_MAX)));
     match why {
-        LinkError::Goaway { reconnect_after } => *reconnect_after + jitter,
+        LinkError::Goaway { reconnect_after, .. } => *reconnect_after + jitter,
         LinkError::Io(_)
         | LinkError::ConnectTimeout(_)
         | LinkError::Token(_)
@@ -417,16 +421,28 @@ fn back_off(attempt: u32, why: &LinkError) -> Duration {
     }
 }
 
-/// After `delay`, a connection and the secret to log in with.
-async fn dial(address: String, proof: Proof, delay: Duration) -> Result<(TcpStream, String), LinkError> {
+/// After `delay`, a connection and the secret to log in with. `ask`: the user whose route is asked for first; the error is
+/// [`LinkError::Redirected`] if it leads elsewhere.
+async fn dial(
+    (address, ask): (String, Option<UserName>),
+    proof: Proof,
+    delay: Duration,
+) -> Result<(TcpStream, String), LinkError> {
     sleep(delay).await;
     let dialling = async {
         let secret = match proof {
             Proof::Password(password) => password,
             Proof::Token(provider) => provider().await.map_err(LinkError::Token)?,
         };
-        let socket = TcpStream::connect(address).await.map_err(|error| io_error(&error))?;
+        let mut socket = TcpStream::connect(&address).await.map_err(|error| io_error(&error))?;
         socket.set_nodelay(true).map_err(|error| io_error(&error))?;
+        if let Some(user) = ask {
+            let request = Request::Route { user: user.as_str() };
+            match ask_once(&mut socket, &request, routed).await?? {
+                Some(leads_to) if leads_to != address => return Err(LinkError::Redirected { address: leads_to }),
+                Some(_) | None => {}
+            }
+        }
         Ok((socket, secret))
     };
     timeout(DIAL_TIMEOUT, dialling).await.unwrap_or(Err(LinkError::ConnectTimeout(DIAL_TIMEOUT)))
@@ -435,7 +451,8 @@ async fn dial(address: String, proof: Proof, delay: Duration) -> Result<(TcpStre
 /// Registers a user on a connection of its own, to the node that the user will live on.
 pub(crate) async fn register(mut addresses: Addresses, user: &UserName, password: String) -> Result<(), ConnectError> {
     loop {
-        let result = register_at(addresses.next(), user, password.clone()).await;
+        let ask = addresses.is_a_guess().then(|| user.clone());
+        let result = register_at((addresses.next(), ask), user, password.clone()).await;
         match &result {
             Err(ConnectError::Link(LinkError::Redirected { address })) if addresses.redirect(address) => {}
             Ok(()) | Err(_) => return result,
@@ -443,26 +460,47 @@ pub(crate) async fn register(mut addresses: Addresses, user: &UserName, password
     }
 }
 
-async fn register_at(address: String, user: &UserName, password: String) -> Result<(), ConnectError> {
-    let (mut socket, password) = dial(address, Proof::Password(password), Duration::ZERO).await?;
-    let asking = async {
-        let (mut frame, mut input) = (Vec::new(), vec![0; READ_BYTES]);
-        let request = Request::Register { user: user.as_str(), password: Secret(&password) };
-        Encoder::new().request(Codec::FlatBuffers, 1, &request, &mut frame);
-        socket.write_all(&frame).await.map_err(|error| io_error(&error))?;
-        let mut decoder = FrameDecoder::new();
-        loop {
-            let count = socket.read(&mut input).await.map_err(|error| io_error(&error))?;
-            if count == 0 {
-                return Err(ConnectError::Link(LinkError::ServerClosed));
-            }
-            let mut bytes = input.get(..count).unwrap_or_default();
-            let frame = decoder.next(&mut bytes, limits::FRAME_BYTES_CEILING);
-            let Some(frame) = frame.map_err(|error| LinkError::Protocol(error.code))? else { continue };
-            return registered(codec::decode_reply(&frame.header, frame.body).map_err(LinkError::Protocol)?);
+async fn register_at(at: (String, Option<UserName>), user: &UserName, password: String) -> Result<(), ConnectError> {
+    let (mut socket, password) = dial(at, Proof::Password(password), Duration::ZERO).await?;
+    let request = Request::Register { user: user.as_str(), password: Secret(&password) };
+    let asking = ask_once(&mut socket, &request, registered);
+    timeout(REGISTER_TIMEOUT, asking).await.unwrap_or(Err(LinkError::NoAnswer))?
+}
+
+/// Asks the first question of a connection and reads its answer.
+async fn ask_once<T>(socket: &mut TcpStream, request: &Request<'_>, read: fn(Reply<'_>) -> T) -> Result<T, LinkError> {
+    /// Enough for the answers that there are.
+    const ANSWER_BYTES: usize = 4 * 1024;
+    let (mut frame, mut input) = (Vec::new(), vec![0; ANSWER_BYTES]);
+    Encoder::new().request(Codec::FlatBuffers, 1, request, &mut frame);
+    socket.write_all(&frame).await.map_err(|error| io_error(&error))?;
+    let mut decoder = FrameDecoder::new();
+    loop {
+        let count = socket.read(&mut input).await.map_err(|error| io_error(&error))?;
+        if count == 0 {
+            return Err(LinkError::ServerClosed);
         }
-    };
-    timeout(REGISTER_TIMEOUT, asking).await.unwrap_or(Err(ConnectError::Link(LinkError::NoAnswer)))
+        let mut bytes = input.get(..count).unwrap_or_default();
+        loop {
+            let frame = decoder.next(&mut bytes, limits::FRAME_BYTES_CEILING);
+            let Some(frame) = frame.map_err(|error| LinkError::Protocol(error.code))? else { break };
+            // What is not the answer is a push, of which none matters yet.
+            if frame.header.request_id == 1 {
+                return codec::decode_reply(&frame.header, frame.body).map(read).map_err(LinkError::Protocol);
+            }
+        }
+    }
+}
+
+/// Where a route leads; `None`: the server has none to tell, and whoever asks tries it there.
+fn routed(reply: Reply<'_>) -> Result<Option<String>, LinkError> {
+    match reply {
+        Reply::RouteOk { address, .. } => Ok(Some(address.to_owned())),
+        // Its node is away, or this one is stopping: another may know better.
+        Reply::Failure { code, .. } if code.retryable() => Err(LinkError::Refused(code)),
+        Reply::Failure { .. } => Ok(None),
+        _ => Err(LinkError::Protocol(ErrorCode::BadBody)),
+    }
 }
 
 fn registered(reply: Reply<'_>) -> Result<(), ConnectError> {

@@ -37,7 +37,7 @@
 //! - What was missed while away is handed on first, in order, by SYNC and what it leaves open by FETCH: see [`CatchUp`]
 //!   and [`Events::next`].
 //!
-//! Inside, `pending`, `streams` and `session` are pure and take the time as an argument; `connection` is the one task
+//! Inside, `pending`, `lanes`, `streams` and `session` are pure and take the time as an argument; `connection` is the one task
 //! that owns them and a socket; `client` holds the handles. The terminal chat is the feature `chat`.
 
 mod account;
@@ -46,6 +46,7 @@ mod amend;
 mod client;
 mod connection;
 pub mod group;
+mod lanes;
 #[cfg(feature = "machine")]
 pub mod machine;
 mod pending;

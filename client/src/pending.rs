@@ -2,8 +2,7 @@
 //!
 //! Pure: time is an argument (milliseconds since the client started), bytes go to a buffer, results to a list. Owned by
 //! the client's one task. Invariants: a send keeps its client_seq from its first writing to its end, whatever happens to
-//! connections, and ends exactly once; sends are written in the order of the caller; the client_seqs that are open never
-//! span more than the server's window, so that whatever is written again is still in its duplicate filter.
+//! connections, and ends exactly once; when a send is written is said by `lanes`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -18,6 +17,7 @@ use ringline_schema::message::{self, BodyKind, Class, Mentions, Outcome, Receipt
 use crate::account::{AccountAnswer, AccountQuery};
 use crate::amend::Amends;
 use crate::group::{Act, Extra, GroupAnswer};
+use crate::lanes::Lanes;
 use crate::social::{SocialAnswer, SocialQuery};
 use crate::streams::Message;
 
@@ -295,16 +295,13 @@ pub(crate) struct Sends {
     open_max: usize,
     /// By client_seq, which is the order of the caller.
     open: BTreeMap<u64, Send>,
-    /// Those of `open` in [`Stage::Waiting`].
-    waiting: BTreeSet<u64>,
+    /// All of `open`, those in [`Stage::Waiting`] as waiting.
+    lanes: Lanes,
     /// client_seq → when to stop waiting, once the send itself was accepted.
     receipts: BTreeMap<u64, Option<Millis>>,
     timers: BTreeSet<(Millis, Timer)>,
     /// Given up while in flight on this connection: their answers may still come, and say what others see by now.
     given_up: BTreeMap<u64, Outgoing>,
-    /// A refusal slows all sends down: nothing is written before this.
-    paused_until: Millis,
-    window: u64,
     frame_bytes_max: u32,
 }
 
@@ -316,19 +313,17 @@ impl Sends {
             next_client_seq: first_client_seq.max(1),
             open_max,
             open: BTreeMap::new(),
-            waiting: BTreeSet::new(),
+            lanes: Lanes::new(),
             receipts: BTreeMap::new(),
             timers: BTreeSet::new(),
             given_up: BTreeMap::new(),
-            paused_until: 0,
-            window: u64::from(limits::SENDS_IN_FLIGHT_MAX),
             frame_bytes_max: limits::FRAME_BYTES_MAX,
         }
     }
 
-    /// What LOGIN_OK allows. A window above the duplicate filter's would not be safe to resend, so it is cut.
+    /// What LOGIN_OK allows.
     pub(crate) fn allow(&mut self, in_flight_max: u32, frame_bytes_max: u32) {
-        self.window = u64::from(in_flight_max.clamp(1, limits::SENDS_IN_FLIGHT_MAX));
+        self.lanes.allow(in_flight_max);
         self.frame_bytes_max = frame_bytes_max;
     }
 
@@ -351,24 +346,15 @@ impl Sends {
         if outgoing.options.delivery_timeout.is_some() {
             self.receipts.insert(client_seq, None);
         }
+        self.lanes.push(client_seq, &outgoing.to);
         let send = Send { outgoing, stage: Stage::Waiting, fate: Fate::NotWritten, give_up_at, refusals: 0 };
         self.open.insert(client_seq, send);
-        self.waiting.insert(client_seq);
         Ok(client_seq)
     }
 
-    /// Writes what the window allows, in order.
+    /// Writes what may be written.
     pub(crate) fn pump(&mut self, now: Millis, wire: &mut Wire) {
-        if now < self.paused_until {
-            return;
-        }
-        while let Some(&client_seq) = self.waiting.first() {
-            // The oldest open send holds the window: otherwise one that is refused again and again would fall out of
-            // the duplicate filter behind later ones.
-            let oldest = self.open.first_key_value().map_or(client_seq, |(&oldest, _)| oldest);
-            if client_seq >= oldest.saturating_add(self.window) {
-                return;
-            }
+        while let Some(client_seq) = self.lanes.next(now) {
             let Some(send) = self.open.get_mut(&client_seq) else { return };
             let bytes_max = self.frame_bytes_max.saturating_sub(limits::MESSAGE_OVERHEAD_BYTES_MAX) as usize;
             let bytes = send.outgoing.body.len();
@@ -378,12 +364,13 @@ impl Sends {
             }
             send.stage = Stage::InFlight;
             wire.ask(now, Waiting::Send(client_seq), &send.as_wire(client_seq));
-            self.waiting.remove(&client_seq);
+            self.lanes.written(client_seq, &send.outgoing.to);
         }
     }
 
     /// SEND_ACK came. Gives the message back, to enter it into its conversation's stream; also one that was given up.
     pub(crate) fn accepted(&mut self, now: Millis, client_seq: u64, accepted: Accepted) -> Option<Outgoing> {
+        self.lanes.answered();
         let Some(send) = self.end(client_seq, Ok(accepted)) else { return self.given_up.remove(&client_seq) };
         if let (Some(at), Some(timeout)) = (self.receipts.get_mut(&client_seq), send.outgoing.options.delivery_timeout)
         {
@@ -396,6 +383,7 @@ impl Sends {
 
     /// FAILURE came: ends the send, or has it written again later under the same number.
     pub(crate) fn refused(&mut self, now: Millis, client_seq: u64, refusal: Refusal<'_>) {
+        self.lanes.answered();
         self.given_up.remove(&client_seq);
         let Some(send) = self.open.get_mut(&client_seq) else { return };
         let code = refusal.code;
@@ -416,8 +404,14 @@ impl Sends {
         send.stage = Stage::Waiting;
         let pause = refusal.pause_ms(send.refusals);
         send.refusals = send.refusals.saturating_add(1);
-        self.waiting.insert(client_seq);
-        self.paused_until = self.paused_until.max(now.saturating_add(pause));
+        self.lanes.again(client_seq, &send.outgoing.to);
+        let until = now.saturating_add(pause);
+        // Too many requests are the connection's; anything else is about this conversation, and the next is not slower for it.
+        if code == ErrorCode::RateLimited {
+            self.lanes.pause_all(until);
+        } else {
+            self.lanes.pause(&send.outgoing.to, until);
+        }
     }
 
     /// RECEIPT came.
@@ -432,7 +426,7 @@ impl Sends {
 
     /// The connection is gone: durable sends in flight will be written again, transient ones end as unknown.
     pub(crate) fn disconnected(&mut self) {
-        self.paused_until = 0;
+        self.lanes.disconnected();
         self.given_up.clear();
         let in_flight: Vec<(u64, Class)> = self
             .open
@@ -445,7 +439,7 @@ impl Sends {
                 Class::Durable => {
                     if let Some(send) = self.open.get_mut(&client_seq) {
                         (send.stage, send.fate) = (Stage::Waiting, Fate::Unknown);
-                        self.waiting.insert(client_seq);
+                        self.lanes.again(client_seq, &send.outgoing.to);
                     }
                 }
                 Class::Transient => {
@@ -495,7 +489,7 @@ impl Sends {
     /// The one place where a send ends.
     fn end(&mut self, client_seq: u64, result: Result<Accepted, SendError>) -> Option<Send> {
         let send = self.open.remove(&client_seq)?;
-        self.waiting.remove(&client_seq);
+        self.lanes.end(client_seq, &send.outgoing.to);
         if let Some(at) = send.give_up_at {
             self.timers.remove(&(at, Timer::GiveUp(client_seq)));
         }
@@ -513,13 +507,17 @@ impl Sends {
     }
 
     pub(crate) fn any_in_flight(&self) -> bool {
-        self.open.len() > self.waiting.len()
+        self.open.len() > self.lanes.waiting()
     }
 
-    /// When [`Self::expire`] or [`Self::pump`] next has something to do.
-    pub(crate) fn next_wake(&self, now: Millis) -> Option<Millis> {
-        let resume = (self.paused_until > now && !self.waiting.is_empty()).then_some(self.paused_until);
-        self.timers.first().map(|(at, _)| *at).into_iter().chain(resume).min()
+    /// When [`Self::expire`] next has something to do.
+    pub(crate) fn next_end(&self) -> Option<Millis> {
+        self.timers.first().map(|(at, _)| *at)
+    }
+
+    /// When [`Self::pump`] next has something to do by itself.
+    pub(crate) fn next_write(&self) -> Option<Millis> {
+        self.lanes.next_wake()
     }
 }
 
@@ -693,6 +691,8 @@ struct Call {
     stage: CallStage,
     give_up_at: Millis,
     refusals: u32,
+    /// Overruled for all users that it was about: it is not asked again.
+    moot: bool,
 }
 
 /// Questions of the application that have no answer yet. Few, so they are simply walked through.
@@ -710,7 +710,7 @@ impl Calls {
         }
         self.last += 1;
         let give_up_at = now.saturating_add(millis(timeout));
-        let call = Call { query, stage: CallStage::WaitingUntil(now), give_up_at, refusals: 0 };
+        let call = Call { query, stage: CallStage::WaitingUntil(now), give_up_at, refusals: 0, moot: false };
         self.open.insert(self.last, call);
         Ok(self.last)
     }
@@ -746,6 +746,38 @@ impl Calls {
         Ok(())
     }
 
+    /// The later word counts: who is watched by call `number` is no longer looked away from by an earlier one, and the
+    /// other way round, however often that one is asked again and whenever it is answered.
+    pub(crate) fn overrule(&mut self, number: u64) {
+        let (users, watches) = match self.query(number) {
+            Some(Query::Social(SocialQuery::Watch(users))) => (users, true),
+            Some(Query::Social(SocialQuery::Unwatch(users))) => (users, false),
+            Some(_) | None => return,
+        };
+        let users: BTreeSet<UserName> = users.iter().cloned().collect();
+        for call in self.open.range_mut(..number).map(|(_, call)| call) {
+            if let (Query::Social(SocialQuery::Unwatch(theirs)), true)
+            | (Query::Social(SocialQuery::Watch(theirs)), false) = (&mut call.query, watches)
+            {
+                let had = !theirs.is_empty();
+                theirs.retain(|user| !users.contains(user));
+                call.moot |= had && theirs.is_empty();
+            }
+        }
+        self.end_moot();
+    }
+
+    /// Ends what is overruled and not under way: there is nothing to ask.
+    fn end_moot(&mut self) {
+        let moot = |call: &Call| call.moot && call.stage != CallStage::InFlight;
+        let moot: Vec<_> = self.open.iter().filter(|(_, call)| moot(call)).map(|(&number, _)| number).collect();
+        for number in moot {
+            let watches = matches!(self.query(number), Some(Query::Social(SocialQuery::Watch(_))));
+            let answer = if watches { SocialAnswer::Presence(Vec::new()) } else { SocialAnswer::Done };
+            self.end(number, Ok(Answer::Social(answer)));
+        }
+    }
+
     /// What was asked.
     pub(crate) fn query(&self, number: u64) -> Option<&Query> {
         self.open.get(&number).map(|call| &call.query)
@@ -756,6 +788,7 @@ impl Calls {
         if refusal.code.retryable() {
             call.stage = CallStage::WaitingUntil(now.saturating_add(refusal.pause_ms(call.refusals)));
             call.refusals = call.refusals.saturating_add(1);
+            self.end_moot();
         } else {
             self.end(number, Err(CallError::Refused { code: refusal.code, detail: refusal.detail.to_owned() }));
         }
@@ -765,6 +798,7 @@ impl Calls {
         for call in self.open.values_mut() {
             call.stage = CallStage::WaitingUntil(0);
         }
+        self.end_moot();
     }
 
     pub(crate) fn expire(&mut self, now: Millis) {

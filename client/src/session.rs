@@ -119,6 +119,8 @@ pub enum LinkError {
     Goaway {
         /// The server's wish.
         reconnect_after: Duration,
+        /// Where this user is served from now on; `None`: at any of the addresses that were given.
+        address: Option<String>,
     },
 }
 
@@ -173,7 +175,7 @@ pub(crate) struct Config {
     pub first_client_seq: u64,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum State {
     Offline,
     LoggingIn,
@@ -182,6 +184,7 @@ enum State {
     Leaving {
         until: Millis,
         reconnect_after: Duration,
+        address: Option<String>,
     },
     /// LOGOUT is written.
     LoggingOut,
@@ -236,10 +239,12 @@ impl Session {
     }
 
     pub(crate) fn call(&mut self, now: Millis, query: Query, timeout: Duration) -> Result<u64, CallError> {
-        let away = if let Query::Social(SocialQuery::Unwatch(users)) = &query { users.clone() } else { Vec::new() };
         let number = self.calls.push(now, query, timeout)?;
         // From now on, not from the answer: on another connection this may go out before what is watched again by itself.
-        away.iter().for_each(|user| _ = self.watched.remove(user));
+        if let Some(Query::Social(SocialQuery::Unwatch(away))) = self.calls.query(number) {
+            away.iter().for_each(|user| _ = self.watched.remove(user));
+        }
+        self.calls.overrule(number);
         Ok(number)
     }
 
@@ -267,6 +272,10 @@ impl Session {
     pub(crate) fn end(&mut self) {
         self.sends.close();
         self.calls.close();
+    }
+
+    pub(crate) fn user(&self) -> &UserName {
+        &self.config.user
     }
 
     pub(crate) fn announce(&mut self, event: Event) {
@@ -333,16 +342,17 @@ impl Session {
         if self.wire.oldest().is_some_and(|at| now.saturating_sub(at) >= ANSWER_TIMEOUT_MS) {
             return Err(Cut::Lost(LinkError::NoAnswer));
         }
-        match self.state {
+        match &self.state {
             State::Offline | State::LoggingIn | State::LoggingOut => return Ok(()),
             State::Online => {
                 self.heartbeat(now)?;
                 self.sends.pump(now, &mut self.wire);
                 self.calls.pump(now, &mut self.wire);
             }
-            State::Leaving { until, reconnect_after } => {
-                if until <= now || !self.sends.any_in_flight() {
-                    return Err(Cut::Lost(LinkError::Goaway { reconnect_after }));
+            State::Leaving { until, reconnect_after, address } => {
+                if *until <= now || !self.sends.any_in_flight() {
+                    let (reconnect_after, address) = (*reconnect_after, address.clone());
+                    return Err(Cut::Lost(LinkError::Goaway { reconnect_after, address }));
                 }
             }
         }
@@ -378,13 +388,13 @@ impl Session {
 
     /// When [`Self::advance`] next has something to do by itself.
     pub(crate) fn next_wake(&self, now: Millis) -> Option<Millis> {
-        let always = [self.sends.next_wake(now), self.calls.next_wake(now), self.closing];
+        let always = [self.sends.next_end(), self.calls.next_wake(now), self.closing];
         let answer = self.wire.oldest().map(|at| at + ANSWER_TIMEOUT_MS);
-        let connected = match self.state {
-            State::Offline => [None, None, None],
-            State::LoggingIn | State::LoggingOut => [answer, None, None],
-            State::Online => [answer, Some(self.heartbeat_at()), self.streams.next_wake()],
-            State::Leaving { until, .. } => [answer, Some(until), self.streams.next_wake()],
+        let connected = match &self.state {
+            State::Offline => [None; 4],
+            State::LoggingIn | State::LoggingOut => [answer, None, None, None],
+            State::Online => [answer, Some(self.heartbeat_at()), self.streams.next_wake(), self.sends.next_write()],
+            State::Leaving { until, .. } => [answer, Some(*until), self.streams.next_wake(), None],
         };
         always.into_iter().chain(connected).flatten().min()
     }
@@ -472,10 +482,11 @@ impl Session {
             Reply::Kicked { reason, detail } => {
                 Err(Cut::End(CloseReason::Kicked { reason, detail: detail.to_owned() }))
             }
-            Reply::Goaway { reason, reconnect_after_ms } => {
+            Reply::Goaway { reason, reconnect_after_ms, node: _, address } => {
                 let reconnect_after = Duration::from_millis(reconnect_after_ms.min(COME_BACK_MS_MAX).into());
                 self.streams.emit(Event::Goaway { reason, reconnect_after });
-                self.state = State::Leaving { until: now + GOAWAY_LINGER_MS, reconnect_after };
+                let address = (!address.is_empty()).then(|| address.to_owned());
+                self.state = State::Leaving { until: now + GOAWAY_LINGER_MS, reconnect_after, address };
                 Ok(())
             }
         }

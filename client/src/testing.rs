@@ -89,6 +89,11 @@ struct State {
     window: u32,
     page_rows: usize,
     without_sync: bool,
+    /// What ROUTE answers; empty: that there is no such thing.
+    route: String,
+    routes: u64,
+    /// Where a LOGIN is sent on to; empty: it is served.
+    home: String,
     syncs: u64,
     statuses: HashMap<String, String>,
     /// What `people` has noted.
@@ -215,6 +220,21 @@ impl FakeServer {
         locked(&self.state).without_sync = without;
     }
 
+    /// The address that ROUTE answers; empty, as at the beginning: that there is no such command.
+    pub fn route_to(&self, address: &str) {
+        locked(&self.state).route = address.to_owned();
+    }
+
+    /// ROUTEs that were asked.
+    pub fn routes(&self) -> u64 {
+        locked(&self.state).routes
+    }
+
+    /// The address that LOGIN and REGISTER are sent on to; empty, as at the beginning: all users live here.
+    pub fn redirect_to(&self, address: &str) {
+        locked(&self.state).home = address.to_owned();
+    }
+
     /// What a user says beside the name.
     pub fn status(&self, user: &str, status: &str) {
         locked(&self.state).statuses.insert(user.to_owned(), status.to_owned());
@@ -246,7 +266,14 @@ impl FakeServer {
 
     pub fn goaway(&self, user: &str, after: Duration) {
         let reconnect_after_ms = u32::try_from(after.as_millis()).unwrap_or(u32::MAX);
-        self.push(user, &Reply::Goaway { reason: GoawayReason::ShuttingDown, reconnect_after_ms });
+        let reason = GoawayReason::ShuttingDown;
+        self.push(user, &Reply::Goaway { reason, reconnect_after_ms, node: "", address: "" });
+    }
+
+    /// Tells a user to go on at that address.
+    pub fn move_to(&self, user: &str, address: &str) {
+        let (reason, node) = (GoawayReason::Moved, "other");
+        self.push(user, &Reply::Goaway { reason, reconnect_after_ms: 0, node, address });
     }
 
     /// Pushes anything to all devices of a user.
@@ -334,7 +361,15 @@ impl State {
         if self.mute {
             return true;
         }
+        let node = "other";
         match request {
+            Request::Register { .. } | Request::Login(_) if !self.home.is_empty() => {
+                asker.answer(&Reply::Redirect { node, address: &self.home });
+            }
+            Request::Route { .. } if !self.route.is_empty() => {
+                self.routes += 1;
+                asker.answer(&Reply::RouteOk { node, address: &self.route });
+            }
             Request::Register { user, password } => self.register(asker, user, password.0),
             Request::Login(login) => self.login(asker, &login),
             Request::Logout => {

@@ -296,6 +296,75 @@ async fn goaway_is_followed_and_tokens_are_asked_for_anew() {
     until(|| server.logins() == 2).await;
 }
 
+/// Two servers, and a builder of a client that is given both.
+async fn two(first: &str) -> (FakeServer, FakeServer, ClientBuilder) {
+    let (one, other) = (FakeServer::start().await.unwrap(), FakeServer::start().await.unwrap());
+    let addresses = [one.address(), other.address()].join(", ");
+    let builder = Client::builder(addresses).user(first).password(PASSWORD);
+    (one, other, builder)
+}
+
+#[tokio::test]
+async fn any_of_several_addresses_is_asked_for_the_route_and_the_password_goes_to_the_right_one_alone() {
+    let (one, other, builder) = two("ann").await;
+    // Twenty clients: some of them begin at each.
+    for _ in 0..20 {
+        one.route_to(&other.address());
+        other.route_to(&other.address());
+        one.redirect_to("127.0.0.1:1");
+        other.add_user("ann", PASSWORD);
+        let (_ann, mut events) = builder.clone().connect().await.unwrap();
+        next(&mut events).await;
+    }
+    assert_eq!((one.logins(), other.logins()), (0, 20));
+    assert!(one.routes() > 0 && other.routes() > 0, "{} and {}", one.routes(), other.routes());
+    let new = Client::builder([one.address(), other.address()].join(",")).user("bob").password(PASSWORD);
+    new.register().await.unwrap();
+    // Whoever has one address asks nobody.
+    let routes = other.routes();
+    log_in(&other, "carl").await;
+    assert_eq!(other.routes(), routes);
+}
+
+#[tokio::test]
+async fn a_server_without_routes_and_a_route_to_the_wrong_one_end_at_the_right_one_all_the_same() {
+    let (one, other, builder) = two("ann").await;
+    other.add_user("ann", PASSWORD);
+    one.redirect_to(&other.address());
+    for route in [String::new(), one.address()] {
+        one.route_to(&route);
+        other.route_to(&route);
+        for _ in 0..10 {
+            builder.clone().connect().await.unwrap();
+        }
+    }
+    assert_eq!((one.logins(), other.logins()), (0, 20));
+    // In circles it does not run.
+    other.redirect_to(&one.address());
+    let error = builder.connect().await.err().unwrap();
+    assert!(matches!(error, ConnectError::Link(LinkError::Redirected { .. })), "{error}");
+}
+
+#[tokio::test]
+async fn a_user_who_moved_is_followed_and_comes_back_there() {
+    let (one, other) = (FakeServer::start().await.unwrap(), FakeServer::start().await.unwrap());
+    other.add_user("ann", PASSWORD);
+    other.add_user("bob", PASSWORD);
+    let (ann, mut events) = log_in(&one, "ann").await;
+    one.move_to("ann", &other.address());
+    loop {
+        if let Event::Reconnecting { why: LinkError::Goaway { address, .. }, .. } = next(&mut events).await {
+            assert_eq!(address, Some(other.address()));
+            break;
+        }
+    }
+    assert_eq!(ann.send("bob", "over there").await.unwrap().seq.0, 1);
+    assert_eq!(other.stored("ann", "bob"), ["over there"]);
+    other.break_connections();
+    until(|| other.logins() == 2).await;
+    assert_eq!(one.logins(), 1);
+}
+
 #[tokio::test]
 async fn a_slow_application_loses_no_durable_message() {
     let server = FakeServer::start().await.unwrap();

@@ -247,7 +247,12 @@ pub fn replies() -> Vec<Sample> {
         }),
         Reply::Lagged { conversation: TALK, with: "bob", from: Seq(2), to: Seq(4) },
         Reply::Kicked { reason: KickReason::LoggedOut, detail: "bye" },
-        Reply::Goaway { reason: GoawayReason::ShuttingDown, reconnect_after_ms: 10 },
+        Reply::Goaway {
+            reason: GoawayReason::ShuttingDown,
+            reconnect_after_ms: 10,
+            node: "b",
+            address: "10.0.0.2:9700",
+        },
     ];
     all.extend(chat_replies().into_iter().map(Reply::Chat));
     all.extend(group_replies().into_iter().map(Reply::Group));

@@ -141,11 +141,17 @@ impl KickReason {
 #[repr(u8)]
 pub enum GoawayReason {
     ShuttingDown = 1,
+    /// Another node serves this user from now on.
+    Moved = 2,
 }
 
 impl GoawayReason {
     pub fn from_number(number: u8) -> Option<Self> {
-        (number == 1).then_some(Self::ShuttingDown)
+        match number {
+            1 => Some(Self::ShuttingDown),
+            2 => Some(Self::Moved),
+            _ => None,
+        }
     }
 }
 
@@ -351,9 +357,12 @@ pub enum Reply<'a> {
         reason: KickReason,
         detail: &'a str,
     },
+    /// `node` and `address`: where the user is served from now on; empty when that is not known.
     Goaway {
         reason: GoawayReason,
         reconnect_after_ms: u32,
+        node: &'a str,
+        address: &'a str,
     },
     Group(GroupReply<'a>),
     Chat(ChatReply<'a>),

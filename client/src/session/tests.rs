@@ -12,6 +12,8 @@ use ringline_schema::message::{Ack, ChatRequest, Class, Outcome, Place, SendAck}
 use super::*;
 use crate::pending::SendOptions;
 
+mod refusals;
+
 const DEVICE: DeviceId = DeviceId(7);
 /// Rows of the model's pages: small, so that a few messages need several.
 const PAGE_ROWS: usize = 3;
@@ -305,6 +307,8 @@ struct World {
     queued: VecDeque<Event>,
     seen: BTreeMap<u128, Vec<(u64, Bytes)>>,
     expected: BTreeMap<u64, String>,
+    /// Whom each is for.
+    peers: BTreeMap<u64, &'static str>,
     results: BTreeMap<u64, Accepted>,
     written: u64,
 }
@@ -320,6 +324,7 @@ impl World {
             queued: VecDeque::new(),
             seen: BTreeMap::new(),
             expected: BTreeMap::new(),
+            peers: BTreeMap::new(),
             results: BTreeMap::new(),
             written: 0,
         }
@@ -332,6 +337,7 @@ impl World {
                 let (to, body) = (PEERS[usize::from(*peer)], format!("message {}", self.written));
                 let number = self.session.send(self.now, outgoing(to, &body, SendOptions::default())).unwrap();
                 assert!(self.expected.insert(number, body).is_none());
+                self.peers.insert(number, to);
             }
             Op::PeerWrites(peer, push) => {
                 self.written += 1;
@@ -401,16 +407,25 @@ impl World {
             let Done::Sent(number, result) = done else { panic!("not expected: {done:?}") };
             assert!(self.results.insert(number, result.unwrap()).is_none(), "resolved twice");
         }
-        let oldest = self.expected.keys().find(|number| !self.results.contains_key(number)).copied();
         let (mut decoder, mut input) = (FrameDecoder::new(), &bytes[..]);
         while let Some(Frame { header, body, raw }) = decoder.next(&mut input, u32::MAX).unwrap() {
             assert!(self.model.connected, "written without a connection");
             if let Request::Send(send) = codec::decode_request(&header, body).unwrap() {
-                let window = u64::from(self.model.window);
-                assert!(oldest.is_none_or(|oldest| send.client_seq < oldest + window), "beyond the window");
+                let same = |number: &u64| self.peers[number] == send.to;
+                let oldest = self.peers.keys().find(|number| same(number) && !self.results.contains_key(number));
+                // Of what a test has sent by itself nothing is known here.
+                let oldest = oldest.copied().unwrap_or(send.client_seq);
+                let upto = self.peers.range(oldest..=send.client_seq).filter(|(number, _)| same(number));
+                assert!(upto.count() <= self.model.window as usize, "beyond the window of its conversation");
             }
             self.model.inbox.push_back(raw.to_vec());
         }
+        let sends = self.model.inbox.iter().filter(|bytes| {
+            let mut decoder = FrameDecoder::new();
+            let frame = decoder.next(&mut &bytes[..], u32::MAX).unwrap().unwrap();
+            frame.header.command == Command::Send as u16
+        });
+        assert!(sends.count() <= self.model.window as usize, "more under way than the server allows");
         self.session.check_invariants();
     }
 

@@ -222,7 +222,8 @@ fn decode_any_reply(command: Command, body: &[u8]) -> Result<Reply<'_>, ErrorCod
         Command::Goaway => {
             let table = root::<fb::Goaway>(body, TABLES)?;
             let reason = GoawayReason::from_number(table.reason()).ok_or(ErrorCode::BadBody)?;
-            Reply::Goaway { reason, reconnect_after_ms: table.reconnect_after_ms() }
+            let (node, address) = (table.node().unwrap_or_default(), table.address().unwrap_or_default());
+            Reply::Goaway { reason, reconnect_after_ms: table.reconnect_after_ms(), node, address }
         }
         _ => return Err(ErrorCode::UnknownCommand),
     })
@@ -414,9 +415,12 @@ impl Builder {
                 let table = fb::Kicked::create(fbb, &fb::KickedArgs { reason: *reason as u8, detail });
                 fbb.finish_minimal(table);
             }
-            Reply::Goaway { reason, reconnect_after_ms } => {
-                let args = fb::GoawayArgs { reason: *reason as u8, reconnect_after_ms: *reconnect_after_ms };
-                let table = fb::Goaway::create(fbb, &args);
+            Reply::Goaway { reason, reconnect_after_ms, node, address } => {
+                // Nothing for what is empty: a node that says nothing of it writes what it always wrote.
+                let node = (!node.is_empty()).then(|| fbb.create_string(node));
+                let address = (!address.is_empty()).then(|| fbb.create_string(address));
+                let (reason, reconnect_after_ms) = (*reason as u8, *reconnect_after_ms);
+                let table = fb::Goaway::create(fbb, &fb::GoawayArgs { reason, reconnect_after_ms, node, address });
                 fbb.finish_minimal(table);
             }
             Reply::Group(reply) => group::write_reply(fbb, reply),

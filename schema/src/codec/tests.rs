@@ -225,7 +225,8 @@ fn replies() -> Vec<Reply<'static>> {
         Reply::Receipt(receipt),
         Reply::Lagged { conversation: ID, with: "bob", from: Seq(1), to: Seq(5) },
         Reply::Kicked { reason: KickReason::DevicePolicy, detail: "newer device" },
-        Reply::Goaway { reason: GoawayReason::ShuttingDown, reconnect_after_ms: 100 },
+        Reply::Goaway { reason: GoawayReason::ShuttingDown, reconnect_after_ms: 100, node: "", address: "" },
+        Reply::Goaway { reason: GoawayReason::Moved, reconnect_after_ms: 100, node: "b", address: "10.0.0.2:9700" },
     ];
     all.extend(group_replies().map(Reply::Group));
     all.extend(chat_replies().map(Reply::Chat));

@@ -8621,6 +8621,8 @@ impl ::core::fmt::Debug for Kicked<'_> {
 pub enum GoawayOffset {}
 #[derive(Copy, Clone, PartialEq)]
 
+/// `node` and `address`: where this user is served from now on, if that is known; empty: at any of the addresses that the
+/// client has.
 pub struct Goaway<'a> {
   pub _tab: ::flatbuffers::Table<'a>,
 }
@@ -8636,6 +8638,8 @@ impl<'a> ::flatbuffers::Follow<'a> for Goaway<'a> {
 impl<'a> Goaway<'a> {
   pub const VT_REASON: ::flatbuffers::VOffsetT = 4;
   pub const VT_RECONNECT_AFTER_MS: ::flatbuffers::VOffsetT = 6;
+  pub const VT_NODE: ::flatbuffers::VOffsetT = 8;
+  pub const VT_ADDRESS: ::flatbuffers::VOffsetT = 10;
 
   #[inline]
   pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
@@ -8644,9 +8648,11 @@ impl<'a> Goaway<'a> {
   #[allow(unused_mut)]
   pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
     _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
-    args: &'args GoawayArgs
+    args: &'args GoawayArgs<'args>
   ) -> ::flatbuffers::WIPOffset<Goaway<'bldr>> {
     let mut builder = GoawayBuilder::new(_fbb);
+    if let Some(x) = args.address { builder.add_address(x); }
+    if let Some(x) = args.node { builder.add_node(x); }
     builder.add_reconnect_after_ms(args.reconnect_after_ms);
     builder.add_reason(args.reason);
     builder.finish()
@@ -8667,6 +8673,20 @@ impl<'a> Goaway<'a> {
     // which contains a valid value in this slot
     unsafe { self._tab.get::<u32>(Goaway::VT_RECONNECT_AFTER_MS, Some(0)).unwrap()}
   }
+  #[inline]
+  pub fn node(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(Goaway::VT_NODE, None)}
+  }
+  #[inline]
+  pub fn address(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(Goaway::VT_ADDRESS, None)}
+  }
 }
 
 impl ::flatbuffers::Verifiable for Goaway<'_> {
@@ -8677,20 +8697,26 @@ impl ::flatbuffers::Verifiable for Goaway<'_> {
     v.visit_table(pos)?
      .visit_field::<u8>("reason", Self::VT_REASON, false)?
      .visit_field::<u32>("reconnect_after_ms", Self::VT_RECONNECT_AFTER_MS, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("node", Self::VT_NODE, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("address", Self::VT_ADDRESS, false)?
      .finish();
     Ok(())
   }
 }
-pub struct GoawayArgs {
+pub struct GoawayArgs<'a> {
     pub reason: u8,
     pub reconnect_after_ms: u32,
+    pub node: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub address: Option<::flatbuffers::WIPOffset<&'a str>>,
 }
-impl<'a> Default for GoawayArgs {
+impl<'a> Default for GoawayArgs<'a> {
   #[inline]
   fn default() -> Self {
     GoawayArgs {
       reason: 0,
       reconnect_after_ms: 0,
+      node: None,
+      address: None,
     }
   }
 }
@@ -8707,6 +8733,14 @@ impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> GoawayBuilder<'a, 'b, A> {
   #[inline]
   pub fn add_reconnect_after_ms(&mut self, reconnect_after_ms: u32) {
     self.fbb_.push_slot::<u32>(Goaway::VT_RECONNECT_AFTER_MS, reconnect_after_ms, 0);
+  }
+  #[inline]
+  pub fn add_node(&mut self, node: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Goaway::VT_NODE, node);
+  }
+  #[inline]
+  pub fn add_address(&mut self, address: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Goaway::VT_ADDRESS, address);
   }
   #[inline]
   pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> GoawayBuilder<'a, 'b, A> {
@@ -8728,6 +8762,8 @@ impl ::core::fmt::Debug for Goaway<'_> {
     let mut ds = f.debug_struct("Goaway");
       ds.field("reason", &self.reason());
       ds.field("reconnect_after_ms", &self.reconnect_after_ms());
+      ds.field("node", &self.node());
+      ds.field("address", &self.address());
       ds.finish()
   }
 }

@@ -705,4 +705,5 @@ impl Shard {
     }
 }
 
-const GOAWAY: Reply<'static> = Reply::Goaway { reason: GoawayReason::ShuttingDown, reconnect_after_ms: 500 };
+const GOAWAY: Reply<'static> =
+    Reply::Goaway { reason: GoawayReason::ShuttingDown, reconnect_after_ms: 500, node: "", address: "" };

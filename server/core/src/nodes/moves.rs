@@ -275,8 +275,15 @@ impl Shard {
         for conn in self.sessions.ids() {
             match self.sessions.get(conn).map(|session| &session.state) {
                 Some(State::LoggedIn(login)) if gone.contains(login.user.partition()) => {
-                    let reconnect_after_ms = COME_BACK_MS + spread(conn);
-                    let goaway = Reply::Goaway { reason: GoawayReason::ShuttingDown, reconnect_after_ms };
+                    let partition = login.user.partition();
+                    // Who has it now, if that is told and can be reached; while it is nobody's the client looks for it.
+                    let home = self.nodes.as_ref().and_then(|nodes| {
+                        let owner = nodes.placement.owner_of(partition)?;
+                        nodes.peer(owner).filter(|peer| peer.up && owner != nodes.placement.own())
+                    });
+                    let (node, address) = home.map_or(("", ""), |peer| (peer.name.as_str(), peer.address.as_str()));
+                    let (reason, reconnect_after_ms) = (GoawayReason::Moved, COME_BACK_MS + spread(conn));
+                    let goaway = Reply::Goaway { reason, reconnect_after_ms, node, address };
                     self.sessions.push(conn, &goaway, fx);
                     self.sessions.close(conn, CloseReason::Moved, fx);
                 }
