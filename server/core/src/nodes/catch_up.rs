@@ -145,10 +145,8 @@ impl Shard {
         let CatchUp { owed, had, .. } = &mut moves.catch_up;
         let mut lost = PartitionSet::default();
         owed.retain(|node, owed| {
-            owed.left.retain(|(partition, epoch)| {
-                let part = latest.part(*partition);
-                part.owner == Some(*node) && part.epoch == *epoch
-            });
+            // That its owner is not alive says nothing; that nobody writes with this epoch any more does.
+            owed.left.retain(|(partition, epoch)| latest.part(*partition).epoch == *epoch);
             if owed.left.is_empty() {
                 lost.join(&owed.conversations);
                 had.remove(node);

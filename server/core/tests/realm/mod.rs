@@ -147,6 +147,11 @@ impl Realm {
             let store = self.store.reopen(1).remove(0);
             self.sides[at] = Some(Side { shard: Shard::new(config, 7), store, queued: Vec::new(), released: 0 });
         }
+        // What an earlier process had is not this one's.
+        for partition in all().filter(|partition| self.owner(*partition) == Some(node)).collect::<Vec<_>>() {
+            let epoch = self.truth.part(partition).epoch;
+            self.truth.set(partition, Part { owner: None, epoch, giving: false });
+        }
         let shards = self.shards;
         for other in (0..self.nodes).filter(|other| *other != node && self.is_up(*other)).collect::<Vec<_>>() {
             self.tell_news(other, node, NodeNews::Reset);
