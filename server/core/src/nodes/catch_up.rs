@@ -59,8 +59,9 @@ pub(crate) struct CatchUp {
     running: Option<Run>,
     /// Of nodes that are away.
     owed: BTreeMap<NodeIndex, Owed>,
-    /// What other nodes own or owned since the last comparison of what they had pushed.
-    had: BTreeMap<NodeIndex, PartitionSet>,
+    /// What other nodes own or owned since the last comparison of what they had pushed, and the last epoch that they had it
+    /// with.
+    had: BTreeMap<NodeIndex, BTreeMap<Partition, u64>>,
 }
 
 impl CatchUp {
@@ -116,13 +117,15 @@ impl Shard {
     /// A node can't be spoken to; `died`: it is another process by now.
     pub(super) fn node_is_away(&mut self, node: NodeIndex, died: bool) {
         let Some(moves) = self.nodes.as_mut().and_then(|nodes| nodes.moves.as_mut()) else { return };
-        let left = moves.latest().map(|latest| {
-            let owned = all().filter(|partition| latest.part(*partition).owner == Some(node));
-            owned.map(|partition| (partition, latest.part(partition).epoch)).collect()
+        let Some(latest) = moves.latest_shared() else { return };
+        let CatchUp { owed, had, .. } = &mut moves.catch_up;
+        let owed = owed.entry(node).or_insert_with(|| {
+            let had = had.get(&node);
+            let had = || had.into_iter().flatten().map(|(partition, epoch)| (*partition, *epoch));
+            // It may have been found dead before its link was; nobody has taken these from it yet.
+            let left = had().filter(|(partition, epoch)| latest.part(*partition).epoch == *epoch).collect();
+            Owed { left, conversations: had().map(|(partition, _)| partition).collect(), died }
         });
-        let conversations = moves.catch_up.had.get(&node).copied().unwrap_or_default();
-        let owed = moves.catch_up.owed.entry(node);
-        let owed = owed.or_insert_with(|| Owed { left: left.unwrap_or_default(), conversations, died });
         owed.died |= died;
         self.owners_changed();
     }
@@ -155,7 +158,7 @@ impl Shard {
         });
         for partition in all() {
             if let Some(owner) = latest.part(partition).owner.filter(|owner| *owner != own) {
-                had.entry(owner).or_default().insert(partition);
+                had.entry(owner).or_default().insert(partition, latest.part(partition).epoch);
             }
         }
         if !lost.is_empty() {

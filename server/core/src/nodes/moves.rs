@@ -77,10 +77,6 @@ impl Moves {
         latest.is_some_and(|latest| all().any(|partition| latest.part(partition).owner == Some(node)))
     }
 
-    pub fn latest(&self) -> Option<&Ownership> {
-        self.latest.as_deref()
-    }
-
     pub fn latest_shared(&self) -> Option<Arc<Ownership>> {
         self.latest.clone()
     }
