@@ -2,7 +2,9 @@
 
 mod common;
 
+use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
+use std::process::{Command, Stdio};
 
 use common::{Server, complaint, ringline, run};
 use ringline_schema::errors::ErrorCode;
@@ -242,6 +244,8 @@ fn both_kinds_of_net_serve_with_both_ways_to_sleep() {
     for (kind, park) in [("epoll", "glommio"), ("epoll", "direct"), ("ring", "glommio"), ("ring", "direct")] {
         let (net, sleep) = (format!("net.kind={kind}"), format!("net.park={park}"));
         let mut server = Server::start(&["--set", &net, "--set", &sleep, "--set", "store.kind=memory"]);
+        let said = format!("sockets are served by {}", if kind == "ring" { "io_uring" } else { kind });
+        assert!(server.log.iter().any(|line| line.contains(&said)), "{:?}", server.log);
         let mut ann = server.login("ann", 1);
         let mut bob = server.login("bob", 1);
         for seq in 1..=50 {
@@ -254,6 +258,31 @@ fn both_kinds_of_net_serve_with_both_ways_to_sleep() {
         }
         assert_eq!(server.stop(), Some(0), "{kind} {park}");
     }
+}
+
+#[test]
+fn a_start_warns_of_what_the_doctor_sees() {
+    let folder = tempfile::tempdir().unwrap();
+    // Enough locked memory to start with, and too little to be safe.
+    let mut child = Command::new("prlimit")
+        .args(["--memlock=614400:614400", env!("CARGO_BIN_EXE_ringline"), "serve", "--listen", "127.0.0.1:0"])
+        .args(["--cores", "1", "--set", "store.kind=memory", "--data-dir", folder.path().to_str().unwrap()])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = Vec::new();
+    for line in BufReader::new(child.stderr.take().unwrap()).lines() {
+        said.push(line.unwrap());
+        if said.last().unwrap().contains("ready on") {
+            break;
+        }
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let warning = said.iter().find(|line| line.contains("WARN") && line.contains("memlock: ")).expect("it warns");
+    assert!(warning.contains("mend it by: "), "{warning}");
+    assert!(said.iter().any(|line| line.contains("ringline doctor tells all")), "{said:?}");
+    assert!(said.last().unwrap().contains("ready on"), "{said:?}");
 }
 
 #[test]
