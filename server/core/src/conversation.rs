@@ -451,7 +451,7 @@ impl Shard {
             // Nothing was appended, so this is a plain refusal.
             let loaded = conversation.loaded;
             for submit in std::mem::take(&mut conversation.waiting) {
-                self.refuse(submit.origin, ErrorCode::Internal, fx);
+                self.refuse(submit.origin, self.unread(), fx);
             }
             if !loaded {
                 self.conversations.pop(&id);

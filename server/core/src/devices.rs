@@ -108,7 +108,7 @@ impl Shard {
             | Answer::Count(_) => match what {
                 What::Login { .. } => return,
                 What::List(origin) | What::Drop(origin, _) => {
-                    return self.tell_done(origin, Err(ErrorCode::Internal), fx);
+                    return self.tell_done(origin, Err(self.unread()), fx);
                 }
             },
         };

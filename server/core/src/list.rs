@@ -80,7 +80,7 @@ impl Shard {
 
     pub(crate) fn conversations_loaded(&mut self, origin: Origin, answer: Answer, fx: &mut Effects) {
         let Answer::Conversations(rows) = answer else {
-            return self.sessions.fail(origin.conn, origin.request_id, ErrorCode::Internal, fx);
+            return self.sessions.fail(origin.conn, origin.request_id, self.unread(), fx);
         };
         let Some(login) = self.sessions.login_mut(origin.conn) else { return };
         // A device may have what this row says it has not acknowledged: its ACK died with a node or a connection. It can

@@ -190,7 +190,7 @@ impl Shard {
 
     /// The user of an attempt is known, or known not to exist.
     pub(crate) fn attempt_user(&mut self, conn: ConnId, answer: Answer, fx: &mut Effects) {
-        let Answer::User(user) = answer else { return self.attempt_failed(conn, ErrorCode::Internal, fx) };
+        let Answer::User(user) = answer else { return self.attempt_failed(conn, self.unread(), fx) };
         let Some(user) = user else { return self.attempt_known(conn, None, fx) };
         self.remember_user(user.clone());
         // They say whether the user was deleted, and a login needs them anyway.

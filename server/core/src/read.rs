@@ -112,7 +112,7 @@ impl Shard {
             return self.sessions.fail(origin.conn, origin.request_id, ErrorCode::NoSuchGroup, fx);
         }
         let Answer::Messages { first, head, messages } = answer else {
-            return self.sessions.fail(origin.conn, origin.request_id, ErrorCode::Internal, fx);
+            return self.sessions.fail(origin.conn, origin.request_id, self.unread(), fx);
         };
         if truncated {
             self.kept_from(origin.conn, id, first, fx);

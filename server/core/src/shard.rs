@@ -551,6 +551,11 @@ impl Shard {
         Ok(())
     }
 
+    /// What the store did not answer is told as: to be tried again while its database is away.
+    pub(crate) fn unread(&self) -> ErrorCode {
+        if self.store_away { ErrorCode::Unavailable } else { ErrorCode::Internal }
+    }
+
     /// The shard that owns a user or conversation.
     pub(crate) fn owner(&self, partition: ringline_schema::ids::Partition) -> ShardIndex {
         match &self.nodes {

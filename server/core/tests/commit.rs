@@ -6,10 +6,10 @@ mod rig;
 use std::collections::BTreeMap;
 
 use rig::{At, Rig, decode, direct, durable};
-use ringline_core::event::CloseReason;
+use ringline_core::event::{CloseReason, Event};
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, Seq};
-use ringline_schema::message::{Reply, Request};
+use ringline_schema::message::{Fetch, Reply, Request};
 
 /// By conversation: the seqs that a connection was acknowledged, and those it was given with their bodies.
 type Told = BTreeMap<ConversationId, (Vec<u64>, Vec<(u64, String)>)>;
@@ -178,4 +178,25 @@ fn who_does_not_read_answers_is_closed_in_the_middle_of_a_commit() {
     let unanswered = rig.shards[0].0.counters().orphaned_answers as usize;
     assert_eq!(frames.len() + 1 + unanswered, 59, "the one that closed it, and those after it");
     assert!(!rig.told(bob).is_empty(), "what is on the disk is given");
+}
+
+#[test]
+fn what_a_database_that_is_away_did_not_answer_is_asked_again() {
+    let mut rig = Rig::new(1, |_| ());
+    let (ann, _) = (rig.login("ann", 1), rig.login("bob", 1));
+    rig.send(ann, "bob", 1, b"x");
+    let asks = || {
+        let fetch = Fetch { with: "bob", after: Seq(0), before: None, limit: 1, newest: false };
+        [Request::Fetch(fetch), Request::Conversations { cursor: ConversationId(0), limit: 1 }]
+    };
+    for (away, code) in [(true, ErrorCode::Unavailable), (false, ErrorCode::Internal)] {
+        let _ = rig.event(0, Event::StoreAway { away });
+        for request in asks() {
+            rig.holding = true;
+            assert!(rig.ask(ann, request).is_empty());
+            rig.fail();
+            let told = rig.told(ann);
+            assert!(matches!(decode(&told[0]), Reply::Failure { code: found, .. } if found == code), "{away}");
+        }
+    }
 }

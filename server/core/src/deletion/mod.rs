@@ -234,7 +234,7 @@ impl Shard {
     }
 
     fn target_loaded(&mut self, ask: DeleteAsk, answer: Answer, fx: &mut Effects) {
-        let Answer::User(user) = answer else { return self.tell_done(ask.origin, Err(ErrorCode::Internal), fx) };
+        let Answer::User(user) = answer else { return self.tell_done(ask.origin, Err(self.unread()), fx) };
         let Some(user) = user else { return self.tell_done(ask.origin, Err(ErrorCode::NoSuchUser), fx) };
         self.remember_user(user);
         self.delete_known(ask, fx);
@@ -252,7 +252,7 @@ impl Shard {
         }
         let now_ms = self.now.unix_ms.max(1);
         let Some(settings) = self.settings_mut(&ask.user) else {
-            return self.tell_done(ask.origin, Err(ErrorCode::Internal), fx);
+            return self.tell_done(ask.origin, Err(self.unread()), fx);
         };
         let (stamp, blocked) = settings.delete(now_ms);
         self.social.blocked_names = self.social.blocked_names.saturating_sub(blocked);

@@ -238,7 +238,7 @@ impl Shard {
             | Answer::Conversations(_)
             | Answer::Row(_)
             | Answer::Rows(_)
-            | Answer::Failed => self.refuse(submit.origin, ErrorCode::Internal, fx),
+            | Answer::Failed => self.refuse(submit.origin, self.unread(), fx),
         }
     }
 
@@ -299,7 +299,7 @@ impl Shard {
             | Answer::Row(_)
             | Answer::Rows(_)
             | Answer::Count(_)
-            | Answer::Failed => self.refuse(submit.origin, ErrorCode::Internal, fx),
+            | Answer::Failed => self.refuse(submit.origin, self.unread(), fx),
         }
     }
 

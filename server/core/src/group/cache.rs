@@ -164,7 +164,7 @@ impl Shard {
             self.groups.pop(&id);
         }
         for submit in waiting {
-            self.refuse_submit(&submit, ErrorCode::Internal, fx);
+            self.refuse_submit(&submit, self.unread(), fx);
         }
     }
 

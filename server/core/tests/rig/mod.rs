@@ -13,7 +13,7 @@ use ringline_schema::errors::ErrorCode;
 use ringline_schema::frame::{Flags, FrameDecoder};
 use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
 use ringline_schema::message::*;
-use ringline_schema::record::{Query, Record};
+use ringline_schema::record::{Answer, Query, Record};
 use ringline_store::memory::{self, MemoryStore};
 use ringline_store::{LoadToken, Store, StoreEvent};
 
@@ -156,6 +156,14 @@ impl Rig {
         for (at, token, query) in std::mem::take(&mut self.held) {
             self.shards[at].1.load(token, query).unwrap();
             let _ = self.event(at, Event::Timer);
+        }
+    }
+
+    /// Answers what was left for later as a database does that is away.
+    pub fn fail(&mut self) {
+        self.holding = false;
+        for (at, token, _) in std::mem::take(&mut self.held) {
+            let _ = self.event(at, Event::Loaded { token: Token(token.0), answer: Answer::Failed });
         }
     }
 
