@@ -5,7 +5,7 @@
 //! - [`batch`], [`commit`]: a batch of records as one transaction. [`query`]: what is answered.
 //! - [`shard`]: the handle on the shard's thread; [`worker`]: its task. All tasks run on one plain thread, the side
 //!   thread; no reactor ever waits for the database.
-//! - [`retainer`], with [`orphans`]: the task that lets go of old messages.
+//! - `retainer`, with `orphans`: the task that lets go of old messages.
 //! - [`ownership`]: in a cluster, who owns which partition; [`registrar`]: its task; [`held`]: what this start owns.
 //!
 //! **Who may write.** Each start of a node is an *owner*. Alone, it takes all partitions over; in a cluster it takes and
@@ -99,7 +99,7 @@ pub struct PostgresOptions {
     pub loads_max: usize,
     /// A commit, an attempt to connect, and the end that take longer have failed.
     pub timeout: Duration,
-    /// What is kept at least; of size, that of the messages of all nodes of the database as [`retainer`] counts it.
+    /// What is kept at least; of size, that of the messages of all nodes of the database as `retainer` counts it.
     pub retention: Retention,
     /// Time between two looks at what may be let go.
     pub retention_interval: Duration,
