@@ -83,3 +83,17 @@ fn the_tuning_page_has_every_check_measurement_and_key() {
     let missing: Vec<&str> = names.filter(|name| !page.contains(&format!("`{name}`"))).collect();
     assert!(missing.is_empty(), "tuning.md does not name {missing:?}");
 }
+
+#[test]
+fn the_tuning_page_has_every_limit() {
+    let read = |path: &str| {
+        std::fs::read_to_string(std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)).unwrap()
+    };
+    let (page, limits) = (read("tuning.md"), read("schema/src/limits.rs"));
+    let names = limits.lines().filter_map(|line| line.strip_prefix("pub const ")?.split(':').next());
+    // The one that is no limit.
+    let names: Vec<&str> = names.filter(|name| *name != "FRAME_HEADER_BYTES").collect();
+    assert!(names.len() > 30, "{names:?}");
+    let missing: Vec<_> = names.iter().filter(|name| !page.contains(&format!("`{name}`"))).collect();
+    assert!(missing.is_empty(), "tuning.md does not name {missing:?}");
+}

@@ -1,13 +1,14 @@
-//! What a login leaves behind in a shard: the guard of "Cost of a connection" in tuning.md. It counts what the allocator
-//! gave out and did not get back, so a field, a table or a cache entry more for everyone shows here.
+//! What a login leaves behind in a shard, and that a transient message leaves nothing: the guards of "Cost of a connection"
+//! and "Cost per message" in tuning.md. They count what the allocator gave out, so a field, a table or a cache entry more
+//! for everyone shows here.
 
 use allocation_counter::measure;
 use ringline_cluster::placement::{CorePlacement, ShardIndex};
 use ringline_core::Shard;
 use ringline_core::config::CoreConfig;
 use ringline_core::event::{ConnId, Effect, Effects, Event, Now, Token, WorkOutcome};
-use ringline_schema::codec::Codec;
-use ringline_schema::frame::Flags;
+use ringline_schema::codec::{Codec, Encoder};
+use ringline_schema::frame::{Flags, FrameDecoder};
 use ringline_schema::ids::DeviceId;
 use ringline_schema::message::*;
 use ringline_schema::record::{Answer, Query, User};
@@ -91,4 +92,47 @@ fn an_idle_login_leaves_little_behind() {
     println!("{} bytes in {} blocks a login", each(taken.bytes_current), each(taken.count_current));
     assert!(each(taken.bytes_current) <= BYTES_PER_LOGIN_MAX, "{} bytes", each(taken.bytes_current));
     assert!(each(taken.count_current) <= BLOCKS_PER_LOGIN_MAX, "{} blocks", each(taken.count_current));
+}
+
+/// A message of the first user to the second, as its client writes it.
+fn frames(messages: u64, flags: Flags) -> Vec<u8> {
+    let (mut encoder, mut bytes) = (Encoder::new(), Vec::new());
+    for client_seq in 1..=messages {
+        let (class, kind, mentions) = (Class::Transient, BodyKind::Text, Mentions::default());
+        let send = Send { to: "user-000001", class, kind, client_seq, ack_timeout_ms: None, body: &[7; 64], mentions };
+        let at = bytes.len();
+        encoder.request(Codec::default(), 9, &Request::Send(send), &mut bytes);
+        bytes[at + 6..at + 8].copy_from_slice(&flags.bits().to_le_bytes());
+    }
+    bytes
+}
+
+#[test]
+fn a_transient_message_allocates_nothing() {
+    const MESSAGES: u64 = 1_000;
+    for flags in [Flags::default(), Flags::NO_REPLY] {
+        let mut config = CoreConfig::new(ShardIndex(0), CorePlacement::new(1).unwrap());
+        (config.requests_per_s, config.requests_burst) = (1_000_000, 1_000_000);
+        let mut shard = Shard::new(config, 1);
+        log_in(&mut shard, 0);
+        log_in(&mut shard, 1);
+        let (bytes, mut fx) = (frames(MESSAGES, flags), Effects::default());
+        let mut play = || {
+            let (mut decoder, mut input) = (FrameDecoder::new(), &bytes[..]);
+            while let Some(frame) = decoder.next(&mut input, 1 << 16).unwrap() {
+                let event = Event::of_frame(ConnId { slot: 0, generation: 1 }, &frame);
+                let _ = shard.handle(event, NOW, &mut fx);
+                while let Some(conn) = fx.dirty.pop() {
+                    let output = shard.take_output(conn).expect("what is dirty has output");
+                    let bytes = output.len();
+                    shard.give_back(output);
+                    let _ = shard.handle(Event::Sent { conn, bytes }, NOW, &mut fx);
+                }
+            }
+        };
+        // Buffers that are used again.
+        play();
+        let taken = measure(&mut play);
+        assert_eq!((taken.count_total, shard.counters().delivered), (0, 2 * MESSAGES), "{flags:?}");
+    }
 }
