@@ -3,7 +3,7 @@
 #
 #   bench/cost.sh                  counts, over the ring: each load, transient and durable
 #   bench/cost.sh --net epoll      the same over epoll
-#   bench/cost.sh --instructions   the same loads small, under callgrind: instructions and calls of memcpy a message
+#   bench/cost.sh --instructions   the same, and a small one, under callgrind: instructions and calls of memcpy a message
 #
 # The server has core 0, the load generator core 1. Counts are exact whatever else the machine does: what happened in the
 # measured seconds, by the server's own metrics, divided by the messages delivered in them. A busy machine makes smaller or
@@ -132,7 +132,8 @@ instructions() { # instructions NAME CLIENTS WINDOW ARGUMENT...
   start_load "$clients" "$window" 600 "$@"
   wait_for_load
   callgrind_control --instr=on "$server" >/dev/null
-  sleep "$measure_s"
+  # Under callgrind a commit of many clients takes seconds.
+  sleep $((measure_s + clients / 250))
   callgrind_control --dump "$server" >/dev/null
   stop_load
   stop_server
@@ -166,7 +167,10 @@ instructions() { # instructions NAME CLIENTS WINDOW ARGUMENT...
 echo "machine: $(uname -r), $(nproc) cores, net.kind=$net, commit $(git rev-parse --short HEAD)"
 if [ $instructions = yes ]; then
   need valgrind
-  for class in transient durable; do instructions "20x16 $class" 20 16 --class $class; done
+  for load in "20 16" "200 16" "5000 8"; do
+    read -r clients window <<<"$load"
+    for class in transient durable; do instructions "${clients}x${window} $class" "$clients" "$window" --class $class; done
+  done
   exit
 fi
 need perf
