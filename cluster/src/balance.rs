@@ -2,14 +2,13 @@
 //!
 //! A [`Balancer`] belongs to one thread and has no clock and no randomness of its own. Nodes that drain or are gone are
 //! not among its targets. A weight of 0 keeps a node out, unless all have it: then all count the same, because a cluster that
-//! nobody can enter helps nobody.
+//! nobody can enter helps nobody. Whoever owns a user is asked by [`Strategy::ConsistentHash`] whatever its weight.
 
 use std::fmt;
 use std::str::FromStr;
 
-use ringline_schema::ids::UserName;
-
-use crate::rendezvous::{self, Candidate, WEIGHT_MAX};
+use crate::placement::NodeIndex;
+use crate::rendezvous::WEIGHT_MAX;
 
 /// How ROUTE picks a node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -60,14 +59,15 @@ impl FromStr for Strategy {
 }
 
 /// A node that takes connections.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Target {
-    /// Unique in its cluster.
-    pub name: String,
+    pub node: NodeIndex,
     /// Its part of the connections, against the weights of the others; above [`WEIGHT_MAX`] counts as that.
     pub weight: u32,
     /// Connections that it last reported.
     pub connections: u64,
+    /// Which of its reports that was: any number that changes with each.
+    pub report: u64,
 }
 
 #[derive(Debug)]
@@ -83,36 +83,40 @@ struct Place {
 /// Picks nodes for clients.
 #[derive(Debug, Default)]
 pub struct Balancer {
-    /// In the order of names, so that equal nodes are decided the same everywhere.
+    /// In the order of their numbers, so that equal nodes are decided the same everywhere.
     places: Vec<Place>,
 }
 
 impl Balancer {
-    /// Takes the nodes of now. What round robin owes to those that stay is kept.
+    /// Takes the nodes of now. What round robin owes to those that stay is kept, and who was sent to a node since its last
+    /// report still counts there until the next.
     pub fn set_targets(&mut self, mut targets: Vec<Target>) {
-        targets.sort_by(|one, other| one.name.cmp(&other.name));
-        targets.dedup_by(|one, other| one.name == other.name);
+        targets.sort_by_key(|target| target.node);
+        targets.dedup_by_key(|target| target.node);
         let mut before = std::mem::take(&mut self.places);
         let mut place = |target: Target| {
-            let known = before.iter().position(|place| place.target.name == target.name);
-            let credit = known.map_or(0, |at| before.swap_remove(at).credit);
-            Place { target, sent: 0, credit }
+            let known = before.iter().position(|place| place.target.node == target.node);
+            let known = known.map(|at| before.swap_remove(at));
+            let sent =
+                known.as_ref().filter(|known| known.target.report == target.report).map_or(0, |known| known.sent);
+            Place { target, sent, credit: known.map_or(0, |known| known.credit) }
         };
         self.places = targets.into_iter().map(&mut place).collect();
     }
 
-    /// The node for a user; `None` when there is none. `draw` is random in its whole range; only
-    /// [`Strategy::WeightedRandom`] looks at it.
-    pub fn pick(&mut self, strategy: Strategy, user: &UserName, draw: u64) -> Option<&Target> {
+    /// The node for a user; `None` when there is none. `owner`: the node that owns the user, which only
+    /// [`Strategy::ConsistentHash`] looks at. `draw` is random in its whole range; only [`Strategy::WeightedRandom`] looks
+    /// at it.
+    pub fn pick(&mut self, strategy: Strategy, owner: Option<NodeIndex>, draw: u64) -> Option<NodeIndex> {
         let at = match strategy {
-            Strategy::ConsistentHash => self.by_owner(user),
+            Strategy::ConsistentHash => self.places.iter().position(|place| Some(place.target.node) == owner),
             Strategy::LeastConnections => self.by_connections(),
             Strategy::WeightedRandom => self.by_lot(draw),
             Strategy::RoundRobin => self.by_turn(),
         }?;
         let place = self.places.get_mut(at)?;
         place.sent += 1;
-        Some(&place.target)
+        Some(place.target.node)
     }
 
     /// Weights as they count, in the order of places.
@@ -120,12 +124,6 @@ impl Balancer {
         let given: Vec<u32> = self.places.iter().map(|place| place.target.weight.min(WEIGHT_MAX)).collect();
         let all_zero = given.iter().all(|weight| *weight == 0);
         given.into_iter().map(move |weight| if all_zero { 1 } else { weight })
-    }
-
-    fn by_owner(&self, user: &UserName) -> Option<usize> {
-        let named = self.places.iter().zip(self.weights());
-        let candidates: Vec<_> = named.map(|(place, weight)| Candidate { name: &place.target.name, weight }).collect();
-        rendezvous::owner(user.partition(), &candidates)
     }
 
     fn by_connections(&self) -> Option<usize> {
@@ -169,7 +167,10 @@ impl Balancer {
 mod tests {
     use std::collections::BTreeMap;
 
+    use ringline_schema::ids::UserName;
+
     use super::*;
+    use crate::rendezvous::{self, Candidate};
 
     fn balancer(weights: &[u32]) -> Balancer {
         let mut balancer = Balancer::default();
@@ -178,12 +179,17 @@ mod tests {
     }
 
     fn targets(weights: &[u32]) -> Vec<Target> {
-        let target = |(at, weight): (usize, &u32)| Target { name: format!("n{at}"), weight: *weight, connections: 0 };
+        let node = |at: usize| NodeIndex(at as u16);
+        let target = |(at, &weight): (usize, &u32)| Target { node: node(at), weight, connections: 0, report: 0 };
         weights.iter().enumerate().map(target).collect()
     }
 
-    fn user(at: u64) -> UserName {
-        UserName::new(&format!("user-{at}")).unwrap()
+    /// The owner of that user, where the weights are those of the partitions.
+    fn owner(at: u64, weights: &[u32]) -> Option<NodeIndex> {
+        let names: Vec<_> = (0..weights.len()).map(|at| format!("n{at}")).collect();
+        let members: Vec<_> = names.iter().zip(weights).map(|(name, &weight)| Candidate { name, weight }).collect();
+        let user = UserName::new(&format!("user-{at}")).unwrap();
+        rendezvous::owner(user.partition(), &members).map(|at| NodeIndex(at as u16))
     }
 
     /// A fixed sequence of draws that is as good as random.
@@ -192,21 +198,24 @@ mod tests {
     }
 
     /// How often each is picked for `count` users.
-    fn tally(balancer: &mut Balancer, strategy: Strategy, count: u64) -> BTreeMap<String, u64> {
+    fn tally((balancer, weights): (&mut Balancer, &[u32]), strategy: Strategy, count: u64) -> BTreeMap<u16, u64> {
         let mut picks = BTreeMap::new();
         for at in 0..count {
-            let target = balancer.pick(strategy, &user(at), draw(at)).unwrap();
-            *picks.entry(target.name.clone()).or_default() += 1;
+            let node = balancer.pick(strategy, owner(at, weights), draw(at)).unwrap();
+            *picks.entry(node.0).or_default() += 1;
         }
         picks
     }
 
+    /// Strategies that look at weights of their own.
+    const SPREADING: [Strategy; 3] = [Strategy::LeastConnections, Strategy::WeightedRandom, Strategy::RoundRobin];
+
     #[test]
     fn none_one_and_names() {
         for strategy in Strategy::ALL {
-            assert_eq!(Balancer::default().pick(strategy, &user(1), 5), None);
+            assert_eq!(Balancer::default().pick(strategy, Some(NodeIndex(0)), 5), None);
             for weight in [0, 1, u32::MAX] {
-                assert_eq!(tally(&mut balancer(&[weight]), strategy, 10)["n0"], 10, "{strategy} {weight}");
+                assert_eq!(tally((&mut balancer(&[weight]), &[1]), strategy, 10)[&0], 10, "{strategy} {weight}");
             }
             assert_eq!(strategy.name().parse(), Ok(strategy));
         }
@@ -216,14 +225,25 @@ mod tests {
 
     #[test]
     fn a_zero_weight_keeps_out_unless_all_have_it() {
-        for strategy in Strategy::ALL {
-            assert!(!tally(&mut balancer(&[1, 0, 1]), strategy, 500).contains_key("n1"), "{strategy}");
-            let picks = tally(&mut balancer(&[0, 0, 0]), strategy, 3_000);
+        for strategy in SPREADING {
+            assert!(!tally((&mut balancer(&[1, 0, 1]), &[1]), strategy, 500).contains_key(&1), "{strategy}");
+            let picks = tally((&mut balancer(&[0, 0, 0]), &[1]), strategy, 3_000);
             assert!(
                 picks.len() == 3 && picks.values().all(|count| (800..1_200).contains(count)),
                 "{strategy} {picks:?}"
             );
         }
+    }
+
+    #[test]
+    fn the_owner_is_picked_whatever_its_weight_and_nobody_in_its_place() {
+        let mut balancer = balancer(&[1, 0, 1]);
+        for at in [0, 1, 2] {
+            let owner = Some(NodeIndex(at));
+            assert_eq!(balancer.pick(Strategy::ConsistentHash, owner, 9), owner);
+        }
+        assert_eq!(balancer.pick(Strategy::ConsistentHash, Some(NodeIndex(3)), 9), None, "it takes no clients now");
+        assert_eq!(balancer.pick(Strategy::ConsistentHash, None, 9), None, "nobody owns it");
     }
 
     /// Picks follow weights: exactly where it is no lot, else within five standard deviations of it. The owner of a user
@@ -234,7 +254,7 @@ mod tests {
         for weights in [&[1, 1, 1][..], &[1, 2, 3], &[5, 1], &[1_000, 1_000, 1_000, 1_000]] {
             let total: u32 = weights.iter().sum();
             for strategy in Strategy::ALL {
-                let picks = tally(&mut balancer(weights), strategy, COUNT);
+                let picks = tally((&mut balancer(weights), weights), strategy, COUNT);
                 for (at, weight) in weights.iter().enumerate() {
                     let chance = f64::from(*weight) / f64::from(total);
                     let scatter = |draws: f64| 5.0 * (chance * (1.0 - chance) / draws).sqrt() * COUNT as f64;
@@ -243,7 +263,7 @@ mod tests {
                         Strategy::WeightedRandom => scatter(COUNT as f64),
                         Strategy::ConsistentHash => scatter(COUNT as f64) + scatter(1_024.0),
                     };
-                    let (count, expected) = (picks[&format!("n{at}")] as f64, COUNT as f64 * chance);
+                    let (count, expected) = (picks[&(at as u16)] as f64, COUNT as f64 * chance);
                     assert!(
                         (count - expected).abs() <= allowed,
                         "{strategy} {weights:?}: n{at} {count} not {expected}"
@@ -255,14 +275,12 @@ mod tests {
 
     #[test]
     fn a_user_stays_where_it_was_when_others_come_and_go() {
-        let (mut three, mut four) = (balancer(&[1, 1, 1]), balancer(&[1, 1, 1, 1]));
+        let mut four = balancer(&[1; 4]);
         let mut moved = 0;
         for at in 0..4_000 {
-            let pick = |balancer: &mut Balancer| {
-                balancer.pick(Strategy::ConsistentHash, &user(at), 0).map(|target| target.name.clone()).unwrap()
-            };
-            let (before, after) = (pick(&mut three), pick(&mut four));
-            assert!(before == after || after == "n3", "user {at} moved from {before} to {after}");
+            let mut pick = |nodes: usize| four.pick(Strategy::ConsistentHash, owner(at, &[1; 4][..nodes]), 0).unwrap();
+            let (before, after) = (pick(3), pick(4));
+            assert!(before == after || after.0 == 3, "user {at} moved from {before:?} to {after:?}");
             moved += u64::from(before != after);
         }
         assert!((800..1_200).contains(&moved), "{moved} of 4,000 moved to a fourth node");
@@ -272,15 +290,14 @@ mod tests {
     fn round_robin_takes_turns_evenly_and_goes_on_when_nodes_change() {
         let mut balancer = balancer(&[3, 1]);
         let turns = |count: usize, balancer: &mut Balancer| {
-            let pick = |_| balancer.pick(Strategy::RoundRobin, &user(0), 0).map(|target| target.name.clone()).unwrap();
-            (0..count).map(pick).collect::<Vec<_>>().join(" ")
+            (0..count).map(|_| balancer.pick(Strategy::RoundRobin, None, 0).unwrap().0).collect::<Vec<_>>()
         };
-        assert_eq!(turns(8, &mut balancer), "n0 n0 n1 n0 n0 n0 n1 n0");
+        assert_eq!(turns(8, &mut balancer), [0, 0, 1, 0, 0, 0, 1, 0]);
         // In the middle of a round a third joins: nobody starts from the beginning.
-        assert_eq!(turns(1, &mut balancer), "n0");
+        assert_eq!(turns(1, &mut balancer), [0]);
         balancer.set_targets(targets(&[1, 1, 1]));
-        let next: Vec<_> = turns(3, &mut balancer).split(' ').map(str::to_owned).collect();
-        assert_eq!(next.first().map(String::as_str), Some("n1"), "n0 has just had its turn: {next:?}");
+        let next = turns(3, &mut balancer);
+        assert_eq!(next[0], 1, "n0 has just had its turn: {next:?}");
     }
 
     #[test]
@@ -291,14 +308,21 @@ mod tests {
             node.connections = connections;
         }
         balancer.set_targets(nodes.clone());
-        let picks = tally(&mut balancer, Strategy::LeastConnections, 160);
+        let mut picks = BTreeMap::<u16, u64>::new();
+        for _ in 0..8 {
+            // The same reports again change nothing: who was sent since counts.
+            balancer.set_targets(nodes.clone());
+            for _ in 0..20 {
+                *picks.entry(balancer.pick(Strategy::LeastConnections, None, 0).unwrap().0).or_default() += 1;
+            }
+        }
         // 400 in all over weights of 4: 100, 100, 200.
-        assert_eq!(picks, BTreeMap::from([("n1".to_owned(), 60), ("n2".to_owned(), 100)]));
-        // The next report counts those who came.
+        assert_eq!(picks, BTreeMap::from([(1, 60), (2, 100)]));
+        // The next reports count those who came: none did to n2.
         for (node, connections) in nodes.iter_mut().zip([100, 100, 0]) {
-            node.connections = connections;
+            (node.connections, node.report) = (connections, 1);
         }
         balancer.set_targets(nodes);
-        assert_eq!(tally(&mut balancer, Strategy::LeastConnections, 10)["n2"], 10);
+        assert_eq!(tally((&mut balancer, &[1]), Strategy::LeastConnections, 10)[&2], 10);
     }
 }

@@ -14,7 +14,6 @@ use std::net::SocketAddr;
 
 use ringline_schema::ids::Partition;
 
-use crate::balance::Target;
 use crate::link::hello::Incarnation;
 use crate::placement::NODES_MAX;
 use crate::rendezvous::{self, Candidate};
@@ -160,17 +159,6 @@ impl Membership {
         self.members.get(name)
     }
 
-    /// The nodes that ROUTE may name.
-    pub fn targets(&self) -> Vec<Target> {
-        let up = self.members.iter().filter(|(_, member)| member.standing == Standing::Up);
-        let target = |(name, member): (&String, &Member)| Target {
-            name: name.clone(),
-            weight: member.client_weight,
-            connections: member.connections,
-        };
-        up.map(target).collect()
-    }
-
     /// Compares the links that one core has, by name and address, with those it should have: one to every other node
     /// that is on the list, also to those away, which may come back before any list says so.
     pub fn plan(&self, links: &BTreeMap<String, SocketAddr>) -> Plan {
@@ -286,7 +274,7 @@ mod tests {
         assert_eq!(error, ListError::Replaced { name: "n1".into(), ours: 5, theirs: 6 });
         let many: Vec<_> = (0..=NODES_MAX as u16).map(|at| (at, 1)).collect();
         assert_eq!(membership.update(list(&many)), Err(ListError::TooMany(NODES_MAX + 1)));
-        assert_eq!(membership.targets().len(), 2, "what was known stays");
+        assert!(membership.member("n2").is_some_and(|member| member.standing == Standing::Up), "what was known stays");
     }
 
     #[test]
@@ -298,8 +286,6 @@ mod tests {
             nodes.get_mut("n3").unwrap().standing = Standing::Draining;
             nodes.get_mut("n4").unwrap().weight = 0;
             membership.update(nodes).unwrap();
-            let names: Vec<_> = membership.targets().into_iter().map(|target| target.name).collect();
-            assert_eq!(names, ["n1", "n4"], "a gateway takes clients, who drains or is away takes none");
             ["n1", "n2", "n3", "n4"].map(|name| owned(&membership, name) > 0)
         };
         assert_eq!(of(Placing::Configured), [true, true, true, false]);

@@ -47,6 +47,8 @@ pub enum BootError {
     Listen(SocketAddr, std::io::Error),
     #[error("the admin endpoint cannot listen on {0}: {1}; choose another admin.listen, or leave it empty")]
     AdminListen(SocketAddr, std::io::Error),
+    #[error("routes over HTTP cannot listen on {0}: {1}; choose another cluster.route_listen, or leave it empty")]
+    RouteListen(SocketAddr, std::io::Error),
     #[error("io_uring is not available ({reason}): {advice}")]
     NoRing { reason: String, advice: &'static str },
     #[error("locked memory is limited to {have} bytes, {need} are needed: raise it (ulimit -l, LimitMEMLOCK=)")]

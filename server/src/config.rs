@@ -9,6 +9,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use ringline_cluster::balance::Strategy;
 use ringline_cluster::rendezvous::WEIGHT_MAX;
 use ringline_core::config::DevicePolicy;
 use ringline_schema::ids::UserName;
@@ -109,8 +110,8 @@ impl fmt::Display for Bounds {
                  TOML and a,b elsewhere",
             ),
             Self::Nodes => f.write_str(
-                "a list of nodes: [{ name, peer_address = \"IP:PORT\", client_address = \"HOST:PORT\", weight = 1 }, …] in TOML \
-                 and NAME@PEER_ADDRESS/CLIENT_ADDRESS*WEIGHT,… elsewhere",
+                "a list of nodes: [{ name, peer_address = \"IP:PORT\", client_address = \"HOST:PORT\", weight = 1, \
+                 client_weight = 1 }, …] in TOML and NAME@PEER_ADDRESS/CLIENT_ADDRESS*WEIGHT*CLIENT_WEIGHT,… elsewhere",
             ),
         }
     }
@@ -356,6 +357,8 @@ choices!(LogLevel: LOG_LEVELS = "error" => LogLevel::Error, "warn" => LogLevel::
 choices!(NetKind: NET_KINDS = "auto" => NetKind::Auto, "ring" => NetKind::Ring, "epoll" => NetKind::Epoll);
 choices!(ParkKind: PARK_KINDS = "glommio" => ParkKind::Glommio, "direct" => ParkKind::Direct);
 choices!(ClusterMode: CLUSTER_MODES = "none" => ClusterMode::None, "static" => ClusterMode::Static, "etcd" => ClusterMode::Etcd);
+choices!(Strategy: STRATEGIES = "consistent_hash" => Strategy::ConsistentHash, "round_robin" => Strategy::RoundRobin,
+    "least_connections" => Strategy::LeastConnections, "weighted_random" => Strategy::WeightedRandom);
 choices!(PeerTls: PEER_TLS = "on" => PeerTls::On, "off" => PeerTls::Off);
 choices!(DevicePolicy: DEVICE_POLICIES = "many" => DevicePolicy::Many,
     "one_per_kind" => DevicePolicy::OnePerKind, "one" => DevicePolicy::One);
@@ -518,6 +521,10 @@ settings! {
         "With etcd, this node's part of the partitions, against the weights of the others; 0: a gateway, which owns nothing.";
     cluster_client_weight: u32 = "cluster.client_weight" [""] 1, Bounds::Number(0, WEIGHT_MAX as u64),
         "With etcd, this node's part of the clients that are told where to connect.";
+    cluster_route: Strategy = "cluster.route" [""] Strategy::ConsistentHash, Bounds::Choice(STRATEGIES),
+        "Which node ROUTE names to a client: the one that owns its user, or by another strategy any, which sends it on at LOGIN.";
+    cluster_route_listen: Option<SocketAddr> = "cluster.route_listen" [""] None, Bounds::AddressOrNone,
+        "Where GET /route?user=NAME is answered over HTTP, for clients; empty: nowhere. It tells names and addresses of nodes.";
     cluster_tls: PeerTls = "cluster.tls" [""] PeerTls::On, Bounds::Choice(PEER_TLS),
         "Whether links between nodes are mutual TLS 1.3; off is allowed on loopback only.";
     cluster_ca: String = "cluster.ca" [""] String::new(), Bounds::Text { may_be_empty: true },

@@ -165,8 +165,13 @@ mod tests {
         assert_eq!(advertised(&config, listening), "127.0.0.1:9700");
         config.node_name = "a".into();
         let client_address = "chat-a.example:9700".to_owned();
-        config.cluster_nodes =
-            vec![ClusterNode { name: "a".into(), peer_address: listening, client_address, weight: 1 }];
+        config.cluster_nodes = vec![ClusterNode {
+            name: "a".into(),
+            peer_address: listening,
+            client_address,
+            weight: 1,
+            client_weight: 1,
+        }];
         assert_eq!(advertised(&config, listening), "127.0.0.1:9700", "a list without a cluster says nothing");
         config.cluster_mode = ClusterMode::Static;
         assert_eq!(advertised(&config, listening), "chat-a.example:9700");

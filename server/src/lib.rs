@@ -3,7 +3,7 @@
 //! The way of a byte: [`net`] → [`edge`] → the shard, and back as effects that [`reactor`] performs. Cores speak over
 //! [`lanes`], rung by [`wake`]. [`boot`] checks the machine, [`node`] starts and stops everything, [`config`] is the one
 //! table of keys, [`joined`] makes it one of several, which [`peers`] links by what [`certs`] makes, [`doctor`] explains the
-//! machine, [`admin`] tells what it does.
+//! machine, [`admin`] tells what it does, [`route`] where clients should connect.
 
 #![deny(unsafe_code)]
 
@@ -18,6 +18,7 @@ pub mod config;
 pub mod doctor;
 pub mod edge;
 pub mod etcd;
+pub mod http;
 pub mod joined;
 pub mod lanes;
 pub mod logs;
@@ -27,6 +28,7 @@ pub mod park;
 pub mod peers;
 mod placed;
 pub mod reactor;
+pub mod route;
 pub mod signals;
 pub mod steward;
 pub mod stop;

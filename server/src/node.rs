@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded, never, select, unbounded};
 use glommio::{LocalExecutorBuilder, Placement};
 use ringline_cluster::placement::{CorePlacement, NodeIndex, ShardIndex};
+use ringline_cluster::router::Board;
 use ringline_core::Shard;
 use ringline_core::config::{ClusterConfig, CoreConfig};
 use ringline_schema::codec::{Codec, Encoder};
@@ -31,6 +32,7 @@ use crate::boot::{self, BootError};
 use crate::config::{ClusterMode, Config, StoreKind};
 use crate::doctor;
 use crate::etcd::Lost;
+use crate::http::Endpoint;
 use crate::joined::{self, Joined, LinkSeed, Moving};
 use crate::lanes;
 use crate::net::epoll::EpollNet;
@@ -40,6 +42,7 @@ use crate::park::{ParkKind, Parker};
 use crate::peers::door::Door;
 use crate::placed::Placed;
 use crate::reactor::{CoreReport, Ended, Parts, Reactor};
+use crate::route::{self, Twin};
 use crate::signals::StopSignals;
 use crate::steward::desk::OrdersPort;
 use crate::steward::thread::{self, Endings, Running};
@@ -84,6 +87,7 @@ struct SeedRest {
     peers: Option<LinkSeed>,
     /// `None`: nothing of the cluster changes while it runs.
     orders: Option<OrdersPort>,
+    board: Arc<Board>,
     epoch: Instant,
 }
 
@@ -101,14 +105,9 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
     config.connections_max = boot::fit_clients(&config, cores.len())?;
     let (address, listeners) = boot::listen(config.net_listen, config.net_backlog, cores.len())?;
     tracing::info!("ringline {}, kernel {}, io_uring: {features}", env!("CARGO_PKG_VERSION"), kernel());
-    if config.connections_max < wanted {
-        tracing::warn!(
-            "connections are limited to {} instead of {wanted} by the limit of open files: raise it (ulimit -n)",
-            config.connections_max
-        );
-    }
+    say_if_lowered(config.connections_max, wanted);
     doctor::at_start(&config, &cores, features).iter().for_each(|line| tracing::warn!("{line}"));
-    let admin_listener = config.admin_listen.map(admin::bind).transpose()?;
+    let (admin_listener, route_listener) = (config.admin_listen.map(admin::bind).transpose()?, route::bind(&config)?);
     let net_kind = pick_net(config.net_kind);
     let placed = Placed::check(&config)?;
     let (stores, ownership) = match open_store(&config, cores.len(), signals.asked()) {
@@ -125,8 +124,8 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
 
     let (wakers, ends) = lanes::mesh(cores.len() as u16).map_err(system("the lanes"))?;
     let mut entered = enter_cluster((&config, ownership), &wakers, (address, started))?;
-    let spare = spare_cores(&cores);
-    let options = WorkerOptions { threads, queue: config.workers_queue, cores: spare, verifier };
+    let route = route::settings(&config, entered.cluster.as_ref(), cores.len());
+    let options = WorkerOptions { threads, queue: config.workers_queue, cores: spare_cores(&cores), verifier };
     let handles = workers::start(options, &wakers).map_err(system("the workers"))?;
     let control = Arc::new(Control::new(wakers.clone(), Duration::from_millis(config.server_stop_timeout_ms)));
     let (reports, reports_in) = unbounded();
@@ -137,9 +136,11 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
     for (at, ((((lanes, waker), (workers, worked)), store), (listener, port))) in parts.enumerate() {
         let control = control.clone();
         let reports = reports.clone();
-        let (peers, orders, epoch) = (entered.links.next(), entered.orders.next(), started);
-        let rest = SeedRest { store, lanes, waker, workers, worked, control, reports, port, peers, orders, epoch };
+        let (peers, orders, board, epoch) = (entered.links.next(), entered.orders.next(), route.board.clone(), started);
+        let rest =
+            SeedRest { store, lanes, waker, workers, worked, control, reports, port, peers, orders, board, epoch };
         let core_config = core_config((&config, &entered), (at, cores.len()), address);
+        let core_config = CoreConfig { route: route.clone(), ..core_config };
         let core = cores.get(at).copied().unwrap_or(at);
         let (admission, refusal) = (admission.clone(), refusal());
         let (net, park) = (net_kind, config.net_park);
@@ -148,6 +149,9 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
     drop(reports);
     let facts = Facts { kernel: kernel(), net: net_name(net_kind), cores: cores.clone() };
     let admin = admin_listener.map(|listener| admin::start(listener, desk, facts)).transpose()?;
+    let own = (config.node_name.clone(), joined::advertised(&config, address));
+    let twin = Twin::new(own, entered.cluster.take(), &route, control.clone());
+    let twin = route_listener.map(|listener| twin.serve(listener)).transpose()?;
     let ends = start_cores(seeds)?;
     let (steward, lost) = start_steward(&config, entered.moving.take(), &control)?;
     signals.attach(control);
@@ -156,9 +160,7 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
     if let Some(steward) = steward {
         steward.end();
     }
-    if let Some(admin) = admin {
-        admin.stop();
-    }
+    admin.into_iter().chain(twin).for_each(Endpoint::stop);
     Ok(code)
 }
 
@@ -301,6 +303,14 @@ fn open_auth(config: &Config) -> Result<Arc<Verifier>, BootError> {
         tracing::info!("a new token issuer key was made in {}", config.data_dir.display());
     }
     Ok(Arc::new(Verifier::new(&issuer, &config.auth_public_keys, &config.auth_audience)?))
+}
+
+fn say_if_lowered(connections_max: usize, wanted: usize) {
+    if connections_max < wanted {
+        tracing::warn!(
+            "connections are limited to {connections_max} instead of {wanted} by the limit of open files: raise it (ulimit -n)"
+        );
+    }
 }
 
 /// Settles `auto`: the ring if this kernel can make one.
@@ -459,6 +469,7 @@ fn prepare(seed: Seed) -> std::io::Result<(Reactor, Parker)> {
     let (index, node) = (ShardIndex(config.shard.within()), config.shard.node());
     let now_ms = rest.epoch.elapsed().as_millis() as u64;
     let peers = rest.peers.map(|seed| seed.links(index.0, admission.clone(), now_ms));
+    let peers = peers.map(|peers| peers.with_board(rest.board.clone()));
     let options = NetOptions { listener, admission, refusal };
     let mut net: Box<dyn Net> = match net {
         NetKind::Ring => Box::new(RingNet::new(options)?),
@@ -487,6 +498,7 @@ fn prepare(seed: Seed) -> std::io::Result<(Reactor, Parker)> {
         port: rest.port,
         peers,
         orders: rest.orders,
+        board: rest.board,
         epoch: rest.epoch,
     };
     Ok((Reactor::new(parts), parker))

@@ -92,7 +92,7 @@ mod tests {
 
     fn node(name: &str, weight: u32) -> ClusterNode {
         let (name, client_address) = (name.to_owned(), "127.0.0.1:9700".to_owned());
-        ClusterNode { name, peer_address: "127.0.0.1:9800".parse().unwrap(), client_address, weight }
+        ClusterNode { name, peer_address: "127.0.0.1:9800".parse().unwrap(), client_address, weight, client_weight: 1 }
     }
 
     fn start(config: &Config) -> Result<(), PlacedError> {
@@ -127,8 +127,9 @@ mod tests {
         let alone = alone(folder.path());
         let config = listed(&alone, &[node("b", 1), node("a", 2)]);
         start(&config).unwrap();
-        let moved = ClusterNode { client_address: "elsewhere:1".into(), ..node("a", 2) };
-        start(&listed(&alone, &[moved, node("b", 1)])).expect("order and addresses decide nothing");
+        let moved = ClusterNode { client_address: "elsewhere:1".into(), client_weight: 9, ..node("a", 2) };
+        start(&listed(&alone, &[moved, node("b", 1)]))
+            .expect("order, addresses and weights for clients decide nothing");
 
         let refused = |config: &Config| start(config).unwrap_err().to_string();
         let told = refused(&listed(&alone, &[node("a", 1), node("b", 1)]));

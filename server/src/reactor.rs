@@ -9,6 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, Sender};
 use ringline_cluster::placement::{NodeIndex, ShardIndex};
+use ringline_cluster::router::Board;
 use ringline_core::Shard;
 use ringline_core::event::{
     CloseReason, ConnId, Effect, Effects, Event, NodeNews, Now, ShardMessage, Token, Verdict, Work, WorkOutcome,
@@ -67,6 +68,8 @@ pub struct Parts {
     pub peers: Option<PeerLinks>,
     /// What changes of the cluster while it runs; `None`: nothing does.
     pub orders: Option<OrdersPort>,
+    /// What all of the node go by when they are asked for a route.
+    pub board: Arc<Board>,
     /// The same on all cores: monotonic times are compared between them in logs.
     pub epoch: Instant,
 }
@@ -174,6 +177,7 @@ impl Reactor {
         busy |= self.gather_workers();
         busy |= self.gather_timers();
         busy |= self.gather_peers();
+        self.parts.board.count(self.parts.index.0, self.parts.shard.connections() as u64);
         self.flush() | busy
     }
 
@@ -263,9 +267,13 @@ impl Reactor {
         for event in events.drain(..) {
             match event {
                 PeerEvent::Up { node, shards, incarnation: _ } => {
+                    self.parts.board.set_up(node, true);
                     self.tell(Event::Node { node, news: NodeNews::Up { shards } });
                 }
-                PeerEvent::Down { node } => self.tell(Event::Node { node, news: NodeNews::Down }),
+                PeerEvent::Down { node } => {
+                    self.parts.board.set_up(node, false);
+                    self.tell(Event::Node { node, news: NodeNews::Down });
+                }
                 PeerEvent::Reset { node } => self.tell(Event::Node { node, news: NodeNews::Reset }),
                 PeerEvent::Message { node, from_shard, payload } => match record::decode(&payload) {
                     Ok(message) => self.tell(Event::Shard { from: ShardIndex::new(node, from_shard), message }),

@@ -2,12 +2,11 @@
 
 mod common;
 
-use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::{PATIENCE, Server, run};
+use common::{Server, http, run};
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::Seq;
 use ringline_schema::message::{BodyKind, ChatReply, Class, Fetch, Mentions, Reply, Request, Send};
@@ -22,20 +21,8 @@ fn start(arguments: &[&str]) -> (Server, String) {
     (server, address)
 }
 
-/// Status, head and body of one request on a connection of its own.
-fn ask(address: &str, method: &str, path: &str) -> (u16, String, String) {
-    let mut stream = TcpStream::connect(address).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    write!(stream, "{method} {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n").unwrap();
-    let mut text = String::new();
-    stream.read_to_string(&mut text).unwrap();
-    let (head, body) = text.split_once("\r\n\r\n").expect("a head");
-    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-    (status, head.to_lowercase(), body.to_owned())
-}
-
 fn page(address: &str) -> String {
-    let (status, head, body) = ask(address, "GET", "/metrics");
+    let (status, head, body) = http(address, "GET", "/metrics");
     assert_eq!(status, 200, "{body}");
     assert!(head.contains("content-type: application/openmetrics-text"), "{head}");
     body
@@ -110,18 +97,18 @@ fn a_message_is_counted_once_where_it_belongs() {
 #[test]
 fn it_tells_health_version_and_what_it_does_not_have() {
     let (_server, address) = start(&["--cores", "1", "--set", "store.kind=memory"]);
-    let (status, _, body) = ask(&address, "GET", "/healthz");
+    let (status, _, body) = http(&address, "GET", "/healthz");
     assert_eq!((status, body.as_str()), (200, "ok\n"));
-    let (status, head, body) = ask(&address, "GET", "/version");
+    let (status, head, body) = http(&address, "GET", "/version");
     assert!(status == 200 && head.contains("application/json"), "{head}");
     let json: serde_json::Value = serde_json::from_str(&body).unwrap();
     let version = String::from_utf8(run(&["version"]).stdout).unwrap();
     assert!(version.contains(json["version"].as_str().unwrap()), "{version} {json}");
     assert!(["io_uring", "epoll"].contains(&json["net"].as_str().unwrap()), "{json}");
     assert_eq!(json["cores"].as_array().unwrap().len(), 1);
-    let (status, _, body) = ask(&address, "GET", "/metric");
+    let (status, _, body) = http(&address, "GET", "/metric");
     assert!(status == 404 && body.contains("/metrics"), "{body}");
-    assert_eq!(ask(&address, "POST", "/metrics").0, 405);
+    assert_eq!(http(&address, "POST", "/metrics").0, 405);
 }
 
 #[test]
@@ -251,14 +238,14 @@ fn a_disk_that_fails_under_a_server_is_loud_and_nothing_acknowledged_is_lost() {
             other => panic!("{other:?}"),
         };
     assert_eq!(accepted(&mut ann, 1), Ok(Seq(1)));
-    assert_eq!(ask(&address, "GET", "/healthz").0, 200);
+    assert_eq!(http(&address, "GET", "/healthz").0, 200);
     // From here on every write to a file fails, at once and by name (EFBIG).
     let limited = Command::new("prlimit").args([&format!("--pid={}", server.pid()), "--fsize=1:"]).status().unwrap();
     assert!(limited.success());
     assert_eq!(accepted(&mut ann, 2), Err(ErrorCode::StoreFailed));
     assert_eq!(accepted(&mut ann, 3), Err(ErrorCode::StoreFailed), "for ever");
     server.wait_for_line("the store of this shard stops");
-    let (status, _, body) = ask(&address, "GET", "/healthz");
+    let (status, _, body) = http(&address, "GET", "/healthz");
     assert!(status == 503 && body.contains("its store failed"), "{body}");
     assert_eq!(sum(&page(&address), "ringline_store_failed"), Some(1));
     let answer = ann.request(&send("bob", 4, Class::Transient));

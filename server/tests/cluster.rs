@@ -5,12 +5,11 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
-use common::{PATIENCE, Wire, ringline};
+use common::{PATIENCE, Wire, free_ports, ringline};
 use ringline_client::{Client, DeviceId, Event, Events};
 use ringline_cluster::placement::{ClusterPlacement, CorePlacement, NodeIndex};
 use ringline_schema::errors::ErrorCode;
@@ -26,12 +25,6 @@ struct Cluster {
     clients: Vec<String>,
     children: Vec<Option<Child>>,
     placement: ClusterPlacement,
-}
-
-/// Ports that were free a moment ago.
-fn free_ports(count: usize) -> Vec<u16> {
-    let listeners: Vec<_> = (0..count).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
-    listeners.iter().map(|listener| listener.local_addr().unwrap().port()).collect()
 }
 
 impl Cluster {

@@ -5,12 +5,12 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::Path;
 use std::time::Duration;
 
 use common::sdk::run;
-use common::{PATIENCE, Server, complaint};
+use common::{PATIENCE, Server, complaint, free_ports};
 use ringline_client::{Client, DeviceId, Event, Events};
 
 const NAMES: [&str; 3] = ["a", "b", "c"];
@@ -23,12 +23,6 @@ struct Cluster {
     clients: Vec<String>,
     admins: Vec<String>,
     _folder: tempfile::TempDir,
-}
-
-/// Ports that nobody has now. They are let go before they are used: another process would have to take just these.
-fn ports(count: usize) -> Vec<u16> {
-    let held: Vec<_> = (0..count).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
-    held.iter().map(|listener| listener.local_addr().unwrap().port()).collect()
 }
 
 fn arguments(certs: &Path, nodes: &str, (name, client, admin): (&str, &str, &str)) -> Vec<String> {
@@ -54,7 +48,7 @@ impl Cluster {
         let certs = folder.path().join("certs");
         let made = common::run(&["certs", "init", certs.to_str().unwrap(), "--nodes", &NAMES.join(",")]);
         assert!(made.status.success(), "{made:?}");
-        let ports = ports(9);
+        let ports = free_ports(9);
         let address = |at: usize| format!("127.0.0.1:{}", ports[at]);
         let nodes: Vec<_> =
             NAMES.iter().enumerate().map(|(at, name)| format!("{name}@{}/{}", address(at), address(3 + at))).collect();
@@ -233,7 +227,7 @@ fn strangers_at_the_peer_port_of_a_server_are_refused_and_counted() {
         let made = common::run(&["certs", "init", dir.to_str().unwrap(), "--nodes", "a,b"]);
         assert!(made.status.success(), "{made:?}");
     }
-    let ports = ports(6);
+    let ports = free_ports(6);
     let address = |at: usize| format!("127.0.0.1:{}", ports[at]);
     let nodes = format!("a@{}/{},b@{}/{}", address(0), address(1), address(2), address(3));
     let (a_admin, b_admin) = (address(4), address(5));

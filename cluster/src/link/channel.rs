@@ -28,7 +28,7 @@ pub const OUT_BYTES_MAX: usize = 8 * 1024 * 1024;
 pub const HEADS_MAX: usize = 65_536;
 /// A peer that has said nothing for so long is gone, whatever its socket says.
 pub const SILENCE_MS: u64 = 5_000;
-/// How often a node with nothing to say says so.
+/// How often a node says that it is there, whatever else it says.
 pub const BEAT_MS: u64 = 1_000;
 /// An empty batch has its price too, or many of them would be free.
 const BATCH_OVERHEAD_BYTES: usize = 64;
@@ -58,6 +58,8 @@ pub enum Heard {
     Batch(Bytes),
     /// A batch that was here before: dropped, counted by the caller.
     Again,
+    /// The other side has so many clients.
+    Clients(u64),
     /// Nothing for the caller.
     Nothing,
     /// The other side is about to close.
@@ -110,7 +112,7 @@ pub struct Channel {
     /// What the other side was last told of both.
     told: (u64, u64),
     heard_ms: u64,
-    spoke_ms: u64,
+    beat_ms: u64,
 }
 
 impl Channel {
@@ -130,7 +132,7 @@ impl Channel {
             worked_off_bytes: 0,
             told: (0, WINDOW_BYTES),
             heard_ms: now_ms,
-            spoke_ms: now_ms,
+            beat_ms: now_ms,
         }
     }
 
@@ -189,7 +191,7 @@ impl Channel {
         self.sent = self.last - self.kept.len() as u64;
         // Whatever was told on the old connection may not have arrived.
         self.told = (0, 0);
-        (self.heard_ms, self.spoke_ms) = (now_ms, now_ms);
+        (self.heard_ms, self.beat_ms) = (now_ms, now_ms);
         Ok(())
     }
 
@@ -202,15 +204,20 @@ impl Channel {
     }
 
     /// The next frame to write; `None`: nothing to say now. To be asked until then after everything that was heard, taken or
-    /// worked off, and at [`Channel::next_ms`].
+    /// worked off, and at [`Channel::next_ms`]. How many clients a beat tells of is the caller's to fill in.
     pub fn next_frame(&mut self, now_ms: u64) -> Option<Frame> {
-        let frame = self.due_grant().or_else(|| self.due_batch()).or_else(|| {
-            let silent = now_ms.saturating_sub(self.spoke_ms) >= BEAT_MS;
-            silent.then_some(Frame::Beat)
-        })?;
-        self.spoke_ms = now_ms;
+        let frame = self.due_beat(now_ms).or_else(|| self.due_grant()).or_else(|| self.due_batch())?;
         self.check();
         Some(frame)
+    }
+
+    /// Also while much is said: what a node tells of its clients must not grow old just when it is busy.
+    fn due_beat(&mut self, now_ms: u64) -> Option<Frame> {
+        let due = now_ms.saturating_sub(self.beat_ms) >= BEAT_MS;
+        due.then(|| {
+            self.beat_ms = now_ms;
+            Frame::Beat { clients: 0 }
+        })
     }
 
     fn due_grant(&mut self) -> Option<Frame> {
@@ -249,7 +256,7 @@ impl Channel {
                 self.window_end = self.window_end.max(window_end);
                 Ok(Heard::Nothing)
             }
-            Frame::Beat => Ok(Heard::Nothing),
+            Frame::Beat { clients } => Ok(Heard::Clients(clients)),
             Frame::Bye => Ok(Heard::Bye),
         }
     }
@@ -293,7 +300,7 @@ impl Channel {
 
     /// When to look at the channel again even if nothing happens.
     pub fn next_ms(&self) -> u64 {
-        (self.spoke_ms + BEAT_MS).min(self.heard_ms + SILENCE_MS)
+        (self.beat_ms + BEAT_MS).min(self.heard_ms + SILENCE_MS)
     }
 
     fn check(&self) {

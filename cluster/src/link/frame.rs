@@ -26,8 +26,8 @@ pub enum Frame {
     Batch { number: u64, bytes: Bytes },
     /// Batches up to `number` are taken, and the sender may send until `window_end` bytes have been sent in all.
     Taken { number: u64, window_end: u64 },
-    /// Nothing to say, but alive.
-    Beat,
+    /// Alive, with so many clients, for the ROUTE of the other side.
+    Beat { clients: u64 },
     /// No more will come; the connection can be closed.
     Bye,
 }
@@ -51,7 +51,7 @@ impl Frame {
             Self::Hello(_) => 1,
             Self::Batch { .. } => 2,
             Self::Taken { .. } => 3,
-            Self::Beat => 4,
+            Self::Beat { .. } => 4,
             Self::Bye => 5,
         }
     }
@@ -71,7 +71,8 @@ impl Frame {
                 body.number(*number);
                 body.number(*window_end);
             }
-            Self::Beat | Self::Bye => {}
+            Self::Beat { clients } => body.number(*clients),
+            Self::Bye => {}
         }
         *out = body.0;
         let length = (out.len() - start - HEAD_BYTES) as u32;
@@ -92,7 +93,9 @@ impl Frame {
         Ok(match Self::decode_within(received, HELLO_BYTES_MAX)? {
             None => None,
             Some(Self::Hello(hello)) => Some(hello),
-            Some(Self::Batch { .. } | Self::Taken { .. } | Self::Beat | Self::Bye) => return Err(FrameError::NoHello),
+            Some(Self::Batch { .. } | Self::Taken { .. } | Self::Beat { .. } | Self::Bye) => {
+                return Err(FrameError::NoHello);
+            }
         })
     }
 
@@ -125,7 +128,7 @@ impl Frame {
                 let mut body = Reader(&body);
                 Self::Taken { number: body.number()?, window_end: body.number()? }
             }
-            4 => Self::Beat,
+            4 => Self::Beat { clients: Reader(&body).number()? },
             5 => Self::Bye,
             other => return Err(FrameError::Kind(other)),
         })

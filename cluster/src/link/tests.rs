@@ -111,7 +111,7 @@ impl Pair {
                 own.came += 1;
                 own.given.push_back(bytes);
             }
-            Heard::Again | Heard::Nothing => {}
+            Heard::Again | Heard::Clients(_) | Heard::Nothing => {}
             Heard::Bye => panic!("nobody said it"),
         }
         let waiting: usize = own.given.iter().map(Bytes::len).sum();
@@ -181,7 +181,7 @@ proptest! {
                 protocol: (one as u16, other as u16), cores: 8, core: 3,
                 knows: (other != 0).then_some((Incarnation(other), one)),
             }),
-            3 => Frame::Beat,
+            3 => Frame::Beat { clients: other },
             _ => Frame::Bye,
         };
         let frames: Vec<_> = numbers.iter().map(frame).collect();
@@ -279,11 +279,18 @@ fn silence_is_noticed_and_beats_prevent_it() {
     let mut channel = Channel::new(100);
     assert_eq!(channel.next_frame(100 + BEAT_MS - 1), None);
     assert_eq!(channel.next_ms(), 100 + BEAT_MS);
-    assert_eq!(channel.next_frame(100 + BEAT_MS), Some(Frame::Beat));
+    assert_eq!(channel.next_frame(100 + BEAT_MS), Some(Frame::Beat { clients: 0 }));
     assert_eq!(channel.next_frame(100 + BEAT_MS), None);
     assert!(!channel.is_silent(100 + SILENCE_MS - 1) && channel.is_silent(100 + SILENCE_MS));
-    channel.hear(Frame::Beat, 4_000).unwrap();
+    assert_eq!(channel.hear(Frame::Beat { clients: 7 }, 4_000), Ok(Heard::Clients(7)));
     assert!(!channel.is_silent(100 + SILENCE_MS));
+    // Whatever else there is to say.
+    channel.offer(Bytes::from_static(b"batch")).unwrap();
+    assert!(matches!(channel.next_frame(99 + 2 * BEAT_MS), Some(Frame::Batch { .. })));
+    assert_eq!(channel.next_ms(), 100 + 2 * BEAT_MS);
+    channel.offer(Bytes::from_static(b"batch")).unwrap();
+    assert!(matches!(channel.next_frame(100 + 2 * BEAT_MS), Some(Frame::Beat { .. })));
+    assert!(matches!(channel.next_frame(100 + 2 * BEAT_MS), Some(Frame::Batch { .. })));
 }
 
 /// Behind the grant that opens every connection.
@@ -314,7 +321,7 @@ fn what_came_by_the_old_connection_may_be_acknowledged_on_the_new_one() {
 fn a_stranger_may_only_say_hello() {
     let hello = |received: &[u8]| Frame::decode_hello(&mut BytesMut::from(received));
     let mut beat = Vec::new();
-    Frame::Beat.encode(&mut beat);
+    Frame::Beat { clients: 1 }.encode(&mut beat);
     assert_eq!(hello(&beat), Err(FrameError::NoHello));
     let large = (HELLO_BYTES_MAX as u32 + 1).to_le_bytes();
     let large = [&large[..], &[1, 0, 0, 0]].concat();

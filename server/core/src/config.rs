@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use ringline_cluster::balance::Strategy;
 use ringline_cluster::placement::{ClusterPlacement, CorePlacement, ShardIndex};
+use ringline_cluster::router::Board;
 use ringline_schema::ids::UserName;
 use ringline_schema::limits;
 
@@ -50,6 +52,14 @@ impl Lease {
     }
 }
 
+/// How ROUTE is answered in a cluster.
+#[derive(Clone, Debug, Default)]
+pub struct RouteConfig {
+    pub strategy: Strategy,
+    /// Weights of the nodes for clients, and how many each has.
+    pub board: Arc<Board>,
+}
+
 /// Settings of a shard.
 #[derive(Clone, Debug)]
 pub struct CoreConfig {
@@ -59,6 +69,7 @@ pub struct CoreConfig {
     pub cluster: Option<ClusterConfig>,
     /// `None`: what this node owns is its own whatever happens.
     pub lease: Option<Lease>,
+    pub route: RouteConfig,
     /// This node's name and client address, for ROUTE.
     pub node: String,
     pub address: String,
@@ -103,6 +114,7 @@ impl CoreConfig {
             placement,
             cluster: None,
             lease: None,
+            route: RouteConfig::default(),
             node: "ringline".to_owned(),
             address: "127.0.0.1:9700".to_owned(),
             frame_bytes_max: limits::FRAME_BYTES_MAX,

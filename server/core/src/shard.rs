@@ -6,6 +6,7 @@ use bytes::BytesMut;
 use foldhash::fast::FixedState;
 use lru::LruCache;
 use ringline_cluster::placement::ShardIndex;
+use ringline_cluster::router::Router;
 use ringline_schema::codec::{Codec, PlainSend};
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::frame::Flags;
@@ -108,6 +109,7 @@ pub struct Shard {
     pub(crate) nodes: Option<Box<Nodes>>,
     /// `None`: what this node owns is its own whatever happens.
     pub(crate) lease: Option<Box<Leased>>,
+    pub(crate) router: Router,
     pub(crate) questions: HashMap<Token, Question, FixedState>,
     pub(crate) next_token: u64,
 
@@ -177,6 +179,7 @@ impl Shard {
             lanes_blocked: vec![false; lanes],
             nodes: config.cluster.as_ref().map(|cluster| Box::new(Nodes::new(cluster))),
             lease: config.lease.clone().map(|lease| Box::new(Leased::new(lease))),
+            router: Router::new(config.route.strategy, config.route.board.clone(), hash_seed),
             questions: HashMap::with_hasher(hasher.clone()),
             next_token: 0,
             online: Online::new(&hasher),
@@ -691,6 +694,11 @@ impl Shard {
 
     pub fn counters(&self) -> &Counters {
         &self.sessions.counters
+    }
+
+    /// Connections of clients, logged in or not.
+    pub fn connections(&self) -> usize {
+        self.sessions.len()
     }
 
     /// How much there is of what comes and goes. Cheap: nothing is walked.

@@ -1,5 +1,5 @@
 //! The admin endpoint: metrics, health and version over HTTP, for people and for Prometheus. Owned by a thread of its
-//! own, which has a small async runtime and no timer while nobody asks.
+//! own ([`http`]).
 //!
 //! Nothing on the way of a message is shared with it: it asks each core for a [`snapshot`] when it is itself asked, and
 //! [`metrics`] makes the text. Bounded: at most [`CONNECTIONS_MAX`] clients at once, the next waits to be accepted; one
@@ -9,24 +9,19 @@ pub mod metrics;
 pub mod snapshot;
 
 use std::net::{SocketAddr, TcpListener};
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
-use std::thread::JoinHandle;
-use std::{io, thread};
 
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
-use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::Mutex;
 
 use self::metrics::Scrape;
 use self::snapshot::{Answer, Desk};
 use crate::boot::BootError;
+use crate::http::{self, Bounds, Endpoint};
 
 /// Clients served at once.
 pub const CONNECTIONS_MAX: usize = 32;
@@ -43,55 +38,22 @@ pub struct Facts {
     pub cores: Vec<usize>,
 }
 
-/// The running endpoint.
-#[derive(Debug)]
-pub struct Admin {
-    stop: oneshot::Sender<()>,
-    thread: JoinHandle<()>,
-}
-
-impl Admin {
-    /// Closes it, with whatever is being answered.
-    pub fn stop(self) {
-        // Gone already only if its thread panicked, which the join ignores too: the node is ending anyway.
-        let _ = self.stop.send(());
-        let _ = self.thread.join();
-    }
-}
-
 /// Takes the address. Errors: [`BootError::AdminListen`].
 pub fn bind(address: SocketAddr) -> Result<TcpListener, BootError> {
-    let refused = |error| BootError::AdminListen(address, error);
-    let listener = TcpListener::bind(address).map_err(refused)?;
-    listener.set_nonblocking(true).map_err(refused)?;
-    Ok(listener)
+    http::bind(address).map_err(|error| BootError::AdminListen(address, error))
 }
 
 /// Starts the thread. Errors: [`BootError::System`].
-pub fn start(listener: TcpListener, desk: Desk, facts: Facts) -> Result<Admin, BootError> {
+pub fn start(listener: TcpListener, desk: Desk, facts: Facts) -> Result<Endpoint, BootError> {
     let failed = |error| BootError::System { what: "the admin endpoint", error };
     let address = listener.local_addr().map_err(failed)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build().map_err(failed)?;
-    let listener = {
-        let _inside = runtime.enter();
-        tokio::net::TcpListener::from_std(listener).map_err(failed)?
-    };
     if !address.ip().is_loopback() {
         tracing::warn!("admin.listen {address} can be reached from outside this machine, and asks for no password");
     }
     tracing::info!("metrics on http://{address}/metrics");
-    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let site = Arc::new(Site { desk: Mutex::new(desk), facts });
-    let (stop, stopped) = oneshot::channel();
-    let run = move || {
-        runtime.block_on(async move {
-            // It never ends by itself; what is left of it goes with the runtime.
-            tokio::spawn(axum::serve(Bounded { listener, places }, router(site)).into_future());
-            let _ = stopped.await;
-        });
-    };
-    let thread = thread::Builder::new().name("admin".into()).spawn(run).map_err(failed)?;
-    Ok(Admin { stop, thread })
+    let bounds = Bounds { clients_max: CONNECTIONS_MAX, life: None };
+    http::start("admin", listener, router(site), bounds).map_err(failed)
 }
 
 /// What the routes share.
@@ -160,55 +122,6 @@ async fn cluster_page(State(site): State<Arc<Site>>) -> Response {
     });
     let json = serde_json::json!({ "links": links.collect::<Vec<_>>() });
     ([(header::CONTENT_TYPE, "application/json")], format!("{json}\n")).into_response()
-}
-
-/// A listener that accepts only as many as may be served at once.
-struct Bounded {
-    listener: tokio::net::TcpListener,
-    places: Arc<Semaphore>,
-}
-
-impl axum::serve::Listener for Bounded {
-    type Io = Placed;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (Placed, SocketAddr) {
-        // The semaphore is never closed; were it, the bound would be the backlog's.
-        let place = self.places.clone().acquire_owned().await.ok();
-        // Tells of errors and waits where it must (no descriptors).
-        let (stream, address) = axum::serve::Listener::accept(&mut self.listener).await;
-        (Placed { stream, _place: place }, address)
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.listener.local_addr()
-    }
-}
-
-/// A client and its place, given back when it goes.
-struct Placed {
-    stream: TcpStream,
-    _place: Option<OwnedSemaphorePermit>,
-}
-
-impl AsyncRead for Placed {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
-    }
-}
-
-impl AsyncWrite for Placed {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
 }
 
 #[cfg(test)]

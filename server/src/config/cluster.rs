@@ -6,6 +6,7 @@
 
 use std::net::SocketAddr;
 
+use ringline_cluster::balance::Strategy;
 use ringline_cluster::placement::NODES_MAX;
 use ringline_cluster::rendezvous::WEIGHT_MAX;
 
@@ -41,6 +42,8 @@ pub struct ClusterNode {
     pub client_address: String,
     /// Its part of the partitions; 0: a gateway, which owns nothing.
     pub weight: u32,
+    /// Its part of the clients, where `cluster.route` goes by weights; 0: none, unless all have it.
+    pub client_weight: u32,
 }
 
 /// Why the keys do not make a cluster. Each is one line.
@@ -61,19 +64,23 @@ pub enum ClusterError {
     SameAddress { one: String, other: String, address: String },
     #[error("cluster.nodes: {address:?} of {name:?} is no client address, HOST:PORT")]
     ClientAddress { name: String, address: String },
-    #[error("cluster.nodes: {name:?} has weight {weight}, where {WEIGHT_MAX} is the most")]
+    #[error("cluster.nodes: {name:?} has weight or client_weight {weight}, where {WEIGHT_MAX} is the most")]
     Weight { name: String, weight: u32 },
     #[error("cluster.nodes does not list this node, node.name = {0:?}")]
     OwnNameMissing(String),
     #[error("cluster.nodes: every weight is 0, so nobody would own anything")]
     NoWeight,
+    #[error(
+        "{key} needs cluster.mode = \"static\": with etcd ROUTE names the node that owns the user, and has no HTTP twin yet"
+    )]
+    RouteOfEtcd { key: &'static str },
     #[error("{key} is empty: with cluster.tls = \"on\" it names a PEM file; `ringline certs init` makes them")]
     NoFile { key: &'static str },
     #[error("cluster.tls = \"off\" with {address}, which is not on loopback: everybody there could pose as a node")]
     NotLoopback { address: SocketAddr },
 }
 
-/// In TOML a list of tables; elsewhere `NAME@PEER_ADDRESS/CLIENT_ADDRESS*WEIGHT,…`, the weight 1 when left out.
+/// In TOML a list of tables; elsewhere `NAME@PEER_ADDRESS/CLIENT_ADDRESS*WEIGHT*CLIENT_WEIGHT,…`, a weight 1 when left out.
 impl Setting for Vec<ClusterNode> {
     fn parse(text: &str, _: Bounds) -> Option<Self> {
         let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
@@ -82,9 +89,10 @@ impl Setting for Vec<ClusterNode> {
 
     fn to_toml(&self) -> String {
         let table = |node: &ClusterNode| {
-            let ClusterNode { name, peer_address, client_address, weight } = node;
+            let ClusterNode { name, peer_address, client_address, weight, client_weight } = node;
             let (name, peer, client) = (quoted(name), quoted(&peer_address.to_string()), quoted(client_address));
-            format!("{{ name = {name}, peer_address = {peer}, client_address = {client}, weight = {weight} }}")
+            let weights = format!("weight = {weight}, client_weight = {client_weight}");
+            format!("{{ name = {name}, peer_address = {peer}, client_address = {client}, {weights} }}")
         };
         format!("[{}]", self.iter().map(table).collect::<Vec<_>>().join(", "))
     }
@@ -98,24 +106,31 @@ impl Setting for Vec<ClusterNode> {
 fn parse_node(text: &str) -> Option<ClusterNode> {
     let (name, rest) = text.split_once('@')?;
     let (peer, rest) = rest.split_once('/')?;
-    let (client, weight) = rest.split_once('*').unwrap_or((rest, "1"));
-    let (peer_address, weight) = (peer.parse().ok()?, weight.parse().ok()?);
-    Some(ClusterNode { name: name.to_owned(), peer_address, client_address: client.to_owned(), weight })
+    let (client, weights) = rest.split_once('*').unwrap_or((rest, "1"));
+    let (weight, client_weight) = weights.split_once('*').unwrap_or((weights, "1"));
+    let (peer_address, weight, client_weight) = (peer.parse().ok()?, weight.parse().ok()?, client_weight.parse().ok()?);
+    let (name, client_address) = (name.to_owned(), client.to_owned());
+    Some(ClusterNode { name, peer_address, client_address, weight, client_weight })
 }
 
 fn node_text(table: &toml::Table) -> Option<String> {
-    const KEYS: [&str; 4] = ["name", "peer_address", "client_address", "weight"];
+    const KEYS: [&str; 5] = ["name", "peer_address", "client_address", "weight", "client_weight"];
     let text = |key: &str| table.get(key)?.as_str().filter(|text| !text.contains([',', '@', '/', '*']));
-    let weight = table.get("weight").map_or(Some(1), toml::Value::as_integer)?;
+    let number = |key: &str| table.get(key).map_or(Some(1), toml::Value::as_integer);
+    let (weight, client_weight) = (number("weight")?, number("client_weight")?);
     let known = table.keys().all(|key| KEYS.contains(&key.as_str()));
-    known.then_some(format!("{}@{}/{}*{weight}", text("name")?, text("peer_address")?, text("client_address")?))
+    let (name, peer, client) = (text("name")?, text("peer_address")?, text("client_address")?);
+    known.then_some(format!("{name}@{peer}/{client}*{weight}*{client_weight}"))
 }
 
 /// Checks what the keys say together. Nothing is looked at without a cluster.
 pub(super) fn check(config: &Config) -> Result<(), ClusterError> {
     match config.cluster_mode {
         ClusterMode::None => return Ok(()),
-        ClusterMode::Etcd => return check_tls(config),
+        ClusterMode::Etcd => {
+            check_route(config)?;
+            return check_tls(config);
+        }
         ClusterMode::Static => {}
     }
     let nodes = &config.cluster_nodes;
@@ -140,12 +155,23 @@ pub(super) fn check(config: &Config) -> Result<(), ClusterError> {
     check_tls(config)
 }
 
+/// What ROUTE goes by comes from the list of the configuration so far, and a cluster of etcd has none.
+fn check_route(config: &Config) -> Result<(), ClusterError> {
+    if config.cluster_route_listen.is_some() {
+        return Err(ClusterError::RouteOfEtcd { key: "cluster.route_listen" });
+    }
+    if config.cluster_route != Strategy::ConsistentHash {
+        return Err(ClusterError::RouteOfEtcd { key: "cluster.route" });
+    }
+    Ok(())
+}
+
 fn check_node(node: &ClusterNode) -> Result<(), ClusterError> {
     if !is_node_name(&node.name) {
         return Err(ClusterError::BadName(node.name.clone()));
     }
-    if node.weight > WEIGHT_MAX {
-        return Err(ClusterError::Weight { name: node.name.clone(), weight: node.weight });
+    if let Some(weight) = [node.weight, node.client_weight].into_iter().find(|weight| *weight > WEIGHT_MAX) {
+        return Err(ClusterError::Weight { name: node.name.clone(), weight });
     }
     let port = node.client_address.rsplit_once(':').filter(|(host, _)| !host.is_empty());
     match port.and_then(|(_, port)| port.parse::<u16>().ok()) {
@@ -214,7 +240,7 @@ mod tests {
 
     const TWO: &str = r#"
         { name = "a", peer_address = "127.0.0.1:9801", client_address = "127.0.0.1:9701" },
-        { name = "b", peer_address = "127.0.0.1:9802", client_address = "chat-b.example:9700", weight = 3 },
+        { name = "b", peer_address = "127.0.0.1:9802", client_address = "chat-b.example:9700", weight = 3, client_weight = 0 },
     "#;
 
     fn parse(rest: &str, nodes: &str) -> Result<Config, ConfigError> {
@@ -234,17 +260,34 @@ mod tests {
         let config = parse("tls = \"off\"", TWO).unwrap();
         let [a, b] = &config.cluster_nodes[..] else { panic!("{:?}", config.cluster_nodes) };
         assert_eq!((a.name.as_str(), a.weight, b.weight), ("a", 1, 3));
+        assert_eq!((a.client_weight, b.client_weight), (1, 0));
         assert_eq!((b.peer_address.port(), b.client_address.as_str()), (9802, "chat-b.example:9700"));
         let printed = config.get("cluster.nodes").unwrap();
         let inner = printed.trim_start_matches('[').trim_end_matches(']');
         assert_eq!(parse("tls = \"off\"", inner).unwrap().cluster_nodes, config.cluster_nodes);
-        let text = "a@127.0.0.1:9801/127.0.0.1:9701, b@127.0.0.1:9802/chat-b.example:9700*3";
+        let text = "a@127.0.0.1:9801/127.0.0.1:9701, b@127.0.0.1:9802/chat-b.example:9700*3*0";
         assert_eq!(Vec::<ClusterNode>::parse(text, Bounds::Nodes), Some(config.cluster_nodes));
-        for bad in ["a", "a@x/y", "a@127.0.0.1:1", "a@127.0.0.1:1/b:2*x"] {
+        for bad in ["a", "a@x/y", "a@127.0.0.1:1", "a@127.0.0.1:1/b:2*x", "a@127.0.0.1:1/b:2*1*x"] {
             assert_eq!(Vec::<ClusterNode>::parse(bad, Bounds::Nodes), None, "{bad}");
         }
         let odd = r#"{ name = "a", peer_address = "127.0.0.1:1", client_address = "b:2", colour = "red" }"#;
         assert!(matches!(parse("", odd), Err(ConfigError::BadValue { key: "cluster.nodes", .. })));
+    }
+
+    #[test]
+    fn routes_of_a_cluster_of_etcd_go_by_owner() {
+        let text = |line: &str| {
+            let node = "[node]\nname = \"a\"\n[net]\nlisten = \"127.0.0.1:1\"\n[store]\nkind = \"postgres\"\n";
+            let cluster = "[cluster]\nmode = \"etcd\"\ntls = \"off\"\nlisten = \"127.0.0.1:2\"\n";
+            format!("{node}[postgres]\nurl = \"postgres://x/y\"\n{cluster}{line}\n")
+        };
+        let refused = |line: &str| match Config::parse(&text(line)) {
+            Err(ConfigError::Cluster(ClusterError::RouteOfEtcd { key })) => Some(key),
+            other => other.map(|_| None).unwrap(),
+        };
+        assert_eq!(refused("route = \"round_robin\""), Some("cluster.route"));
+        assert_eq!(refused("route_listen = \"127.0.0.1:1\""), Some("cluster.route_listen"));
+        assert_eq!(refused("route = \"consistent_hash\""), None);
     }
 
     #[test]
@@ -260,6 +303,8 @@ mod tests {
         assert_eq!(refused(&(node("a", 1, 0) + &node("b", 2, 0))), ClusterError::NoWeight);
         assert!(matches!(refused(&(node("a", 1, 1) + &node("b", 1, 1))), ClusterError::SameAddress { .. }));
         assert!(matches!(refused(&node("a", 1, 1_001)), ClusterError::Weight { weight: 1_001, .. }));
+        let heavy = r#"{ name = "a", peer_address = "127.0.0.1:1", client_address = "c:1", client_weight = 1001 }"#;
+        assert!(matches!(refused(heavy), ClusterError::Weight { weight: 1_001, .. }));
         for name in ["A", "1a", "a-", "a_b", "a.b", &"a".repeat(64)] {
             assert_eq!(refused(&node(name, 1, 1)), ClusterError::BadName(name.into()));
         }

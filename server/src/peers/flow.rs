@@ -94,6 +94,7 @@ impl PeerLinks {
             };
             match link.line.channel_mut().hear(frame, now_ms) {
                 Ok(Heard::Nothing) => {}
+                Ok(Heard::Clients(clients)) => self.board.report(link.node, clients),
                 Ok(Heard::Again) => self.counters.batches_again += 1,
                 Ok(Heard::Batch(bytes)) => {
                     self.counters.batches_received += 1;
@@ -219,8 +220,13 @@ impl PeerLinks {
             {
                 frames.clear();
                 while frames.len() < SEND_BYTES_MAX
-                    && let Some(frame) = link.line.channel_mut().next_frame(now_ms)
+                    && let Some(mut frame) = link.line.channel_mut().next_frame(now_ms)
                 {
+                    if let Frame::Beat { clients } = &mut frame {
+                        *clients = self.board.clients();
+                        // As old as what the others know, so that all are compared alike.
+                        self.board.report(self.roster.own(), *clients);
+                    }
                     frame.encode(&mut frames);
                 }
                 own.wire.write(&frames);

@@ -34,6 +34,7 @@ use ringline_cluster::link::hello::{Hello, Incarnation, is_dialled_by_the_right_
 use ringline_cluster::link::line::{Line, Process, Sender, Told};
 use ringline_cluster::link::{batch, frame};
 use ringline_cluster::placement::NodeIndex;
+use ringline_cluster::router::Board;
 use ringline_core::event::ConnId;
 
 use self::conn::Conn;
@@ -167,6 +168,8 @@ impl PeerSnapshot {
 /// See the module.
 pub struct PeerLinks {
     roster: Arc<Roster>,
+    /// Where it is put up how many clients nodes have.
+    board: Arc<Board>,
     shard: u16,
     admission: Arc<Admission>,
     arrivals: Arrivals,
@@ -200,6 +203,7 @@ impl PeerLinks {
     ) -> Self {
         let mut links = Self {
             roster,
+            board: Arc::default(),
             shard,
             admission,
             arrivals,
@@ -254,6 +258,11 @@ impl PeerLinks {
             let right = is_dialled_by_the_right_one(self.roster.own_name(), &other.name);
             self.links.push(Link::new((node, self.shard), Line::new((true, right), now_ms)));
         }
+    }
+
+    /// With the board of this node.
+    pub fn with_board(self, board: Arc<Board>) -> Self {
+        Self { board, ..self }
     }
 
     /// Puts a message into the next flush. `from_shard` and `to_shard` count within their nodes.

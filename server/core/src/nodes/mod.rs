@@ -25,13 +25,14 @@ mod moves;
 pub mod reads;
 pub mod record;
 pub(crate) mod resync;
+mod route;
 pub(crate) mod veil;
 
 use std::collections::{BTreeMap, VecDeque};
 
 use ringline_cluster::placement::{ClusterPlacement, CorePlacement, NOBODY, NODES_MAX, NodeIndex, ShardIndex};
 use ringline_schema::errors::ErrorCode;
-use ringline_schema::ids::{ConversationId, Partition, UserName};
+use ringline_schema::ids::{ConversationId, Partition};
 use ringline_schema::message::Reply;
 
 use crate::config::ClusterConfig;
@@ -293,19 +294,6 @@ impl Shard {
             None => self.sessions.fail(conn, request_id, ErrorCode::Unavailable, fx),
         }
         Some(Verdict::Continue)
-    }
-
-    /// Answers a ROUTE with the node that the user lives on.
-    pub(crate) fn route(&mut self, conn: ConnId, request_id: u32, user: &str, fx: &mut Effects) {
-        let home = UserName::of_user(user).ok().zip(self.nodes.as_ref()).and_then(|(user, nodes)| {
-            let node = nodes.placement.owner_of(user.partition())?;
-            nodes.peer(node).filter(|_| node != nodes.placement.own())
-        });
-        let (node, address) = match home {
-            Some(peer) => (&peer.name, &peer.address),
-            None => (&self.config.node, &self.config.address),
-        };
-        self.sessions.answer(conn, request_id, &Reply::RouteOk { node, address }, fx);
     }
 
     /// Sends something to a shard of another node, or deals with it as lost.

@@ -144,7 +144,7 @@ fn strangers_are_refused_and_counted_by_their_reason() {
             (Reason::Protocol, "b", Frame::Hello(Hello { protocol: (9, 9), ..hello("b") })),
             (Reason::OldIncarnation, "b", Frame::Hello(Hello { incarnation: Incarnation(0), ..hello("b") })),
             (Reason::Core, "b", Frame::Hello(Hello { core: 1, ..hello("b") })),
-            (Reason::Garbage, "b", Frame::Beat),
+            (Reason::Garbage, "b", Frame::Beat { clients: 1 }),
         ];
         for (reason, node, frame) in cases {
             // 0 is no incarnation, so that hello can't even be read.
