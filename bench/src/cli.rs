@@ -16,6 +16,7 @@ use crate::compare::cli::Contest;
 use crate::crowd::{Crowd, CrowdArgs};
 use crate::idle::IdleArgs;
 use crate::intervals;
+use crate::place::{Pairs, settle};
 use crate::plan::{Pace, Plan, Scenario, Slow, names};
 use crate::search::SearchArgs;
 use crate::stamp::STAMP_BYTES;
@@ -88,9 +89,10 @@ pub struct FleetArgs {
     /// Generator threads, dealt round the cores [default: one a core]
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
-    /// Address and port of the server [default: 127.0.0.1:9700; idle starts a server of its own]
-    #[arg(long, value_name = "ADDRESS:PORT")]
-    pub target: Option<SocketAddr>,
+    /// Address and port of the server, for run of the nodes of a cluster, with commas [default: 127.0.0.1:9700; idle starts a
+    /// server of its own]
+    #[arg(long, value_name = "ADDRESS:PORT", value_delimiter = ',')]
+    pub target: Vec<SocketAddr>,
     /// The server's issuer key (Ed25519, PKCS#8 PEM), which it writes into its data folder [default:
     /// ./ringline-data/issuer.pem]
     #[arg(long, value_name = "FILE")]
@@ -137,6 +139,9 @@ pub struct RunArgs {
     /// Transient messages that are answered only when they are refused; needs an open loop
     #[arg(long)]
     pub no_reply: bool,
+    /// Scenario pair, with several targets: whether the two of a pair live on one node
+    #[arg(long, value_enum, default_value = "any")]
+    pub pairs: Pairs,
     #[command(flatten)]
     pub pace: PaceArgs,
     #[command(flatten)]
@@ -277,7 +282,22 @@ pub(crate) fn parse_seconds(text: &str) -> Result<f64, String> {
 impl FleetArgs {
     /// The server that was named, or the one at its default address.
     pub fn target(&self) -> SocketAddr {
-        self.target.unwrap_or(DEFAULT_TARGET)
+        self.target.first().copied().unwrap_or(DEFAULT_TARGET)
+    }
+
+    /// All that were named, or the one at its default address.
+    pub fn targets(&self) -> Vec<SocketAddr> {
+        if self.target.is_empty() { vec![DEFAULT_TARGET] } else { self.target.clone() }
+    }
+
+    /// For what measures one server.
+    pub fn check_single(&self) -> Result<(), Failure> {
+        match self.target.len() {
+            0 | 1 => Ok(()),
+            _ => {
+                Err(Failure::Usage("--target: only run of a plain scenario takes several, and no --search".to_owned()))
+            }
+        }
     }
 
     /// The file of the server's key.
@@ -362,8 +382,33 @@ impl RunArgs {
                 None => class == Class::Durable,
             },
             names: self.fleet.names(clients)?,
+            homes: Vec::new(),
         };
         plan.pace = self.pace(plan.senders())?;
+        self.check_pairs(scenario)?;
+        Ok(plan)
+    }
+
+    fn check_pairs(&self, scenario: Scenario) -> Result<(), Failure> {
+        let several = self.fleet.target.len() > 1;
+        if self.pairs != Pairs::Any && (scenario != Scenario::Pair || !several) {
+            return Err(Failure::Usage("--pairs needs --scenario pair and several --target".to_owned()));
+        }
+        if several && (self.fleet.server_pid.is_some() || self.metrics.is_some()) {
+            return Err(Failure::Usage(
+                "--server-pid and --metrics are of one server, --target names several".to_owned(),
+            ));
+        }
+        Ok(())
+    }
+
+    /// The plan, with every client at the node that its user lives on.
+    pub fn placed_plan(&self) -> Result<Plan, Failure> {
+        let (mut plan, targets) = (self.plan()?, self.fleet.targets());
+        if targets.len() > 1 {
+            let homes = settle(&targets, &self.fleet.user_prefix, (self.clients, self.pairs))?;
+            (plan.names, plan.homes) = (homes.names, homes.at);
+        }
         Ok(plan)
     }
 
@@ -430,6 +475,13 @@ mod tests {
         assert!(matches!(clients("3", "pair"), Err(Failure::Usage(_))));
         assert!(matches!(clients("1", "random"), Err(Failure::Usage(_))));
         assert_eq!(clients("3", "random"), Ok(3));
+        let usage = |more: &[&str]| matches!(run_args(more).unwrap().plan(), Err(Failure::Usage(_)));
+        let two = ["--target", "127.0.0.1:1,127.0.0.1:2"];
+        assert!(!usage(&[&two[..], &["--scenario", "pair", "--pairs", "across"]].concat()));
+        assert!(!usage(&[&two[..], &["--scenario", "random"]].concat()));
+        assert!(usage(&[&two[..], &["--scenario", "self", "--pairs", "within"]].concat()));
+        assert!(usage(&[&two[..], &["--scenario", "pair", "--server-pid", "1"]].concat()));
+        assert!(usage(&["--scenario", "pair", "--pairs", "within"]));
         let bad_name = run_args(&["--scenario", "self", "--user-prefix", " x"]).unwrap();
         assert!(matches!(bad_name.plan(), Err(Failure::Usage(_))));
     }

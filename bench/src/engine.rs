@@ -122,8 +122,18 @@ pub struct Share {
     pub plan: Arc<Plan>,
     /// The tokens of all clients.
     pub tokens: Arc<Vec<String>>,
+    /// To the first target, and to the others.
     pub sources: Sources,
+    pub further: Vec<Sources>,
     pub shared: Arc<Shared>,
+}
+
+impl Share {
+    /// How a client reaches its node.
+    fn sources(&self, client: u32) -> Sources {
+        let further = self.plan.home(client).checked_sub(1).and_then(|at| self.further.get(at));
+        further.copied().unwrap_or(self.sources)
+    }
 }
 
 enum Stage {
@@ -262,23 +272,23 @@ impl Engine {
             }
             // Before the connection: the kernel must not read on behalf of who is to read slowly.
             let buffer_bytes = self.share.plan.reads_slowly(index).then_some(SLOW_BUFFER_BYTES);
-            match self.share.sources.connect(index, buffer_bytes) {
+            match self.share.sources(index).connect(index, buffer_bytes) {
                 Ok(stream) => {
                     let added = epoll::add(&self.epoll, &stream, EventData::new_u64(slot as u64), EventFlags::OUT);
                     link.stage = Stage::Connecting(stream);
                     if let Err(error) = added {
-                        return self.connect_failed(&error.into());
+                        return self.connect_failed(index, &error.into());
                     }
                 }
-                Err(error) => return self.connect_failed(&error),
+                Err(error) => return self.connect_failed(index, &error),
             }
             self.next_connect += 1;
             self.logins_in_flight += 1;
         }
     }
 
-    fn connect_failed(&self, error: &io::Error) {
-        let target = self.share.sources.target();
+    fn connect_failed(&self, client: u32, error: &io::Error) {
+        let target = self.share.sources(client).target();
         self.share.shared.fail(match error.kind() {
             ErrorKind::ConnectionRefused => format!("no server at {target}: connection refused"),
             ErrorKind::AddrNotAvailable => format!(
@@ -293,6 +303,7 @@ impl Engine {
         let Some(link) = self.links.get_mut(slot) else { return };
         let stage = std::mem::replace(&mut link.stage, Stage::Closed);
         let Stage::Connecting(stream) = stage else { return };
+        let client = link.peer.index();
         let ready = match stream.take_error() {
             Ok(None) => interest(&self.epoll, &stream, (slot, EventFlags::IN)),
             Ok(Some(error)) | Err(error) => Err(error),
@@ -300,7 +311,7 @@ impl Engine {
         link.stage = Stage::LoggingIn(stream);
         match ready {
             Ok(()) => self.login(slot),
-            Err(error) => self.connect_failed(&error),
+            Err(error) => self.connect_failed(client, &error),
         }
     }
 

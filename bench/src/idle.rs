@@ -116,7 +116,8 @@ impl IdleArgs {
             let why = "--steps: two numbers of clients at least, each larger than the one before";
             return Err(Failure::Usage(why.to_owned()));
         }
-        if self.fleet.target.is_none() && self.fleet.issuer_key.is_some() {
+        self.fleet.check_single()?;
+        if self.fleet.target.is_empty() && self.fleet.issuer_key.is_some() {
             return Err(Failure::Usage("--issuer-key is that of a --target: name it too".to_owned()));
         }
         Ok(())
@@ -136,6 +137,7 @@ impl IdleArgs {
             client_seq_base: 1,
             ack_cursors: false,
             names: self.fleet.names(self.clients())?,
+            homes: Vec::new(),
         })
     }
 
@@ -165,7 +167,7 @@ impl IdleArgs {
 
     fn fleet_of(&self, server: &Running) -> FleetArgs {
         FleetArgs {
-            target: Some(server.target),
+            target: vec![server.target],
             issuer_key: Some(server.issuer_key()),
             server_pid: Some(server.pid),
             ..self.fleet.clone()
@@ -176,9 +178,10 @@ impl IdleArgs {
 /// Logs the clients in, step by step, and holds them.
 pub fn idle(args: &IdleArgs) -> Result<IdleReport, Failure> {
     args.check()?;
-    let (own, fleet_args) = match args.fleet.target {
-        Some(_) => (None, args.fleet.clone()),
-        None => args.own_server().map(|(server, fleet)| (Some(server), fleet))?,
+    let (own, fleet_args) = if args.fleet.target.is_empty() {
+        args.own_server().map(|(server, fleet)| (Some(server), fleet))?
+    } else {
+        (None, args.fleet.clone())
     };
     let server = fleet_args.server();
     let machine = Machine::here(fleet_args.target(), server);

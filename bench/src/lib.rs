@@ -31,6 +31,7 @@ pub mod launch;
 pub mod metrics;
 mod observed;
 pub mod peer;
+pub mod place;
 pub mod plan;
 pub mod report;
 pub mod run;

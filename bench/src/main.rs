@@ -17,21 +17,23 @@ const EXIT_USAGE: u8 = 2;
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Command::Run(args) if args.search.search => search_and_report(&args),
+        Command::Run(args) if args.search.search => args.fleet.check_single().and_then(|()| search_and_report(&args)),
         Command::Run(args) => match args.scenario {
             AnyScenario::Plain(_) => run_and_report(&args),
-            AnyScenario::Crowd(kind) => crowd::run(&args, kind).and_then(|report| {
-                print!("{}", report.table());
-                write_json(args.json.as_deref(), &report)?;
-                Ok(report.clean())
-            }),
+            AnyScenario::Crowd(kind) => {
+                args.fleet.check_single().and_then(|()| crowd::run(&args, kind)).and_then(|report| {
+                    print!("{}", report.table());
+                    write_json(args.json.as_deref(), &report)?;
+                    Ok(report.clean())
+                })
+            }
         },
         Command::Idle(args) => idle::idle(&args).and_then(|report| {
             print!("{}", report.table());
             write_json(args.json.as_deref(), &report)?;
             Ok(report.clean())
         }),
-        Command::Storm(args) => storm::storm(&args).and_then(|report| {
+        Command::Storm(args) => args.fleet.check_single().and_then(|()| storm::storm(&args)).and_then(|report| {
             print!("{}", report.table());
             write_json(args.json.as_deref(), &report)?;
             Ok(report.clean())

@@ -82,6 +82,8 @@ pub struct Plan {
     pub ack_cursors: bool,
     /// User names, one a client.
     pub names: Vec<String>,
+    /// The number of the target that each lives on; empty: there is one.
+    pub homes: Vec<u16>,
 }
 
 impl Plan {
@@ -130,6 +132,11 @@ impl Plan {
         }
     }
 
+    /// The number of the target that a client lives on.
+    pub fn home(&self, client: u32) -> usize {
+        self.homes.get(client as usize).map_or(0, |home| usize::from(*home))
+    }
+
     /// The user name of a client; empty for an index that is no client.
     pub fn name(&self, client: u32) -> &str {
         self.names.get(client as usize).map_or("", String::as_str)
@@ -151,7 +158,12 @@ impl Plan {
 
 /// User names `PREFIX-000001`, `PREFIX-000002`, …
 pub fn names(prefix: &str, clients: u32) -> Vec<String> {
-    (1..=clients).map(|number| format!("{prefix}-{number:06}")).collect()
+    (1..=clients).map(|number| name(prefix, number)).collect()
+}
+
+/// One of them.
+pub(crate) fn name(prefix: &str, number: u32) -> String {
+    format!("{prefix}-{number:06}")
 }
 
 /// The finalizer of splitmix64: a well-mixed number for every number.
@@ -222,6 +234,7 @@ pub(crate) mod tests {
             client_seq_base: 1_000,
             ack_cursors: true,
             names: names("bench", clients),
+            homes: Vec::new(),
         }
     }
 

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::net::SocketAddr;
 use std::time::SystemTime;
 
 use hdrhistogram::Histogram;
@@ -40,6 +41,36 @@ pub struct Measured {
     pub points: Vec<Point>,
     /// By the server's metrics page.
     pub told: Told,
+    /// The servers.
+    pub targets: Vec<SocketAddr>,
+}
+
+/// One of several targets.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct NodeUse {
+    pub target: SocketAddr,
+    /// That live on it.
+    pub clients: usize,
+    /// Used inside the measured window; at its end.
+    pub cpu_s: Option<f64>,
+    pub rss_bytes: Option<u64>,
+}
+
+/// Of several targets what each has used.
+fn node_uses(plan: &Plan, targets: &[SocketAddr], [before, after]: [&Samples; 2]) -> Vec<NodeUse> {
+    if targets.len() < 2 {
+        return Vec::new();
+    }
+    let mut uses = Vec::new();
+    for (at, (target, (before, after))) in targets.iter().zip(before.nodes.iter().zip(&after.nodes)).enumerate() {
+        uses.push(NodeUse {
+            target: *target,
+            clients: plan.homes.iter().filter(|home| usize::from(**home) == at).count(),
+            cpu_s: before.zip(*after).map(|(before, after)| after.cpu_s - before.cpu_s),
+            rss_bytes: after.map(|sample| sample.rss_bytes),
+        });
+    }
+    uses
 }
 
 /// What the pages and logs are drawn from and the JSON object has no room for.
@@ -116,6 +147,9 @@ pub struct Report {
     /// Used by the server inside the measured window; at its end.
     pub server_cpu_s: Option<f64>,
     pub server_rss_bytes: Option<u64>,
+    /// With several targets, of each; what is said of the server is said of all together.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub nodes: Vec<NodeUse>,
     /// Used by the generator's process inside the measured window.
     pub generator_cpu_s: Option<f64>,
     /// What the server's metrics page counted in the window.
@@ -134,8 +168,9 @@ pub struct Report {
 impl Report {
     /// `samples` are those of the start and the end of the measured window.
     pub fn new(plan: &Plan, measured: Measured, samples: [Samples; 2], machine: Machine) -> Self {
-        let Measured { tally, verdict, connect_s, seconds, since, points, told } = measured;
-        let [before, after] = samples;
+        let Measured { tally, verdict, connect_s, seconds, since, points, told, targets } = measured;
+        let [before, after] = &samples;
+        let nodes = node_uses(plan, &targets, [before, after]);
         let per_s = |count: u64| per_s_of(count as f64, seconds);
         let server_cpu_s = before.server.zip(after.server).map(|(before, after)| after.cpu_s - before.cpu_s);
         let (window, rate, lag) = match plan.pace {
@@ -175,11 +210,12 @@ impl Report {
             generator_lag_us: lag,
             server_cpu_s,
             server_rss_bytes: after.server.map(|sample| sample.rss_bytes),
+            nodes,
             generator_cpu_s,
             server_metrics: told,
             commit: env!("RINGLINE_COMMIT"),
             invalid_because,
-            notes: notes(&tally, &verdict, samples, seconds),
+            notes: notes(&tally, &verdict, &samples, seconds),
             detail: Detail {
                 since,
                 ack_us: tally.ack_us,
@@ -239,6 +275,10 @@ impl Report {
         }
         for (name, value) in &self.notes {
             row(name, value.clone());
+        }
+        for NodeUse { target, clients, cpu_s, .. } in &self.nodes {
+            let cpu = cpu_s.map_or("not found".to_owned(), |cpu_s| cpu_share(cpu_s, self.seconds));
+            row(&format!("node {target}"), format!("{cpu}, {clients} clients"));
         }
         rows.extend(self.server_metrics.rows(self.seconds));
         rows
@@ -309,7 +349,11 @@ fn durability(class: Class) -> &'static str {
     }
 }
 
-fn notes(tally: &Tally, verdict: &Verdict, samples: [Samples; 2], seconds: f64) -> Vec<(&'static str, String)> {
+fn cpu_share(cpu_s: f64, seconds: f64) -> String {
+    format!("{cpu_s:.2} s ({:.0} % of a core)", 100.0 * cpu_s / seconds)
+}
+
+fn notes(tally: &Tally, verdict: &Verdict, samples: &[Samples; 2], seconds: f64) -> Vec<(&'static str, String)> {
     let [before, after] = samples;
     let mut notes = Vec::new();
     let counts = [
@@ -320,7 +364,7 @@ fn notes(tally: &Tally, verdict: &Verdict, samples: [Samples; 2], seconds: f64) 
         ("unread by slow readers", verdict.unread),
     ];
     notes.extend(counts.into_iter().filter(|&(_, count)| count > 0).map(|(name, count)| (name, count.to_string())));
-    let share = |cpu_s: f64| format!("{cpu_s:.2} s ({:.0} % of a core)", 100.0 * cpu_s / seconds);
+    let share = |cpu_s| cpu_share(cpu_s, seconds);
     match before.server.zip(after.server) {
         Some((before, after)) => {
             notes.push(("server CPU", share(after.cpu_s - before.cpu_s)));
@@ -382,7 +426,7 @@ pub(crate) mod tests {
         let machine = machine();
         let samples = [1.0, 3.5].map(|cpu_s| {
             let sample = Some(Sample { cpu_s, rss_bytes: 1 << 20, ..Sample::default() });
-            Samples { server: sample, generator: sample }
+            Samples { server: sample, nodes: vec![sample], generator: sample }
         });
         let point = |step: u32| Point {
             at_s: f64::from(step) * 0.25,
@@ -394,7 +438,9 @@ pub(crate) mod tests {
         };
         let points = (0..9).map(point).collect();
         let since = SystemTime::UNIX_EPOCH;
-        let measured = Measured { tally, verdict, connect_s: 0.5, seconds: 2.0, since, points, told: told() };
+        let targets = vec![SocketAddr::from(([127, 0, 0, 1], 9_700))];
+        let (connect_s, seconds, told) = (0.5, 2.0, told());
+        let measured = Measured { tally, verdict, connect_s, seconds, since, points, told, targets };
         Report::new(&plan(Scenario::Pair, pace, 4), measured, samples, machine)
     }
 
@@ -479,5 +525,20 @@ pub(crate) mod tests {
         ] {
             assert!(text.contains(part), "{part} is missing in\n{text}");
         }
+    }
+
+    #[test]
+    fn several_targets_have_a_row_each() {
+        let mut plan = plan(Scenario::Pair, Pace::Closed { window: 1 }, 4);
+        plan.homes = vec![0, 1, 0, 0];
+        let targets = [1, 2].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
+        let sample = |cpu_s| Some(Sample { cpu_s, rss_bytes: 7, ..Sample::default() });
+        let before = Samples { nodes: vec![sample(1.0), sample(2.0)], ..Samples::default() };
+        let after = Samples { nodes: vec![sample(2.5), None], ..Samples::default() };
+        let uses = node_uses(&plan, &targets, [&before, &after]);
+        let one = NodeUse { target: targets[0], clients: 3, cpu_s: Some(1.5), rss_bytes: Some(7) };
+        let other = NodeUse { target: targets[1], clients: 1, cpu_s: None, rss_bytes: None };
+        assert_eq!(uses, [one, other]);
+        assert_eq!(node_uses(&plan, &targets[..1], [&before, &after]), []);
     }
 }

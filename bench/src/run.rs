@@ -40,7 +40,7 @@ const NS_PER_S: f64 = 1e9;
 /// A whole run. The report says whether it was clean; an error means that there is none.
 pub fn run(args: &RunArgs) -> Result<Report, Failure> {
     let machine = Machine::here(args.fleet.target(), args.fleet.server());
-    let plan = Arc::new(args.plan()?);
+    let plan = Arc::new(args.placed_plan()?);
     let mut fleet = Fleet::launch(&args.fleet, &plan)?;
     let start_ns = fleet.shared.now_ns() + START_DELAY_NS;
     let measure_from_ns = start_ns + nanoseconds(args.warmup);
@@ -60,7 +60,8 @@ pub fn run(args: &RunArgs) -> Result<Report, Failure> {
     let desk = fleet.finish()?;
     let (verdict, seconds) = (desk.ledger.verdict(), args.duration);
     let told = Told::between(page_before, page_after);
-    let measured = Measured { verdict, tally: desk.tally, connect_s, seconds, since, points, told };
+    let targets = args.fleet.targets();
+    let measured = Measured { verdict, tally: desk.tally, connect_s, seconds, since, points, told, targets };
     Ok(Report::new(&plan, measured, [before, after], machine))
 }
 
@@ -110,9 +111,12 @@ fn nanoseconds(seconds: f64) -> u64 {
 }
 
 /// CPU time and memory at one moment.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Samples {
+    /// Of all targets together.
     pub server: Option<Sample>,
+    /// Of each.
+    pub nodes: Vec<Option<Sample>>,
     pub generator: Option<Sample>,
 }
 
@@ -121,13 +125,21 @@ impl FleetArgs {
     pub(crate) fn server(&self) -> Option<u32> {
         self.server_pid.or_else(|| server_process::listening_on(self.target().port()))
     }
+
+    /// The processes of all targets.
+    fn servers(&self) -> Vec<Option<u32>> {
+        match self.targets()[..] {
+            [] | [_] => vec![self.server()],
+            ref several => several.iter().map(|target| server_process::listening_on(target.port())).collect(),
+        }
+    }
 }
 
 /// The threads of a run. They end when it is dropped.
 pub(crate) struct Fleet {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<Desk>>,
-    server: Option<u32>,
+    servers: Vec<Option<u32>>,
     bar: ProgressBar,
     /// From the first connect to the last login.
     connect_s: f64,
@@ -152,18 +164,19 @@ impl Fleet {
         let tokens = Arc::new(Issuer::load(&args.issuer_key())?.tokens(&plan.names)?);
         raise_file_limit(u64::from(plan.clients()) + FILES_EXTRA)?;
         let bar = if args.no_progress { ProgressBar::hidden() } else { ProgressBar::new(u64::from(plan.clients())) };
-        let server = args.server();
+        let servers = args.servers();
         if let Some(&first) = cores.first() {
             core_affinity::set_for_current(core_affinity::CoreId { id: first });
         }
         let shared = Arc::new(Shared::new(threads));
         shared.admit(admitted);
         let mut fleet =
-            Self { shared, threads: Vec::new(), server, bar, connect_s: 0.0, series: Series::new(Timeline::NEVER) };
+            Self { shared, threads: Vec::new(), servers, bar, connect_s: 0.0, series: Series::new(Timeline::NEVER) };
         let sources = Sources::to(args.target());
+        let further: Vec<_> = args.targets().into_iter().skip(1).map(Sources::to).collect();
         for (thread, core) in cores.into_iter().take(threads).enumerate() {
             let (plan, tokens, shared) = (Arc::clone(plan), Arc::clone(&tokens), Arc::clone(&fleet.shared));
-            let share = Share { thread, threads, plan, tokens, sources, shared };
+            let share = Share { thread, threads, plan, tokens, sources, further: further.clone(), shared };
             fleet.threads.push(spawn(share, core)?);
         }
         Ok(fleet)
@@ -280,7 +293,9 @@ impl Fleet {
 
     fn samples(&self) -> Samples {
         let generator = server_process::sample(std::process::id());
-        Samples { server: self.server.and_then(server_process::sample), generator }
+        let nodes: Vec<_> = self.servers.iter().map(|server| server.and_then(server_process::sample)).collect();
+        let server = nodes.iter().copied().reduce(|sum, node| Some(sum?.plus(node?))).flatten();
+        Samples { server, nodes, generator }
     }
 
     /// Stops the threads and adds up what they counted.

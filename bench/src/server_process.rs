@@ -22,6 +22,17 @@ pub struct Sample {
     pub rss_anon_bytes: u64,
 }
 
+impl Sample {
+    /// What two processes have used.
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            cpu_s: self.cpu_s + other.cpu_s,
+            rss_bytes: self.rss_bytes + other.rss_bytes,
+            rss_anon_bytes: self.rss_anon_bytes + other.rss_anon_bytes,
+        }
+    }
+}
+
 /// What the kernel of this machine holds, in bytes; all processes together. `None`: it does not say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct KernelMemory {
