@@ -118,19 +118,21 @@ ticks() { local sum=0 pid; for pid in "${pids[@]}"; do sum=$((sum + $(awk '{ pri
 link_bytes() {
   local at
   for at in $(seq 0 $((nodes - 1))); do curl -sf "http://$(admin "$at")/metrics"; done |
-    awk '$1 ~ /^ringline_peer_bytes_sent_total/ { sum += $2 } END { printf "%d", sum }'
+    awk '$1 ~ /^ringline_peer_sent_bytes_total/ { sum += $2; found = 1 } END { if (!found) exit 1; printf "%d", sum }'
 }
 
 idle() {
   local before after bytes calls=-
   sleep 3
-  bytes=$(link_bytes) before=$(ticks)
+  bytes=$(link_bytes) || { echo "the nodes tell nothing of their links" >&2; exit 1; }
+  before=$(ticks)
   if perf stat -x, -e raw_syscalls:sys_enter -p "$(IFS=,; echo "${pids[*]}")" -o "$folder/perf" -- sleep "$idle_s" 2>/dev/null; then
     calls=$(awk -F, -v seconds="$idle_s" -v nodes="$nodes" '/sys_enter/ { printf "%.0f", $1 / seconds / nodes }' "$folder/perf")
   else
     sleep "$idle_s"
   fi
-  after=$(ticks) bytes=$(($(link_bytes) - bytes))
+  after=$(ticks)
+  bytes=$(($(link_bytes) - bytes))
   awk -v ticks=$((after - before)) -v hertz="$(getconf CLK_TCK)" -v seconds="$idle_s" -v bytes="$bytes" -v calls="$calls" -v nodes="$nodes" \
     'BEGIN { printf "%d nodes idle for %d s, each: %.3f %% of a core, %s system calls/s, %.0f bytes/s sent on links\n", nodes, seconds,
       100 * ticks / hertz / seconds / nodes, calls, bytes / seconds / nodes }'
