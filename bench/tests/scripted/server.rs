@@ -189,8 +189,8 @@ impl Connection {
             }
             Request::Send(send) => self.on_send((id, frame.header.flags != Flags::NO_REPLY), &send),
             Request::Group { group, act: GroupAct::Create { .. } | GroupAct::Join { .. } } => {
-                let members = lock(&self.state).groups.get(group).cloned().unwrap_or_default();
-                lock(&self.state).groups.insert(group.to_owned(), [members, vec![self.user.clone()]].concat());
+                // In one step: members join side by side.
+                lock(&self.state).groups.entry(group.to_owned()).or_default().push(self.user.clone());
                 let (conversation, seq) = (conversation(&self.user, group), Seq(1));
                 self.answer(id, &Reply::Group(GroupReply::Ok { conversation, seq, standing: None }));
             }
