@@ -20,12 +20,14 @@ struct Entry {
     reports: AtomicU64,
     weight: AtomicU32,
     up: AtomicBool,
+    leaving: AtomicBool,
 }
 
 impl Default for Entry {
     fn default() -> Self {
-        let (clients, reports, up) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
-        Self { clients, reports, weight: AtomicU32::new(1), up }
+        let (clients, reports) = (AtomicU64::new(0), AtomicU64::new(0));
+        let (up, leaving) = (AtomicBool::new(false), AtomicBool::new(false));
+        Self { clients, reports, weight: AtomicU32::new(1), up, leaving }
     }
 }
 
@@ -80,6 +82,22 @@ impl Board {
         self.entry(node).is_some_and(|entry| entry.up.load(Ordering::Relaxed))
     }
 
+    /// Whether a node gives away what it owns: it still serves its users, and gets no other clients.
+    pub fn set_leaving(&self, node: NodeIndex, leaving: bool) {
+        if let Some(entry) = self.entry(node) {
+            entry.leaving.store(leaving, Ordering::Relaxed);
+        }
+    }
+
+    fn is_leaving(&self, node: NodeIndex) -> bool {
+        self.entry(node).is_some_and(|entry| entry.leaving.load(Ordering::Relaxed))
+    }
+
+    /// Clients of another node, as it told last.
+    pub fn clients_of(&self, node: NodeIndex) -> u64 {
+        self.entry(node).map_or(0, |entry| entry.clients.load(Ordering::Relaxed))
+    }
+
     /// A node has told how many clients it has.
     pub fn report(&self, node: NodeIndex, clients: u64) {
         if let Some(entry) = self.entry(node) {
@@ -128,7 +146,12 @@ impl Router {
     /// The node for a client. `owner`: of its user; `None` when the user is not named, or nobody owns it. `open`: the nodes
     /// that take clients now. `None` when there is none, or the owner is not among them where it counts.
     pub fn pick(&mut self, owner: Option<NodeIndex>, open: &mut dyn Iterator<Item = NodeIndex>) -> Option<NodeIndex> {
-        self.balancer.set_targets(open.filter_map(|node| self.board.target(node)).collect());
+        let open: Vec<NodeIndex> = open.collect();
+        let staying: Vec<NodeIndex> = open.iter().copied().filter(|node| !self.board.is_leaving(*node)).collect();
+        // The owner of a user serves it to the end; and where all leave, anybody is better than nobody.
+        let all = self.strategy == Strategy::ConsistentHash || staying.is_empty();
+        let named = if all { open } else { staying };
+        self.balancer.set_targets(named.into_iter().filter_map(|node| self.board.target(node)).collect());
         self.drawn += 1;
         let draw = xxh3_64_with_seed(&self.drawn.to_le_bytes(), self.seed);
         self.balancer.pick(self.strategy, owner, draw)
@@ -179,6 +202,20 @@ mod tests {
     }
 
     #[test]
+    fn who_leaves_is_named_for_its_users_alone() {
+        let board = Arc::new(Board::new(1));
+        board.set_leaving(NODES[1], true);
+        let mut turns = Router::new(Strategy::RoundRobin, Arc::clone(&board), 7);
+        assert_eq!(picks(&mut turns, 10), [5, 0, 5]);
+        let mut owners = Router::new(Strategy::ConsistentHash, Arc::clone(&board), 7);
+        assert_eq!(owners.pick(Some(NODES[1]), &mut NODES.into_iter()), Some(NODES[1]));
+        [NODES[0], NODES[2]].iter().for_each(|node| board.set_leaving(*node, true));
+        assert_eq!(picks(&mut turns, 9), [3; 3], "all leave");
+        board.set_leaving(NODES[1], false);
+        assert_eq!(picks(&mut turns, 9), [0, 9, 0]);
+    }
+
+    #[test]
     fn clients_of_the_cores_add_up_and_a_number_that_is_no_node_is_nobody() {
         let board = Board::new(2);
         board.count(0, 3);
@@ -189,6 +226,8 @@ mod tests {
         let far = NodeIndex(NODES_MAX as u16);
         board.set_up(far, true);
         board.report(far, 9);
+        board.report(NODES[2], 5);
+        assert_eq!((board.clients_of(NODES[2]), board.clients_of(far)), (5, 0));
         assert!(!board.is_up(far) && !board.is_up(NODES[1]));
         board.set_up(NODES[1], true);
         assert!(board.is_up(NODES[1]));

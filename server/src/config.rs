@@ -534,7 +534,17 @@ settings! {
     cluster_key: String = "cluster.key" [""] String::new(), Bounds::Text { may_be_empty: true },
         "PEM file of the key of this node's certificate.";
     etcd_endpoints: Vec<String> = "etcd.endpoints" [""] vec!["http://127.0.0.1:2379".to_owned()], Bounds::List,
-        "The servers of etcd, http://HOST:PORT each; without TLS or password: keep them in a net of their own.";
+        "The servers of etcd, http://HOST:PORT or https://HOST:PORT each.";
+    etcd_ca: String = "etcd.ca" [""] String::new(), Bounds::Text { may_be_empty: true },
+        "PEM file of who signed the certificates of etcd, for https:// endpoints.";
+    etcd_cert: String = "etcd.cert" [""] String::new(), Bounds::Text { may_be_empty: true },
+        "PEM file of the certificate that etcd is shown, where it asks for one; with etcd.key.";
+    etcd_key: String = "etcd.key" [""] String::new(), Bounds::Text { may_be_empty: true },
+        "PEM file of the key of etcd.cert.";
+    etcd_username: String = "etcd.username" [""] String::new(), Bounds::Text { may_be_empty: true },
+        "User of etcd, where it has such; it needs to read and write what begins with etcd.prefix.";
+    etcd_password_file: String = "etcd.password_file" [""] String::new(), Bounds::Text { may_be_empty: true },
+        "File whose first line is the password of etcd.username; read anew for each token.";
     etcd_prefix: String = "etcd.prefix" [""] "/ringline".to_owned(), ANY,
         "What all keys of this cluster in etcd begin with: a / first and none last.";
     etcd_timeout_ms: u64 = "etcd.timeout_ms" ["ms"] 2_000, Bounds::Number(100, 3_000),

@@ -23,6 +23,7 @@ use crate::peers::PeerLinks;
 use crate::peers::door::{self, Arrivals, Door};
 use crate::peers::roster::{Roster, RosterError, identity_of};
 use crate::steward::desk::{self, OrdersPort};
+use crate::steward::view::Watching;
 use crate::steward::{Own, StewardParts};
 use crate::wake::Waker;
 
@@ -45,6 +46,8 @@ pub struct Moving {
     pub lease: Lease,
     /// One a core.
     pub ports: Vec<OrdersPort>,
+    /// For who only wants to know.
+    pub watching: Watching,
 }
 
 /// What a core makes its links of.
@@ -75,6 +78,11 @@ pub fn join_moving(
     let placement = ClusterPlacement::moving(number, cores);
     let placement = placement.ok_or_else(|| RosterError::TooMany(name.clone(), number.0))?;
     let etcd = config.etcd().map_err(ConfigError::from)?;
+    if let Some(endpoint) = etcd.open_login() {
+        tracing::warn!(
+            "the password of etcd.username is sent to {endpoint} so that it can be read on the way: use https://"
+        );
+    }
     let listen = config.cluster_listen.ok_or(ConfigError::from(EtcdKeyError::NoListen))?;
     let bound = door::bind(listen).map_err(|error| BootError::PeerListen(listen, error))?;
     let (door, arrivals) = door::open(bound, wakers).map_err(|error| BootError::PeerListen(listen, error))?;
@@ -104,12 +112,15 @@ pub fn join_moving(
     let (desk, ports) = desk::desk(wakers, &bell);
     let lease = Lease::new(0);
     let clock = LeaseClock::new(epoch, lease.clone());
-    let (entry, _) = changing::channel(Entry { member, start, number });
+    let (entry, _) = changing::channel(Entry { member, start, number, owned: Some(0) });
     let seeds = arrivals.into_iter().map(|arrivals| LinkSeed { roster: roster.clone(), arrivals }).collect();
     let own = Own { name, number, start };
-    let parts = StewardParts { own, etcd, registry: ownership, clock, desk, roster, entry };
+    let (view, watching) = changing::channel(Arc::default());
+    let watching = Watching { view: watching, clock: clock.clone(), own: number };
+    let board = Arc::default();
+    let parts = StewardParts { own, etcd, registry: ownership, clock, desk, roster, entry, board, view };
     let config = ClusterConfig { placement, nodes: Vec::new() };
-    Ok(Joined { config, seeds, door, moving: Some(Moving { parts, bell, lease, ports }) })
+    Ok(Joined { config, seeds, door, moving: Some(Moving { parts, bell, lease, ports, watching }) })
 }
 
 /// Reads certificates, takes an incarnation and opens the port for other nodes; `None`: the node is alone.

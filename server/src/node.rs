@@ -26,7 +26,7 @@ use ringline_store::postgres::{self, Ownership, PostgresStore};
 use ringline_store::{Store, memory};
 
 use crate::admin::snapshot::SnapshotPort;
-use crate::admin::{self, Facts};
+use crate::admin::{self, Facts, Nodes};
 use crate::auth::{Issuer, Verifier};
 use crate::boot::{self, BootError};
 use crate::config::{ClusterMode, Config, StoreKind};
@@ -42,10 +42,12 @@ use crate::park::{ParkKind, Parker};
 use crate::peers::door::Door;
 use crate::placed::Placed;
 use crate::reactor::{CoreReport, Ended, Parts, Reactor};
-use crate::route::{self, Twin};
+use crate::route::{self, Owners, Twin};
 use crate::signals::StopSignals;
+use crate::steward::StewardParts;
 use crate::steward::desk::OrdersPort;
 use crate::steward::thread::{self, Endings, Running};
+use crate::steward::view::Watching;
 use crate::stop::Control;
 use crate::wake::Waker;
 use crate::workers::{self, WorkerOptions};
@@ -147,13 +149,15 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
         seeds.push(Seed { core, net, park, config: core_config, listener, admission, refusal, rest });
     }
     drop(reports);
-    let facts = Facts { kernel: kernel(), net: net_name(net_kind), cores: cores.clone() };
+    let nodes = entered.watching().map(|watching| Nodes { watching, board: route.board.clone() });
+    let facts = Facts { kernel: kernel(), net: net_name(net_kind), cores: cores.clone(), nodes };
     let admin = admin_listener.map(|listener| admin::start(listener, desk, facts)).transpose()?;
     let own = (config.node_name.clone(), joined::advertised(&config, address));
-    let twin = Twin::new(own, entered.cluster.take(), &route, control.clone());
+    let owners = Owners::of(entered.cluster.take(), entered.watching());
+    let twin = Twin::new(own, owners, &route, control.clone());
     let twin = route_listener.map(|listener| twin.serve(listener)).transpose()?;
     let ends = start_cores(seeds)?;
-    let (steward, lost) = start_steward(&config, entered.moving.take(), &control)?;
+    let (steward, lost) = start_steward(&config, (entered.moving.take(), &route.board), &control)?;
     signals.attach(control);
     tracing::info!("ready on {address} in {} ms", started.elapsed().as_millis());
     let code = wait(&reports_in, (&ends, &lost), cores.len());
@@ -190,6 +194,13 @@ struct Entered {
     _door: Option<Door>,
 }
 
+impl Entered {
+    /// For who only wants to know what comes and goes.
+    fn watching(&self) -> Option<Watching> {
+        self.moving.as_ref().map(|moving| moving.watching.clone())
+    }
+}
+
 fn enter_cluster(
     (config, ownership): (&Config, Option<Ownership>),
     wakers: &[Arc<Waker>],
@@ -213,13 +224,14 @@ type Opened = (Vec<Box<dyn Store + Send>>, Option<Ownership>);
 /// Starts the side thread of a cluster of etcd; the other end tells when this start may not go on.
 fn start_steward(
     config: &Config,
-    moving: Option<Moving>,
+    (moving, board): (Option<Moving>, &Arc<Board>),
     control: &Arc<Control>,
 ) -> Result<(Option<Running>, Receiver<Lost>), BootError> {
     let Some(Moving { parts, bell, .. }) = moving else { return Ok((None, never())) };
     let (lost, lost_in) = unbounded();
     let drain_timeout = Duration::from_millis(config.server_stop_timeout_ms);
     let endings = Endings { control: control.clone(), drain_timeout, lost };
+    let parts = StewardParts { board: board.clone(), ..parts };
     let running = thread::start(parts, bell, endings).map_err(system("the side thread of the cluster"))?;
     Ok((Some(running), lost_in))
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use common::PATIENCE;
 use common::etcd::{Etcd, free_port};
+use ringline::etcd::access::Access;
 use ringline::etcd::entry::{Entry, Listing};
 use ringline::etcd::lease::{LeaseClock, RegisterError};
 use ringline::etcd::{Directory, EtcdOptions, Keeper, Lost, watch};
@@ -22,7 +23,7 @@ use tokio::task::JoinHandle;
 
 fn options(endpoints: &[String]) -> EtcdOptions {
     let endpoints = endpoints.iter().map(|text| text.parse().unwrap()).collect();
-    EtcdOptions { endpoints, prefix: "/test".into(), timeout: Duration::from_secs(2) }
+    EtcdOptions { endpoints, prefix: "/test".into(), timeout: Duration::from_secs(2), access: Access::default() }
 }
 
 fn entry(number: u16, start: i64) -> Entry {
@@ -35,7 +36,7 @@ fn entry(number: u16, start: i64) -> Entry {
         connections: 0,
         standing: Standing::Up,
     };
-    Entry { member, start: Start(start), number: NodeIndex(number) }
+    Entry { member, start: Start(start), number: NodeIndex(number), owned: Some(0) }
 }
 
 fn clock() -> LeaseClock {

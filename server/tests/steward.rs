@@ -10,17 +10,22 @@ use std::time::{Duration, Instant};
 
 use common::PATIENCE;
 use common::etcd::Etcd;
-use ringline::etcd::entry::Entry;
+use ringline::etcd::access::Access;
+use ringline::etcd::drains::Drains;
+use ringline::etcd::entry::{Entry, Listing};
 use ringline::etcd::lease::LeaseClock;
-use ringline::etcd::{EtcdOptions, Keeper, Lost, watch};
+use ringline::etcd::{Directory, EtcdOptions, Keeper, Lost, watch};
 use ringline::peers::roster::Roster;
 use ringline::steward::desk::{self, OrdersPort};
+use ringline::steward::view::View;
 use ringline::steward::{Deeds, DeedsError, Own, Registry, Steward, StewardParts};
 use ringline::wake::Waker;
+use ringline_cluster::balance::Strategy;
 use ringline_cluster::link::hello::Incarnation;
 use ringline_cluster::membership::{Member, Standing};
 use ringline_cluster::placement::NodeIndex;
 use ringline_cluster::reconcile::{Holding, Start};
+use ringline_cluster::router::{Board, Router};
 use ringline_core::config::Lease;
 use ringline_schema::ids::{PARTITIONS, Partition};
 use tokio::sync::{Notify, watch as changing};
@@ -148,6 +153,8 @@ struct Node {
     steward: JoinHandle<Result<(), Lost>>,
     keeper: JoinHandle<Result<(), Lost>>,
     rest: Vec<JoinHandle<()>>,
+    board: Arc<Board>,
+    views: changing::Receiver<Arc<View>>,
 }
 
 struct World {
@@ -164,7 +171,7 @@ impl World {
 
     fn options(&self) -> EtcdOptions {
         let endpoints = vec![self.etcd.endpoint().parse().unwrap()];
-        EtcdOptions { endpoints, prefix: "/test".into(), timeout: Duration::from_secs(2) }
+        EtcdOptions { endpoints, prefix: "/test".into(), timeout: Duration::from_secs(2), access: Access::default() }
     }
 
     async fn start(&mut self, number: u16) -> Node {
@@ -184,7 +191,7 @@ impl World {
             connections: 0,
             standing: Standing::Up,
         };
-        let entry = Entry { member, start: own.start, number: own.number };
+        let entry = Entry { member, start: own.start, number: own.number, owned: Some(0) };
         let clock = LeaseClock::new(Instant::now(), Lease::new(0));
         let etcd = self.options();
         let keeper = Keeper::register(&etcd, &own.name, entry.clone(), clock.clone()).await.unwrap();
@@ -193,10 +200,14 @@ impl World {
         let (desk, mut ports) = desk::desk(&[Arc::new(Waker::new().unwrap())], &bell);
         let core = core(ports.remove(0), own.clone(), clock.clone(), self.served.clone());
         let rest = vec![tokio::spawn(core), tokio::spawn(watch::ring(etcd.clone(), bell))];
-        let parts = StewardParts { own: own.clone(), etcd, registry, clock, desk, roster, entry: sender.clone() };
+        let (view, views) = changing::channel(Arc::default());
+        let board = Arc::new(Board::new(1));
+        let (entry, seen) = (sender.clone(), board.clone());
+        let parts = StewardParts { own: own.clone(), etcd, registry, clock, desk, roster, entry, board, view };
         let (drain, draining) = changing::channel(false);
         let steward = tokio::task::spawn_local(Steward::new(parts).run(draining));
-        Node { own, drain, entry: sender, steward, keeper: tokio::spawn(keeper.keep(receiver)), rest }
+        let keeper = tokio::spawn(keeper.keep(receiver));
+        Node { own, drain, entry: sender, steward, keeper, rest, board: seen, views }
     }
 
     /// Waits until these starts own all partitions between them, each about its part, and nobody else any.
@@ -316,5 +327,72 @@ fn a_start_that_was_replaced_ends() {
         // base64 of /test/nodes/n1.
         world.etcd.ask("/v3/kv/deleterange", r#"{"key":"L3Rlc3Qvbm9kZXMvbjE="}"#).unwrap();
         assert_eq!(tokio::time::timeout(PATIENCE, b.steward).await.unwrap().unwrap(), Err(Lost::Lease));
+    });
+}
+
+/// Looks again and again until the node's view is so.
+async fn until_view(node: &Node, what: &str, done: impl Fn(&View) -> bool) {
+    let mut views = node.views.clone();
+    let seen = tokio::time::timeout(PATIENCE, views.wait_for(|view| done(view))).await;
+    assert!(seen.is_ok(), "{what}: {:?}", node.views.borrow());
+}
+
+#[test]
+fn a_mark_drains_a_node_over_its_starts_until_it_is_taken_away() {
+    run(async {
+        let mut world = World::new();
+        let mut drains = Drains::new(&world.options());
+        let mut directory = Directory::new(&world.options());
+        let [a, b] = [world.start(0).await, world.start(1).await];
+        world.until_shared(&[&a, &b]).await;
+        drains.mark("n1").await.unwrap();
+        drains.mark("n1").await.unwrap();
+        world.until_shared(&[&a]).await;
+        let drained = |listing: &Listing| {
+            let entry = &listing.entries["n1"];
+            entry.member.standing == Standing::Draining && entry.owned == Some(0)
+        };
+        let deadline = Instant::now() + PATIENCE;
+        while !drained(&directory.list().await.unwrap()) {
+            assert!(Instant::now() < deadline, "it says so itself");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert!(!b.steward.is_finished() && !b.keeper.is_finished(), "it stays, and owns nothing");
+        // Another start of it owns nothing either.
+        b.drained().await;
+        let b = world.start(1).await;
+        until_view(&b, "it sees that it drains", |view| view.listing.drained.contains("n1")).await;
+        until_view(&a, "a sees it", |view| view.listing.entries.contains_key("n1")).await;
+        world.until_shared(&[&a]).await;
+        // ROUTE names it to nobody who does not live there.
+        let mut turns = Router::new(Strategy::RoundRobin, a.board.clone(), 1);
+        let both = || [NodeIndex(0), NodeIndex(1)].into_iter();
+        assert!((0..4).all(|_| turns.pick(None, &mut both()) == Some(NodeIndex(0))));
+        // Where all are drained, those who own go on.
+        drains.mark("n0").await.unwrap();
+        until_view(&a, "a sees its mark", |view| view.listing.drained.len() == 2 && view.wanted[0].is_none()).await;
+        world.until_shared(&[&a]).await;
+        assert!(drains.unmark("n0").await.unwrap() && !drains.unmark("n0").await.unwrap());
+        assert!(drains.unmark("n1").await.unwrap());
+        world.until_shared(&[&a, &b]).await;
+    });
+}
+
+#[test]
+fn what_a_node_says_of_itself_is_how_much_it_owns_and_how_many_clients_it_has() {
+    run(async {
+        let mut world = World::new();
+        let [a, b] = [world.start(0).await, world.start(1).await];
+        world.until_shared(&[&a, &b]).await;
+        b.board.count(0, 700);
+        until_view(&a, "a hears of it", |view| {
+            let told = |name: &str| view.listing.entries.get(name).and_then(|entry| entry.owned).unwrap_or(0);
+            let clients = view.listing.entries.get("n1").map(|entry| entry.member.connections);
+            clients == Some(700) && told("n0") + told("n1") == PARTITIONS
+        })
+        .await;
+        let all = a.views.borrow().nodes(&a.board);
+        let shown: u64 = all.as_array().unwrap().iter().map(|node| node["partitions"].as_u64().unwrap()).sum();
+        assert_eq!(shown, u64::from(PARTITIONS));
     });
 }

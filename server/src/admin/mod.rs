@@ -1,4 +1,4 @@
-//! The admin endpoint: metrics, health and version over HTTP, for people and for Prometheus. Owned by a thread of its
+//! The admin endpoint: metrics, health, version and the cluster over HTTP, for people and for Prometheus. Owned by a thread of its
 //! own ([`http`]).
 //!
 //! Nothing on the way of a message is shared with it: it asks each core for a [`snapshot`] when it is itself asked, and
@@ -16,19 +16,32 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use ringline_cluster::router::Board;
 use tokio::sync::Mutex;
 
 use self::metrics::Scrape;
 use self::snapshot::{Answer, Desk};
 use crate::boot::BootError;
 use crate::http::{self, Bounds, Endpoint};
+use crate::steward::view::Watching;
 
 /// Clients served at once.
 pub const CONNECTIONS_MAX: usize = 32;
+/// What is answered to any other path.
+const PAGES: &str = "there is /metrics, /healthz, /version, /cluster and /partitions\n";
+/// What a node answers whose partitions stay where they are.
+const NOTHING_MOVES: &str = "UNSUPPORTED: cluster.mode of this node is not etcd, its partitions stay where they are\n";
 /// The content type of OpenMetrics text.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// What `GET /version` tells beside the version.
+/// Where nodes come and go: what is known of them.
+#[derive(Clone, Debug)]
+pub struct Nodes {
+    pub watching: Watching,
+    pub board: Arc<Board>,
+}
+
+/// What is told without asking the cores.
 #[derive(Clone, Debug)]
 pub struct Facts {
     pub kernel: String,
@@ -36,6 +49,8 @@ pub struct Facts {
     pub net: &'static str,
     /// Numbers of the cores that run a shard, in order of shard.
     pub cores: Vec<usize>,
+    /// `None`: nodes of a configuration, or a node alone.
+    pub nodes: Option<Nodes>,
 }
 
 /// Takes the address. Errors: [`BootError::AdminListen`].
@@ -74,7 +89,8 @@ fn router(site: Arc<Site>) -> Router {
         .route("/healthz", get(health_page))
         .route("/version", get(version_page))
         .route("/cluster", get(cluster_page))
-        .fallback(|| async { (StatusCode::NOT_FOUND, "there is /metrics, /healthz, /version and /cluster\n") })
+        .route("/partitions", get(partitions_page))
+        .fallback(|| async { (StatusCode::NOT_FOUND, PAGES) })
         .with_state(site)
 }
 
@@ -107,20 +123,34 @@ fn health(answers: &[Answer]) -> (StatusCode, String) {
 }
 
 async fn version_page(State(site): State<Arc<Site>>) -> Response {
-    let Facts { kernel, net, cores } = &site.facts;
+    let Facts { kernel, net, cores, nodes: _ } = &site.facts;
     let version = env!("CARGO_PKG_VERSION");
     let json = serde_json::json!({ "version": version, "kernel": kernel, "net": net, "cores": cores });
     ([(header::CONTENT_TYPE, "application/json")], format!("{json}\n")).into_response()
 }
 
-/// The links of every core; none of a node alone.
+/// The links of every core, none of a node alone; and where nodes come and go, the nodes.
 async fn cluster_page(State(site): State<Arc<Site>>) -> Response {
     let answers = site.ask().await;
     let links = answers.iter().flat_map(|(shard, snapshot)| {
         let links = snapshot.as_ref().and_then(|snapshot| snapshot.peers.as_ref()).map(|peers| &peers.links);
         links.into_iter().flatten().map(|link| link.to_json(shard.0))
     });
-    let json = serde_json::json!({ "links": links.collect::<Vec<_>>() });
+    let mut json = serde_json::json!({ "links": links.collect::<Vec<_>>() });
+    if let Some(Nodes { watching, board }) = &site.facts.nodes {
+        let view = watching.now();
+        json["nodes"] = view.nodes(board);
+        json["current"] = view.is_current.into();
+    }
+    ([(header::CONTENT_TYPE, "application/json")], format!("{json}\n")).into_response()
+}
+
+/// Who owns what, as the steward saw it last.
+async fn partitions_page(State(site): State<Arc<Site>>) -> Response {
+    let Some(Nodes { watching, .. }) = &site.facts.nodes else {
+        return (StatusCode::NOT_IMPLEMENTED, NOTHING_MOVES).into_response();
+    };
+    let json = watching.now().partitions();
     ([(header::CONTENT_TYPE, "application/json")], format!("{json}\n")).into_response()
 }
 

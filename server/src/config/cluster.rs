@@ -6,7 +6,6 @@
 
 use std::net::SocketAddr;
 
-use ringline_cluster::balance::Strategy;
 use ringline_cluster::placement::NODES_MAX;
 use ringline_cluster::rendezvous::WEIGHT_MAX;
 
@@ -70,10 +69,6 @@ pub enum ClusterError {
     OwnNameMissing(String),
     #[error("cluster.nodes: every weight is 0, so nobody would own anything")]
     NoWeight,
-    #[error(
-        "{key} needs cluster.mode = \"static\": with etcd ROUTE names the node that owns the user, and has no HTTP twin yet"
-    )]
-    RouteOfEtcd { key: &'static str },
     #[error("{key} is empty: with cluster.tls = \"on\" it names a PEM file; `ringline certs init` makes them")]
     NoFile { key: &'static str },
     #[error("cluster.tls = \"off\" with {address}, which is not on loopback: everybody there could pose as a node")]
@@ -127,10 +122,7 @@ fn node_text(table: &toml::Table) -> Option<String> {
 pub(super) fn check(config: &Config) -> Result<(), ClusterError> {
     match config.cluster_mode {
         ClusterMode::None => return Ok(()),
-        ClusterMode::Etcd => {
-            check_route(config)?;
-            return check_tls(config);
-        }
+        ClusterMode::Etcd => return check_tls(config),
         ClusterMode::Static => {}
     }
     let nodes = &config.cluster_nodes;
@@ -153,17 +145,6 @@ pub(super) fn check(config: &Config) -> Result<(), ClusterError> {
         return Err(ClusterError::NoWeight);
     }
     check_tls(config)
-}
-
-/// What ROUTE goes by comes from the list of the configuration so far, and a cluster of etcd has none.
-fn check_route(config: &Config) -> Result<(), ClusterError> {
-    if config.cluster_route_listen.is_some() {
-        return Err(ClusterError::RouteOfEtcd { key: "cluster.route_listen" });
-    }
-    if config.cluster_route != Strategy::ConsistentHash {
-        return Err(ClusterError::RouteOfEtcd { key: "cluster.route" });
-    }
-    Ok(())
 }
 
 fn check_node(node: &ClusterNode) -> Result<(), ClusterError> {
@@ -272,22 +253,6 @@ mod tests {
         }
         let odd = r#"{ name = "a", peer_address = "127.0.0.1:1", client_address = "b:2", colour = "red" }"#;
         assert!(matches!(parse("", odd), Err(ConfigError::BadValue { key: "cluster.nodes", .. })));
-    }
-
-    #[test]
-    fn routes_of_a_cluster_of_etcd_go_by_owner() {
-        let text = |line: &str| {
-            let node = "[node]\nname = \"a\"\n[net]\nlisten = \"127.0.0.1:1\"\n[store]\nkind = \"postgres\"\n";
-            let cluster = "[cluster]\nmode = \"etcd\"\ntls = \"off\"\nlisten = \"127.0.0.1:2\"\n";
-            format!("{node}[postgres]\nurl = \"postgres://x/y\"\n{cluster}{line}\n")
-        };
-        let refused = |line: &str| match Config::parse(&text(line)) {
-            Err(ConfigError::Cluster(ClusterError::RouteOfEtcd { key })) => Some(key),
-            other => other.map(|_| None).unwrap(),
-        };
-        assert_eq!(refused("route = \"round_robin\""), Some("cluster.route"));
-        assert_eq!(refused("route_listen = \"127.0.0.1:1\""), Some("cluster.route_listen"));
-        assert_eq!(refused("route = \"consistent_hash\""), None);
     }
 
     #[test]

@@ -1,4 +1,8 @@
-//! What a node writes of itself into etcd, under `PREFIX/nodes/NAME`. Pure.
+//! What a node writes of itself into etcd, under `PREFIX/nodes/NAME`, and who is to give away what he owns: `PREFIX/drains/NAME`.
+//! Pure.
+//!
+//! A mark to be drained is nobody's lease: it stays until it is taken away, over all starts of the node, and counts whatever the
+//! node says of itself. What it says of itself follows; see [`Entry::owned`].
 //!
 //! What another node has written is judged: an entry that can't be read counts as one of a node that is there and of which
 //! nothing is known, so that nobody takes from a node whose version is another.
@@ -13,7 +17,7 @@ use ringline_cluster::reconcile::Start;
 use ringline_cluster::rendezvous::WEIGHT_MAX;
 use serde::{Deserialize, Serialize};
 
-use super::wire::Range;
+use super::wire::Ranges;
 use crate::config::is_node_name;
 
 /// The longest entry that is looked at.
@@ -30,6 +34,9 @@ pub struct Entry {
     pub start: Start,
     /// The number of its name in the cluster.
     pub number: NodeIndex,
+    /// How many partitions it owns; `None`: its version does not tell. Told together with its standing, so one that says to be
+    /// draining and to own nothing takes nothing until it says something else.
+    pub owned: Option<u16>,
 }
 
 /// The same as JSON. Fields are only ever added.
@@ -43,11 +50,13 @@ struct Written {
     client_weight: u32,
     connections: u64,
     draining: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    owned: Option<u16>,
 }
 
 impl Entry {
     pub fn encode(&self) -> Vec<u8> {
-        let Self { member, start, number } = self;
+        let Self { member, start, number, owned } = self;
         let written = Written {
             start: start.0,
             number: number.0,
@@ -57,6 +66,7 @@ impl Entry {
             client_weight: member.client_weight,
             connections: member.connections,
             draining: member.standing == Standing::Draining,
+            owned: *owned,
         };
         serde_json::to_vec(&written).unwrap_or_default()
     }
@@ -81,7 +91,8 @@ impl Entry {
             connections: written.connections,
             standing: if written.draining { Standing::Draining } else { Standing::Up },
         };
-        Some(Self { member, start: Start(written.start), number: NodeIndex(written.number) })
+        let (start, number) = (Start(written.start), NodeIndex(written.number));
+        Some(Self { member, start, number, owned: written.owned })
     }
 }
 
@@ -92,26 +103,48 @@ pub struct Listing {
     pub entries: BTreeMap<String, Entry>,
     /// Names whose entry can't be read.
     pub unreadable: BTreeSet<String>,
+    /// Names that are marked to be drained, whether they are there or not.
+    pub drained: BTreeSet<String>,
 }
 
 impl Listing {
-    /// `prefix`: what the keys begin with, before the name.
-    pub fn read(prefix: &str, range: &Range) -> Self {
-        let mut listing = Self { revision: range.header.revision, ..Self::default() };
-        for kv in &range.kvs {
+    /// `nodes`, `drains`: what the keys of each begin with, before the name.
+    pub fn read((nodes, drains): (&str, &str), ranges: &Ranges) -> Self {
+        let mut listing = Self { revision: ranges.header.revision, ..Self::default() };
+        for kv in ranges.responses.iter().flat_map(|one| &one.response_range.kvs) {
             let key = std::str::from_utf8(&kv.key).unwrap_or_default();
-            let Some(name) = key.strip_prefix(prefix).filter(|name| is_node_name(name)) else { continue };
-            match Entry::decode(&kv.value) {
-                Some(entry) => _ = listing.entries.insert(name.to_owned(), entry),
-                None => _ = listing.unreadable.insert(name.to_owned()),
+            let named = |prefix: &str| key.strip_prefix(prefix).filter(|name| is_node_name(name)).map(str::to_owned);
+            if let Some(name) = named(nodes) {
+                match Entry::decode(&kv.value) {
+                    Some(entry) => _ = listing.entries.insert(name, entry),
+                    None => _ = listing.unreadable.insert(name),
+                }
+            } else if let Some(name) = named(drains) {
+                listing.drained.insert(name);
             }
         }
         listing
     }
 
-    /// For [`ringline_cluster::membership::Membership::update`].
+    /// For [`ringline_cluster::membership::Membership::update`]: who is marked drains, whatever it says itself.
     pub fn members(&self) -> BTreeMap<String, Member> {
-        self.entries.iter().map(|(name, entry)| (name.clone(), entry.member.clone())).collect()
+        let member = |(name, entry): (&String, &Entry)| {
+            let standing = self.standing(name, entry);
+            (name.clone(), Member { standing, ..entry.member.clone() })
+        };
+        self.entries.iter().map(member).collect()
+    }
+
+    fn standing(&self, name: &str, entry: &Entry) -> Standing {
+        if self.drained.contains(name) { Standing::Draining } else { entry.member.standing }
+    }
+
+    /// Whether somebody else than this node is there to own partitions.
+    pub fn has_others(&self, than: &str) -> bool {
+        let takes = |(name, entry): (&String, &Entry)| {
+            name != than && entry.member.weight > 0 && self.standing(name, entry) == Standing::Up
+        };
+        self.entries.iter().any(takes)
     }
 
     /// Whether that start of that node may still be alive: its name is there, and not with another start.
@@ -123,7 +156,7 @@ impl Listing {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::etcd::wire::{Header, KeyValue};
+    use crate::etcd::wire::{Header, KeyValue, OneOf, Range};
 
     fn entry(start: i64) -> Entry {
         let member = Member {
@@ -135,7 +168,13 @@ mod tests {
             connections: 17,
             standing: Standing::Draining,
         };
-        Entry { member, start: Start(start), number: NodeIndex(63) }
+        Entry { member, start: Start(start), number: NodeIndex(63), owned: Some(17) }
+    }
+
+    fn read(ranges: Vec<Vec<KeyValue>>) -> Listing {
+        let one = |kvs| OneOf { response_range: Range { header: Header::default(), kvs } };
+        let ranges = Ranges { header: Header { revision: 5 }, responses: ranges.into_iter().map(one).collect() };
+        Listing::read(("/r/nodes/", "/r/drains/"), &ranges)
     }
 
     fn kv(key: &str, value: &[u8]) -> KeyValue {
@@ -160,6 +199,10 @@ mod tests {
         for bad in [&b""[..], b"{}", b"rubbish", &[b' '; ENTRY_BYTES_MAX + 1]] {
             assert_eq!(Entry::decode(bad), None);
         }
+        let mut older: serde_json::Value = serde_json::from_slice(&written.encode()).unwrap();
+        older.as_object_mut().unwrap().remove("owned");
+        let read = Entry::decode(older.to_string().as_bytes());
+        assert_eq!(read, Some(Entry { owned: None, ..written.clone() }), "the version before does not tell");
         let mut newer: serde_json::Value = serde_json::from_slice(&written.encode()).unwrap();
         newer["colour"] = "red".into();
         assert_eq!(Entry::decode(newer.to_string().as_bytes()), Some(written), "a newer version may say more");
@@ -173,10 +216,29 @@ mod tests {
             kv("/r/nodes/NOT A NAME", &entry(8).encode()),
             kv("/r/nodes/a/deeper", &entry(9).encode()),
         ];
-        let listing = Listing::read("/r/nodes/", &Range { header: Header { revision: 5 }, kvs });
+        let marks = vec![kv("/r/drains/c", b"{}"), kv("/r/drains/a", b""), kv("/r/drains/NOT A NAME", b"{}")];
+        let listing = read(vec![kvs, marks]);
         assert_eq!((listing.revision, listing.entries.len(), listing.unreadable.len()), (5, 1, 1));
         let asked = [("a", 7), ("a", 6), ("b", 1), ("c", 1)].map(|(name, start)| listing.may_live(name, Start(start)));
         assert_eq!(asked, [true, false, true, false]);
         assert_eq!(listing.members()["a"].connections, 17);
+        assert!(listing.drained.iter().eq(["a", "c"]), "{:?}", listing.drained);
+    }
+
+    #[test]
+    fn who_is_marked_drains_whatever_it_says_and_does_not_count_as_another() {
+        let up = |start, weight| {
+            let mut entry = entry(start);
+            (entry.member.standing, entry.member.weight) = (Standing::Up, weight);
+            entry.encode()
+        };
+        let nodes = vec![kv("/r/nodes/a", &up(1, 1)), kv("/r/nodes/b", &up(2, 1)), kv("/r/nodes/g", &up(3, 0))];
+        let plain = read(vec![nodes.clone(), Vec::new()]);
+        assert_eq!(plain.members()["b"].standing, Standing::Up);
+        assert!(plain.has_others("a") && plain.has_others("b") && plain.has_others("g"));
+        let marked = read(vec![nodes, vec![kv("/r/drains/b", b"{}")]]);
+        assert_eq!(marked.members()["b"].standing, Standing::Draining);
+        assert_eq!(marked.entries["b"].member.standing, Standing::Up, "it has not said so itself yet");
+        assert!(!marked.has_others("a") && marked.has_others("b"), "a gateway takes nothing");
     }
 }

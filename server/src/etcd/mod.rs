@@ -1,7 +1,8 @@
 //! Who is alive, by etcd: each start of a node keeps one key under a lease of [`lease::LEASE_S`] seconds, and all look at
-//! all keys. Nothing else is kept there; who owns what stands in the database. Lives on the side thread.
+//! all keys. Beside them only marks are kept there, of nodes that are to be drained ([`drains`]); who owns what stands in the
+//! database. Lives on the side thread.
 //!
-//! - [`gateway`] asks, [`wire`] is the form of questions and answers, [`entry`] what a node says of itself, [`lease`] the
+//! - [`gateway`] asks (with what is in [`access`]), [`wire`] is the form of questions and answers, [`entry`] what a node says of itself, [`lease`] the
 //!   registration, [`watch`] the bell that rings when something changes.
 //! - Level-triggered: [`Directory::list`] gives the whole list as it is after everything that was written before; the bell
 //!   only makes it be asked for sooner. A watch that broke, that missed something or whose revision was compacted costs
@@ -9,6 +10,8 @@
 //! - While etcd can't be asked, nothing changes: the last list stays, nobody is thought dead for it, and who can't renew its
 //!   lease stops to serve when that ends. A lease that etcd still has when it is back goes on.
 
+pub mod access;
+pub mod drains;
 pub mod entry;
 pub mod gateway;
 pub mod lease;
@@ -22,10 +25,11 @@ use ringline_cluster::placement::NODES_MAX;
 use tokio::sync::watch as changing;
 use tokio::time::sleep;
 
+use self::access::Access;
 use self::entry::{Entry, Listing};
 use self::gateway::{EtcdError, Gateway};
 use self::lease::{Kept, LeaseClock, RENEW_AGAIN, RENEW_EVERY, RegisterError, Registration};
-use self::wire::{Range, path};
+use self::wire::{Ranges, path};
 
 pub use self::gateway::Endpoint;
 
@@ -37,7 +41,7 @@ const REGISTER_AGAIN: Duration = Duration::from_millis(250);
 const SAY_AGAIN: Duration = Duration::from_secs(10);
 
 /// Where etcd is, and what belongs to this cluster there.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct EtcdOptions {
     /// Not empty.
     pub endpoints: Vec<Endpoint>,
@@ -45,6 +49,7 @@ pub struct EtcdOptions {
     pub prefix: String,
     /// Of one question to one endpoint.
     pub timeout: Duration,
+    pub access: Access,
 }
 
 impl EtcdOptions {
@@ -53,12 +58,23 @@ impl EtcdOptions {
         format!("{}/nodes/", self.prefix)
     }
 
+    /// What the marks of nodes to be drained begin with.
+    pub fn drains(&self) -> String {
+        format!("{}/drains/", self.prefix)
+    }
+
     pub fn key_of(&self, node: &str) -> String {
         format!("{}{node}", self.nodes())
     }
 
     pub fn gateway(&self) -> Gateway {
-        Gateway::new(&self.endpoints, self.timeout)
+        Gateway::new(&self.endpoints, self.timeout, &self.access)
+    }
+
+    /// An endpoint to which a password is sent so that it can be read on the way.
+    pub fn open_login(&self) -> Option<&Endpoint> {
+        self.access.login.as_ref()?;
+        self.endpoints.iter().find(|endpoint| endpoint.is_open())
     }
 }
 
@@ -67,18 +83,19 @@ impl EtcdOptions {
 pub struct Directory {
     gateway: Gateway,
     nodes: String,
+    drains: String,
 }
 
 impl Directory {
     pub fn new(options: &EtcdOptions) -> Self {
-        Self { gateway: options.gateway(), nodes: options.nodes() }
+        Self { gateway: options.gateway(), nodes: options.nodes(), drains: options.drains() }
     }
 
-    /// Everybody who is registered, as of after this was called. Errors: [`EtcdError`].
+    /// Everybody who is registered or marked, at one moment after this was called. Errors: [`EtcdError`].
     pub async fn list(&mut self) -> Result<Listing, EtcdError> {
-        let question = wire::range_of(&self.nodes, LISTED_MAX);
-        let range = self.gateway.ask::<Range>(path::RANGE, &question).await?.body;
-        Ok(Listing::read(&self.nodes, &range))
+        let question = wire::ranges_of(&[&self.nodes, &self.drains], LISTED_MAX);
+        let ranges = self.gateway.ask::<Ranges>(path::TXN, &question).await?.body;
+        Ok(Listing::read((&self.nodes, &self.drains), &ranges))
     }
 }
 

@@ -62,7 +62,10 @@ async fn watch(gateway: &mut Gateway, prefix: &str, bell: &Notify) -> Ended {
     let mut buffer = BytesMut::new();
     loop {
         match next(&mut body, &mut buffer).await {
-            Ok(watched) if watched.canceled => return Ended { stood, why: "etcd has cancelled it".into() },
+            Ok(watched) if watched.canceled => {
+                gateway.forget_token();
+                return Ended { stood, why: "etcd has cancelled it".into() };
+            }
             Ok(watched) => {
                 stood |= watched.created;
                 if watched.created || !watched.events.is_empty() {

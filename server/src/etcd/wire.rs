@@ -16,10 +16,12 @@ pub mod path {
     pub const RANGE: &str = "/v3/kv/range";
     pub const TXN: &str = "/v3/kv/txn";
     pub const PUT: &str = "/v3/kv/put";
+    pub const DELETE: &str = "/v3/kv/deleterange";
     pub const GRANT: &str = "/v3/lease/grant";
     pub const KEEP: &str = "/v3/lease/keepalive";
     pub const REVOKE: &str = "/v3/lease/revoke";
     pub const WATCH: &str = "/v3/watch";
+    pub const AUTHENTICATE: &str = "/v3/auth/authenticate";
 }
 
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
@@ -37,7 +39,7 @@ pub struct Range {
     pub kvs: Vec<KeyValue>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 pub struct KeyValue {
     #[serde(deserialize_with = "bytes")]
     pub key: Vec<u8>,
@@ -52,6 +54,34 @@ pub struct KeyValue {
 pub struct Txn {
     #[serde(default)]
     pub succeeded: bool,
+}
+
+/// Several ranges of keys, as of one moment.
+#[derive(Debug, Deserialize)]
+pub struct Ranges {
+    #[serde(default)]
+    pub header: Header,
+    /// In the order in which they were asked for.
+    #[serde(default)]
+    pub responses: Vec<OneOf>,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct OneOf {
+    pub response_range: Range,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct Deleted {
+    /// How many keys there were.
+    #[serde(default, deserialize_with = "number")]
+    pub deleted: i64,
+}
+
+#[derive(Deserialize)]
+pub struct Authenticated {
+    #[serde(default)]
+    pub token: String,
 }
 
 /// Where nothing in the answer matters.
@@ -90,12 +120,22 @@ pub fn range_of(prefix: &str, limit: usize) -> Value {
     json!({ "key": text(prefix), "range_end": base64(&end_of(prefix)), "limit": limit.to_string() })
 }
 
+/// The same of several prefixes, all at one moment.
+pub fn ranges_of(prefixes: &[&str], limit: usize) -> Value {
+    let asked: Vec<_> = prefixes.iter().map(|prefix| json!({ "request_range": range_of(prefix, limit) })).collect();
+    json!({ "success": asked })
+}
+
 pub fn get(key: &str) -> Value {
     json!({ "key": text(key) })
 }
 
 pub fn put(key: &str, value: &[u8]) -> Value {
     json!({ "key": text(key), "value": base64(value) })
+}
+
+pub fn delete(key: &str) -> Value {
+    json!({ "key": text(key) })
 }
 
 /// Writes the key under the lease unless there is one by this name.
@@ -113,6 +153,10 @@ pub fn replace(key: &str, value: &[u8], lease: LeaseId) -> Value {
 fn under(compare: Value, (key, value): (&str, &[u8]), lease: LeaseId) -> Value {
     let put = json!({ "key": text(key), "value": base64(value), "lease": lease.0.to_string() });
     json!({ "compare": [compare], "success": [{ "request_put": put }] })
+}
+
+pub fn authenticate(user: &str, password: &str) -> Value {
+    json!({ "name": user, "password": password })
 }
 
 pub fn grant(ttl_s: u64) -> Value {
@@ -188,6 +232,12 @@ mod tests {
         )
         .unwrap();
         assert!(watched.result.events.len() == 1 && !watched.result.created && !watched.result.canceled);
+        let text = r#"{"header":{"revision":"9"},"succeeded":true,"responses":[{"response_range":{"header":{"revision":"9"},
+            "kvs":[{"key":"L2E=","value":"dg=="}],"count":"1"}},{"response_range":{"header":{"revision":"9"}}}]}"#;
+        let ranges: Ranges = serde_json::from_str(text).unwrap();
+        let counts: Vec<_> = ranges.responses.iter().map(|one| one.response_range.kvs.len()).collect();
+        assert_eq!((ranges.header.revision, &counts[..]), (9, &[1, 0][..]));
+        assert_eq!(serde_json::from_str::<Deleted>(r#"{"header":{},"deleted":"1"}"#).unwrap().deleted, 1);
         assert!(serde_json::from_str::<Txn>(r#"{"header":{}}"#).is_ok_and(|txn| !txn.succeeded));
         for bad in [r#"{"kvs":[{"key":"!"}]}"#, r#"{"kvs":[{"value":"dg=="}]}"#, r#"{"header":{"revision":"x"}}"#] {
             assert!(serde_json::from_str::<Range>(bad).is_err(), "{bad}");

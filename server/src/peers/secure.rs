@@ -21,8 +21,8 @@ pub enum SecureError {
     Unreadable { key: &'static str, path: PathBuf, error: io::Error },
     #[error("{key}: {path} holds no {what} in PEM", path = path.display())]
     NotPem { key: &'static str, path: PathBuf, what: &'static str },
-    #[error("cluster.ca: {path}: {error}", path = path.display())]
-    BadCa { path: PathBuf, error: rustls::Error },
+    #[error("{key}: {path}: {error}", path = path.display())]
+    BadCa { key: &'static str, path: PathBuf, error: rustls::Error },
     #[error("cluster.cert: {path} is a certificate for {found}, this node is {node:?}", path = path.display())]
     OtherName { path: PathBuf, node: String, found: String },
     #[error("cluster.cert and cluster.key: {0}")]
@@ -43,17 +43,14 @@ impl Identity {
     ///
     /// Errors: [`SecureError`], also when the certificate is not for `node`.
     pub fn load((ca, cert, key): (&Path, &Path, &Path), node: &str) -> Result<Self, SecureError> {
-        let roots = roots(ca)?;
+        let roots = roots("cluster.ca", ca)?;
         let chain = certificates("cluster.cert", cert)?;
         let names = chain.first().map(names_in).unwrap_or_default();
         if !names.iter().any(|name| name == node) {
             let found = if names.is_empty() { "nobody".to_owned() } else { names.join(", ") };
             return Err(SecureError::OtherName { path: cert.to_owned(), node: node.to_owned(), found });
         }
-        let pem = read("cluster.key", key)?;
-        let missing = |_| SecureError::NotPem { key: "cluster.key", path: key.to_owned(), what: "private key" };
-        let key = PrivateKeyDer::from_pem_slice(&pem).map_err(missing)?;
-        Self::build(roots, chain, key)
+        Self::build(roots, chain, private_key("cluster.key", key)?)
     }
 
     fn build(
@@ -103,15 +100,27 @@ pub fn names_in(certificate: &CertificateDer<'_>) -> Vec<String> {
     read.map(|read| read.valid_dns_names().map(str::to_owned).collect()).unwrap_or_default()
 }
 
-fn roots(path: &Path) -> Result<RootCertStore, SecureError> {
+/// Those who sign, from the PEM file of a key of the configuration. Errors: [`SecureError`].
+pub(crate) fn roots(key: &'static str, path: &Path) -> Result<RootCertStore, SecureError> {
     let mut roots = RootCertStore::empty();
-    for certificate in certificates("cluster.ca", path)? {
-        roots.add(certificate).map_err(|error| SecureError::BadCa { path: path.to_owned(), error })?;
+    for certificate in certificates(key, path)? {
+        roots.add(certificate).map_err(|error| SecureError::BadCa { key, path: path.to_owned(), error })?;
     }
     Ok(roots)
 }
 
-fn certificates(key: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, SecureError> {
+/// The private key in a PEM file. Errors: [`SecureError`].
+pub(crate) fn private_key(key: &'static str, path: &Path) -> Result<PrivateKeyDer<'static>, SecureError> {
+    let pem = read(key, path)?;
+    PrivateKeyDer::from_pem_slice(&pem).map_err(|_| SecureError::NotPem {
+        key,
+        path: path.to_owned(),
+        what: "private key",
+    })
+}
+
+/// All certificates in a PEM file, at least one. Errors: [`SecureError`].
+pub(crate) fn certificates(key: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, SecureError> {
     let pem = read(key, path)?;
     let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
     let found = found.ok().filter(|found| !found.is_empty());

@@ -10,10 +10,13 @@
 //! - What is handed over is first not served any more, by all cores, then released by the core that had it, and then given
 //!   back in the table: in between nobody serves it.
 //! - A start that has been replaced, or whose lease is gone, ends ([`Lost`]).
+//! - What this node says of itself in etcd is as of the table that was read last: whoever is told that it drains and owns
+//!   nothing can rely on it. What all of this looks like is shown to who only wants to know ([`view`]).
 
 pub mod desk;
 mod registry;
 pub mod thread;
+pub mod view;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -22,14 +25,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ringline_cluster::membership::{Change, ListError, Membership, Placing, Standing};
-use ringline_cluster::ownership::{Known, Ownership, Part};
+use ringline_cluster::ownership::{self, Known, Ownership, Part};
 use ringline_cluster::placement::NodeIndex;
 use ringline_cluster::reconcile::{Holding, Moves, Start, moves};
+use ringline_cluster::router::Board;
 use ringline_schema::ids::Partition;
 use tokio::sync::watch as changing;
 use tokio::time::sleep;
 
 use self::desk::{Orders, OrdersDesk};
+use self::view::View;
 use crate::etcd::entry::{Entry, Listing};
 use crate::etcd::lease::LeaseClock;
 use crate::etcd::{Directory, EtcdOptions, Lost};
@@ -37,6 +42,8 @@ use crate::peers::roster::Roster;
 
 /// Between two looks when nothing calls.
 pub const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Between two times that the number of clients is told in etcd: each time makes all nodes look.
+const TELL_CLIENTS_EVERY: Duration = Duration::from_secs(5);
 /// Between two looks at the least, however often something calls.
 const LOOK_PAUSE: Duration = Duration::from_millis(20);
 
@@ -90,6 +97,10 @@ pub struct StewardParts<R> {
     pub roster: Arc<Roster>,
     /// What this node says of itself; see [`crate::etcd::Keeper::keep`].
     pub entry: changing::Sender<Entry>,
+    /// What ROUTE goes by.
+    pub board: Arc<Board>,
+    /// For who only wants to know.
+    pub view: changing::Sender<Arc<View>>,
 }
 
 /// See the module.
@@ -107,6 +118,8 @@ pub struct Steward<R> {
     /// What was said of a failure last, so that it is said once.
     failing: Failing,
     settled: bool,
+    /// When the number of clients was told last.
+    told_clients: Option<Instant>,
 }
 
 /// What can't be read for now.
@@ -138,6 +151,7 @@ impl<R: Registry> Steward<R> {
             told: Arc::new(Ownership::new(0)),
             failing: Failing::default(),
             settled: false,
+            told_clients: None,
             parts,
         }
     }
@@ -153,6 +167,8 @@ impl<R: Registry> Steward<R> {
                 return Err(Lost::Store);
             }
             let look = self.look().await?;
+            self.say_of_itself(is_draining);
+            self.show();
             if is_draining && self.owns_nothing() {
                 return Ok(());
             }
@@ -172,15 +188,52 @@ impl<R: Registry> Steward<R> {
         });
     }
 
+    /// What others are told of this node: whether it drains, how much it owns, how many clients it has.
+    fn say_of_itself(&mut self, is_draining: bool) {
+        // What was taken or given back since the table was read is not known to be so.
+        if self.must_read {
+            return;
+        }
+        let drains = is_draining || self.listing.drained.contains(&self.parts.own.name);
+        let standing = if drains { Standing::Draining } else { Standing::Up };
+        let owned = Some(u16::try_from(self.owned()).unwrap_or(u16::MAX));
+        let is_time = self.told_clients.is_none_or(|at| at.elapsed() >= TELL_CLIENTS_EVERY);
+        let clients = is_time.then(|| self.parts.board.clients());
+        let told = self.parts.entry.send_if_modified(|entry| {
+            let connections =
+                clients.map_or(entry.member.connections, |now| worth_telling(entry.member.connections, now));
+            let news = (standing, owned, connections);
+            let is_news = news != (entry.member.standing, entry.owned, entry.member.connections);
+            (entry.member.standing, entry.owned, entry.member.connections) = news;
+            is_news
+        });
+        if told && is_time {
+            self.told_clients = Some(Instant::now());
+        }
+    }
+
+    /// Partitions of this start, as the table said last.
+    fn owned(&self) -> usize {
+        self.deeds.rows.iter().filter(|row| row.owner == self.parts.own.start).count()
+    }
+
     /// Nothing is this node's any more, or nobody is there to take it.
     fn owns_nothing(&self) -> bool {
-        let own = self.parts.own.start;
-        let others = self
-            .listing
-            .entries
-            .values()
-            .any(|entry| entry.start != own && entry.member.standing == Standing::Up && entry.member.weight > 0);
-        !others || self.deeds.rows.iter().all(|row| row.owner != own)
+        !self.listing.has_others(&self.parts.own.name) || self.owned() == 0
+    }
+
+    /// Shows what this look has seen, if it is news.
+    fn show(&self) {
+        let is_current = !self.failing.table && !self.failing.list;
+        let (deeds, listing, told) = (&self.deeds, &self.listing, &self.told);
+        if self.parts.view.borrow().is_of((deeds, listing), told, is_current) {
+            return;
+        }
+        let number = |partition| Some(listing.entries.get(self.membership.owner(partition)?)?.number);
+        let wanted = ownership::all().map(number).collect();
+        let (deeds, listing, told) = (deeds.clone(), listing.clone(), Arc::clone(told));
+        let own = self.parts.own.clone();
+        self.parts.view.send_replace(Arc::new(View { own, deeds, listing, wanted, told, is_current }));
     }
 
     async fn look(&mut self) -> Result<Look, Lost> {
@@ -193,6 +246,7 @@ impl<R: Registry> Steward<R> {
             look = self.carry_out(&moves).await?;
             self.say_settled(&moves);
         }
+        self.tell_board();
         self.tell_cores();
         Ok(look)
     }
@@ -310,6 +364,15 @@ impl<R: Registry> Steward<R> {
         free.map(|(one, _)| *one).collect()
     }
 
+    /// Puts up how ROUTE is to treat the nodes.
+    fn tell_board(&self) {
+        for (name, member) in &self.listing.members() {
+            let Some(entry) = self.listing.entries.get(name) else { continue };
+            self.parts.board.set_weight(entry.number, member.client_weight);
+            self.parts.board.set_leaving(entry.number, member.standing == Standing::Draining);
+        }
+    }
+
     /// Tells the cores what is so now, if that is news.
     fn tell_cores(&mut self) {
         let entries = self.listing.entries.iter();
@@ -353,11 +416,15 @@ impl<R: Registry> Steward<R> {
     fn say_settled(&mut self, moves: &Moves) {
         let settled = moves.is_settled();
         if settled && !std::mem::replace(&mut self.settled, settled) {
-            let own = self.deeds.rows.iter().filter(|row| row.owner == self.parts.own.start).count();
-            tracing::info!("this node owns {own} partitions, as it should");
+            tracing::info!("this node owns {} partitions, as it should", self.owned());
         }
         self.settled = settled;
     }
+}
+
+/// The number of clients that is told instead of that before: each change makes all nodes look, so a small one is not told.
+fn worth_telling(before: u64, now: u64) -> u64 {
+    if now.abs_diff(before) > before / 8 { now } else { before }
 }
 
 /// Says that something can't be read, and that it can be again, once each.

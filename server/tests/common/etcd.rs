@@ -17,14 +17,30 @@ pub struct Etcd {
     child: Option<Child>,
     client_port: u16,
     peer_port: u16,
+    /// The port with TLS, and what the server is told of its certificates.
+    secure: Option<(u16, Vec<String>)>,
 }
 
 impl Etcd {
     pub fn start() -> Self {
+        Self::start_with(None)
+    }
+
+    /// With a second port for clients, with TLS; `files`: what the server is told of its certificates.
+    pub fn start_secure(files: &[&str]) -> Self {
+        Self::start_with(Some((free_port(), files.iter().map(|text| text.to_string()).collect())))
+    }
+
+    fn start_with(secure: Option<(u16, Vec<String>)>) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let mut etcd = Self { folder, child: None, client_port: free_port(), peer_port: free_port() };
+        let mut etcd = Self { folder, child: None, client_port: free_port(), peer_port: free_port(), secure };
         etcd.begin();
         etcd
+    }
+
+    /// Where clients connect with TLS.
+    pub fn secure_endpoint(&self) -> String {
+        format!("https://127.0.0.1:{}", self.secure.as_ref().expect("a port with TLS").0)
     }
 
     /// Where clients connect.
@@ -41,12 +57,21 @@ impl Etcd {
         server.arg(self.folder.path().join("data"));
         // Elections as fast as they may be: nobody else votes.
         server.args(["--heartbeat-interval", "10", "--election-timeout", "100"]);
-        server.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
+        let urls = match &self.secure {
+            Some((_, files)) => {
+                server.args(files);
+                format!("{client},{}", self.secure_endpoint())
+            }
+            None => client.clone(),
+        };
+        server.args(["--listen-client-urls", &urls, "--advertise-client-urls", &client]);
         server.args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer]);
         server.args(["--initial-cluster", &format!("test={peer}")]);
         self.child = Some(server.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap());
         let deadline = Instant::now() + PATIENCE;
-        while !self.ask("/v3/kv/range", r#"{"key":"YQ=="}"#).is_some_and(|answer| answer.contains("revision")) {
+        // One that has users says first that nobody is logged in.
+        let answers = |answer: String| answer.contains("revision") || answer.contains("user name is empty");
+        while !self.ask("/v3/kv/range", r#"{"key":"YQ=="}"#).is_some_and(answers) {
             let log = || std::fs::read_to_string(self.folder.path().join("log")).unwrap();
             assert!(Instant::now() < deadline, "{}", log());
             std::thread::sleep(Duration::from_millis(20));

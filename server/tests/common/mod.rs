@@ -7,6 +7,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 pub mod etcd;
+pub mod moving;
 pub mod net;
 pub mod sdk;
 
