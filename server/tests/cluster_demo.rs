@@ -4,6 +4,7 @@ mod common;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -143,6 +144,51 @@ fn when_a_node_ends_all_are_stopped_and_a_given_folder_serves_again() {
     again.signal("TERM");
     assert_eq!(again.wait().0, Some(0));
     assert!(folder.join("certs/ca.pem").exists());
+}
+
+/// The arguments of a printed command that begins like this.
+fn printed(demo: &Demo, command: &str) -> Vec<String> {
+    let line = demo.said.iter().find(|line| line.contains(command)).expect("the command is printed");
+    line.split('#').next().unwrap().split_whitespace().skip(1).map(str::to_owned).collect()
+}
+
+#[test]
+fn slow_a_demo_of_etcd_starts_and_stops_what_it_needs() {
+    let temporary = tempfile::tempdir().unwrap();
+    // The user that runs PostgreSQL has to get through.
+    std::fs::set_permissions(temporary.path(), std::fs::Permissions::from_mode(0o711)).unwrap();
+    let mut demo = Demo::start(&["--nodes", "2", "--mode", "etcd"], temporary.path());
+    let (ann, bob) = (demo.chat_line("ann"), demo.chat_line("bob"));
+    chat(&bob, "");
+    chat(&ann, "/msg bob hello from ann\n");
+    let run = |arguments: &[String]| ringline().args(arguments).output().unwrap();
+    let told = run(&printed(&demo, "cluster partitions"));
+    assert_eq!(told.status.code(), Some(0), "{told:?}");
+    let told = run(&printed(&demo, "cluster drain b"));
+    assert!(told.status.success() && String::from_utf8_lossy(&told.stdout).contains("b owns nothing"), "{told:?}");
+    let read = chat(&bob, "/history ann\n");
+    assert!(read.contains("hello from ann"), "{read}");
+    let mut addresses = demo.addresses();
+    let services = demo.said.iter().find(|line| line.starts_with("etcd is at")).unwrap();
+    let ports = services.split("127.0.0.1:").skip(1).map(|rest| rest.split([',', ' ']).next().unwrap());
+    addresses.extend(ports.map(|port| format!("127.0.0.1:{port}")));
+    assert_eq!(addresses.len(), 4, "{services}");
+    demo.signal("TERM");
+    let (code, error) = demo.wait();
+    assert_eq!((code, error.as_str()), (Some(0), ""));
+    assert_eq!(std::fs::read_dir(temporary.path()).unwrap().count(), 0, "the folder is removed");
+    for address in addresses {
+        assert!(TcpStream::connect(&address).is_err(), "{address} is still served");
+    }
+}
+
+#[test]
+fn a_demo_of_etcd_without_etcd_says_how_it_is_installed() {
+    let empty = tempfile::tempdir().unwrap();
+    let mut command = ringline();
+    let output = command.args(["cluster", "demo", "--mode", "etcd"]).env("PATH", empty.path()).output().unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(1) && error.contains("apt install etcd-server"), "{error}");
 }
 
 #[test]
