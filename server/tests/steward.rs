@@ -341,8 +341,9 @@ async fn until_view(node: &Node, what: &str, done: impl Fn(&View) -> bool) {
 fn a_mark_drains_a_node_over_its_starts_until_it_is_taken_away() {
     run(async {
         let mut world = World::new();
-        let mut drains = Drains::new(&world.options());
-        let mut directory = Directory::new(&world.options());
+        // Unlike a node, this one is asked once.
+        let patient = EtcdOptions { timeout: PATIENCE, ..world.options() };
+        let (mut drains, mut directory) = (Drains::new(&patient), Directory::new(&patient));
         let [a, b] = [world.start(0).await, world.start(1).await];
         world.until_shared(&[&a, &b]).await;
         drains.mark("n1").await.unwrap();
