@@ -41,6 +41,10 @@ const REGISTER_TIMEOUT: Duration = Duration::from_secs(30);
 const BACK_OFF_MS_MIN: u64 = 200;
 /// … to here.
 const BACK_OFF_MS_MAX: u64 = 30_000;
+/// A node that died is replaced within some 15 s. As long as one that lives says that the user's is away, so many attempts more
+/// wait no longer than this one.
+const AWAY_ATTEMPT: u32 = 5;
+const AWAY_ATTEMPTS: u32 = 12;
 /// A connection that lasted so long ends a row of failed attempts.
 const LASTED: Duration = Duration::from_secs(10);
 /// When the last [`Client`](crate::Client) is dropped, what is open still gets so long.
@@ -250,6 +254,10 @@ impl Connection {
             if let LinkError::Goaway { address: Some(address), .. } = &why {
                 self.addresses.send_to(address);
             }
+            if why == LinkError::NoAnswer {
+                // It may still take connections, and answer none: another node knows who has its users now.
+                self.addresses.failed();
+            }
             attempt = attempt.saturating_add(1);
             let delay = back_off(attempt, &why);
             self.session.announce(Event::Reconnecting { attempt, delay, why });
@@ -257,7 +265,9 @@ impl Connection {
                 Ok(link) => {
                     let began = Instant::now();
                     let cut = self.live(link).await;
-                    attempt = if began.elapsed() >= LASTED { 0 } else { attempt };
+                    // A server that sends its clients on says itself when they are to come: that is no failure to be slower for.
+                    let sent_on = matches!(cut, Cut::Lost(LinkError::Goaway { .. }));
+                    attempt = if sent_on || began.elapsed() >= LASTED { 0 } else { attempt };
                     cut
                 }
                 Err(cut) => cut,
@@ -406,8 +416,7 @@ fn io_error(error: &io::Error) -> LinkError {
 
 /// Full jitter: anything from 0 to a bound that doubles, so that clients that were cut off together come back apart.
 fn back_off(attempt: u32, why: &LinkError) -> Duration {
-    let doubled = BACK_OFF_MS_MIN.checked_shl(attempt.saturating_sub(1).min(16)).unwrap_or(BACK_OFF_MS_MAX);
-    let jitter = Duration::from_millis(rand::random_range(0..=doubled.min(BACK_OFF_MS_MAX)));
+    let jitter = Duration::from_millis(rand::random_range(0..=back_off_ms_max(attempt, why)));
     match why {
         LinkError::Goaway { reconnect_after, .. } => *reconnect_after + jitter,
         LinkError::Io(_)
@@ -419,6 +428,26 @@ fn back_off(attempt: u32, why: &LinkError) -> Duration {
         | LinkError::Protocol(_)
         | LinkError::Refused(_) => jitter,
     }
+}
+
+/// The longest that [`back_off`] may wait beyond what a server has asked for.
+fn back_off_ms_max(attempt: u32, why: &LinkError) -> u64 {
+    let attempt = match why {
+        LinkError::Refused(ErrorCode::Unavailable) => {
+            attempt.min(AWAY_ATTEMPT).max(attempt.saturating_sub(AWAY_ATTEMPTS))
+        }
+        LinkError::Goaway { .. }
+        | LinkError::Io(_)
+        | LinkError::ConnectTimeout(_)
+        | LinkError::Token(_)
+        | LinkError::ServerClosed
+        | LinkError::NoAnswer
+        | LinkError::Redirected { .. }
+        | LinkError::Protocol(_)
+        | LinkError::Refused(_) => attempt,
+    };
+    let doubled = BACK_OFF_MS_MIN.checked_shl(attempt.saturating_sub(1).min(16)).unwrap_or(BACK_OFF_MS_MAX);
+    doubled.min(BACK_OFF_MS_MAX)
 }
 
 /// After `delay`, a connection and the secret to log in with. `ask`: the user whose route is asked for first; the error is
@@ -514,4 +543,23 @@ fn registered(reply: Reply<'_>) -> Result<(), ConnectError> {
         return Err(ConnectError::Link(LinkError::Protocol(ErrorCode::BadBody)));
     };
     Err(ConnectError::Refused { code, detail: detail.to_owned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_double_and_stay_short_for_a_while_when_only_the_users_node_is_away() {
+        let pauses = |why: LinkError| (1..=21).map(|attempt| back_off_ms_max(attempt, &why)).collect::<Vec<_>>();
+        let lost = pauses(LinkError::ServerClosed);
+        assert_eq!(lost[..8], [200, 400, 800, 1_600, 3_200, 6_400, 12_800, 25_600]);
+        assert!(lost[8..].iter().all(|pause| *pause == 30_000));
+        let away = pauses(LinkError::Refused(ErrorCode::Unavailable));
+        assert_eq!(away[..5], lost[..5]);
+        assert!(away[5..17].iter().all(|pause| *pause == 3_200));
+        assert_eq!(away[17..], [6_400, 12_800, 25_600, 30_000]);
+        assert_eq!(back_off_ms_max(u32::MAX, &LinkError::Refused(ErrorCode::Unavailable)), 30_000);
+        assert_eq!(pauses(LinkError::Refused(ErrorCode::Busy)), lost);
+    }
 }

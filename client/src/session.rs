@@ -31,6 +31,9 @@ const ANSWER_TIMEOUT_MS: Millis = 30_000;
 /// A PING that is not followed by any byte within this time (or one ping interval, if that is shorter) shows that the
 /// connection is dead.
 const PONG_TIMEOUT_MS: Millis = 10_000;
+/// When something was asked, and for so long not a byte has come, a PING asks whether anybody is there: a process that hangs
+/// keeps its connections.
+const UNANSWERED_MS: Millis = 5_000;
 /// Bounds of the ping interval that a server may ask for.
 const PING_INTERVAL_MS_MIN: u32 = 50;
 const PING_INTERVAL_MS_MAX: u32 = 3_600_000;
@@ -382,7 +385,11 @@ impl Session {
     fn heartbeat_at(&self) -> Millis {
         match self.pinged_at {
             Some(at) => at.max(self.heard_at) + self.ping_interval_ms.min(PONG_TIMEOUT_MS),
-            None => self.heard_at.min(self.wire.wrote_at) + self.ping_interval_ms,
+            None => {
+                let silent = self.heard_at.min(self.wire.wrote_at) + self.ping_interval_ms;
+                let unanswered = self.wire.oldest().map(|at| at.max(self.heard_at) + UNANSWERED_MS);
+                unanswered.map_or(silent, |unanswered| silent.min(unanswered))
+            }
         }
     }
 

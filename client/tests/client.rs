@@ -296,6 +296,25 @@ async fn goaway_is_followed_and_tokens_are_asked_for_anew() {
     until(|| server.logins() == 2).await;
 }
 
+#[tokio::test]
+async fn who_is_sent_on_is_not_slower_for_what_failed_before() {
+    let server = FakeServer::start().await.unwrap();
+    let (_ann, mut events) = log_in(&server, "ann").await;
+    // Connections that are lost soon count up.
+    for _ in 0..4 {
+        server.break_connections();
+        while !matches!(next(&mut events).await, Event::Reconnecting { .. }) {}
+        while !matches!(next(&mut events).await, Event::Connected { .. }) {}
+    }
+    server.goaway("ann", Duration::from_millis(10));
+    loop {
+        if let Event::Reconnecting { why: LinkError::Goaway { .. }, attempt, .. } = next(&mut events).await {
+            assert_eq!(attempt, 1);
+            break;
+        }
+    }
+}
+
 /// Two servers, and a builder of a client that is given both.
 async fn two(first: &str) -> (FakeServer, FakeServer, ClientBuilder) {
     let (one, other) = (FakeServer::start().await.unwrap(), FakeServer::start().await.unwrap());
@@ -363,6 +382,24 @@ async fn a_user_who_moved_is_followed_and_comes_back_there() {
     other.break_connections();
     until(|| other.logins() == 2).await;
     assert_eq!(one.logins(), 1);
+}
+
+#[tokio::test]
+async fn who_hangs_is_left_for_the_node_that_has_its_users_now() {
+    let (one, other, builder) = two("ann").await;
+    for server in [&one, &other] {
+        server.add_user("ann", PASSWORD);
+        server.add_user("bob", PASSWORD);
+        server.route_to(&one.address());
+    }
+    one.ping_interval(Duration::from_millis(60));
+    let (ann, _events) = builder.connect().await.unwrap();
+    assert_eq!(other.logins(), 0);
+    // It takes connections, and says nothing any more.
+    other.route_to(&other.address());
+    one.mute(true);
+    assert_eq!(ann.send("bob", "over there").await.unwrap().seq.0, 1);
+    assert_eq!(other.stored("ann", "bob"), ["over there"]);
 }
 
 #[tokio::test]

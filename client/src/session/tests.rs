@@ -629,6 +629,19 @@ fn silence_is_answered_by_a_ping_and_then_given_up() {
 }
 
 #[test]
+fn who_waits_for_an_answer_asks_sooner_whether_anybody_is_there() {
+    let mut world = online();
+    world.session.advance(7_000).unwrap();
+    world.session.send(7_000, outgoing("bob", "x", SendOptions::default())).unwrap();
+    world.session.advance(7_000).unwrap();
+    assert_eq!(world.session.next_wake(7_000), Some(12_000));
+    world.session.advance(12_000).unwrap();
+    assert_eq!(world.session.next_wake(12_000), Some(22_000));
+    world.session.advance(21_999).unwrap();
+    assert_eq!(world.session.advance(22_000), Err(Cut::Lost(LinkError::NoAnswer)));
+}
+
+#[test]
 fn request_ids_survive_the_wrap_of_the_wire() {
     let mut wire = Wire::default();
     wire.start_at(u64::from(u32::MAX) - 1);
