@@ -98,14 +98,19 @@ impl Etcd {
 
     /// Posts this, and gives all that comes back; `None`: nobody answers.
     pub fn ask(&self, path: &str, json: &str) -> Option<String> {
-        let mut stream = TcpStream::connect(("127.0.0.1", self.client_port)).ok()?;
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let length = json.len();
-        write!(stream, "POST {path} HTTP/1.0\r\nHost: etcd\r\nContent-Length: {length}\r\n\r\n{json}").ok()?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).ok()?;
-        Some(answer)
+        post(&format!("127.0.0.1:{}", self.client_port), path, json)
     }
+}
+
+/// Posts this to a server, and gives all that comes back; `None`: nobody answers.
+pub fn post(address: &str, path: &str, json: &str) -> Option<String> {
+    let mut stream = TcpStream::connect(address).ok()?;
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let length = json.len();
+    write!(stream, "POST {path} HTTP/1.0\r\nHost: etcd\r\nContent-Length: {length}\r\n\r\n{json}").ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    Some(answer)
 }
 
 impl Drop for Etcd {

@@ -87,6 +87,27 @@ impl Net {
         ip(&entry).unwrap();
     }
 
+    /// Takes a node's cable out, or puts it back: nobody at all reaches it, who tests neither.
+    pub fn unplug(&self, node: usize, unplugged: bool) {
+        let port = format!("port{node}");
+        let to: &[&str] = if unplugged { &["nomaster"] } else { &["master", "hub"] };
+        ip(&[&["-n", &self.hub(), "link", "set", &port][..], to].concat()).unwrap();
+    }
+
+    /// So many of 100 packets that come to `to` from `from` are lost; 0: none any more. Errors: no `nft` here, in one line.
+    pub fn lose(&self, from: usize, to: usize, percent: u8) -> Result<(), String> {
+        let (table, source) = (format!("from{from}"), address(from));
+        let chain = "{ type filter hook input priority 0; }";
+        let rules = match percent {
+            0 => format!("delete table ip {table}"),
+            some => format!(
+                "add table ip {table}; add chain ip {table} c {chain}; \
+                 add rule ip {table} c ip saddr {source} numgen random mod 100 < {some} drop"
+            ),
+        };
+        ip(&["netns", "exec", &self.space(to), "nft", &rules]).map(drop)
+    }
+
     /// Both directions between a node and all others.
     pub fn cut_off(&self, node: usize, cut: bool) {
         for other in (0..self.nodes).filter(|other| *other != node) {
@@ -94,6 +115,17 @@ impl Net {
             self.cut(other, node, cut);
         }
     }
+}
+
+/// Runs this with the calling thread, and what it starts, in a network namespace; then the thread is back where it was.
+pub fn within<T>(space: &str, act: impl FnOnce() -> T) -> T {
+    let of = |path: &str| File::open(path).unwrap_or_else(|error| panic!("{path}: {error}"));
+    let go = |to: &File| move_into_link_name_space(to.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+    let (here, there) = (of("/proc/thread-self/ns/net"), of(&format!("/run/netns/{space}")));
+    go(&there);
+    let done = act();
+    go(&here);
+    done
 }
 
 impl Drop for Net {
