@@ -17,6 +17,8 @@ pub(crate) struct Addresses {
     /// Where the last REDIRECT pointed.
     sent_to: Option<String>,
     hops: u8,
+    /// Of those that were given, how many were passed over in this attempt.
+    passed: usize,
 }
 
 impl Addresses {
@@ -25,7 +27,7 @@ impl Addresses {
     pub(crate) fn new(list: &str, draw: usize) -> Self {
         let configured: Vec<_> = list.split(',').map(|address| address.trim().to_owned()).collect();
         let at = draw.checked_rem(configured.len()).unwrap_or(0);
-        Self { configured, at, sent_to: None, hops: 0 }
+        Self { configured, at, sent_to: None, hops: 0, passed: 0 }
     }
 
     /// Whether the next address is one of several that were given, so that another may be the right one: it is asked for the
@@ -51,16 +53,30 @@ impl Addresses {
         follows
     }
 
+    /// One of those that were given can't be reached: whether another is to be tried at once. Each is, once in an attempt.
+    pub(crate) fn pass_over(&mut self) -> bool {
+        let passes = self.is_a_guess() && self.passed + 1 < self.configured.len();
+        if passes {
+            self.passed += 1;
+            self.turn();
+        }
+        passes
+    }
+
+    fn turn(&mut self) {
+        self.at = (self.at + 1).checked_rem(self.configured.len()).unwrap_or(0);
+    }
+
     /// A login succeeded.
     pub(crate) fn reached(&mut self) {
-        self.hops = 0;
+        (self.hops, self.passed) = (0, 0);
     }
 
     /// No login there: the next of those that were given is tried.
     pub(crate) fn failed(&mut self) {
-        self.hops = 0;
+        (self.hops, self.passed) = (0, 0);
         if self.sent_to.take().is_none() {
-            self.at = (self.at + 1).checked_rem(self.configured.len()).unwrap_or(0);
+            self.turn();
         }
     }
 }
@@ -68,6 +84,22 @@ impl Addresses {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn those_that_cannot_be_reached_are_passed_over_once_each() {
+        let mut addresses = Addresses::new("a:1,b:2,c:3", 1);
+        assert!(addresses.pass_over());
+        assert_eq!(addresses.next(), "c:3");
+        assert!(addresses.pass_over() && !addresses.pass_over());
+        assert_eq!(addresses.next(), "a:1");
+        addresses.failed();
+        assert_eq!(addresses.next(), "b:2");
+        assert!(addresses.redirect("d:4") && !addresses.pass_over(), "only those that were given");
+        addresses.reached();
+        addresses.failed();
+        assert!(addresses.pass_over());
+        assert!(!Addresses::new("a:1", 0).pass_over(), "there is no other");
+    }
 
     #[test]
     fn given_addresses_are_tried_in_turn() {

@@ -41,8 +41,8 @@ const REGISTER_TIMEOUT: Duration = Duration::from_secs(30);
 const BACK_OFF_MS_MIN: u64 = 200;
 /// … to here.
 const BACK_OFF_MS_MAX: u64 = 30_000;
-/// A node that died is replaced within some 15 s. As long as one that lives says that the user's is away, so many attempts more
-/// wait no longer than this one.
+/// A node that died is replaced within some 15 s. As long as one that lives says that the user's is away, or sends the client to
+/// one that can't be reached, so many attempts more wait no longer than this one.
 const AWAY_ATTEMPT: u32 = 5;
 const AWAY_ATTEMPTS: u32 = 12;
 /// A connection that lasted so long ends a row of failed attempts.
@@ -143,6 +143,8 @@ pub(crate) struct Connection {
     delivered: HashMap<u64, oneshot::Sender<Result<Delivery, SendError>>>,
     answered: HashMap<u64, oneshot::Sender<Result<Answer, CallError>>>,
     started: Instant,
+    /// The last attempt to connect found a node that lives, and only the user's own away.
+    away: bool,
 }
 
 /// The ends of the channels that the task holds.
@@ -168,6 +170,7 @@ impl Connection {
             delivered: HashMap::new(),
             answered: HashMap::new(),
             started: Instant::now(),
+            away: false,
         }
     }
 
@@ -177,11 +180,12 @@ impl Connection {
 
     /// One attempt to connect and log in, at the node that the user lives on.
     pub(crate) async fn connect(&mut self, delay: Duration) -> Result<Link, Cut> {
-        let mut delay = delay;
+        let (mut delay, mut sent_on) = (delay, false);
         loop {
             let cut = match self.log_in(delay).await {
                 Ok(link) => {
                     self.addresses.reached();
+                    self.away = false;
                     return Ok(link);
                 }
                 Err(cut) => cut,
@@ -190,9 +194,18 @@ impl Connection {
                 && self.addresses.redirect(address)
             {
                 self.session.disconnected();
+                (delay, sent_on) = (Duration::ZERO, true);
+                continue;
+            }
+            let unreachable =
+                matches!(cut, Cut::Lost(LinkError::Io(_) | LinkError::ConnectTimeout(_) | LinkError::ServerClosed));
+            if unreachable && self.addresses.pass_over() {
+                self.session.disconnected();
                 delay = Duration::ZERO;
                 continue;
             }
+            let refused = matches!(cut, Cut::Lost(LinkError::Refused(ErrorCode::Unavailable)));
+            self.away = refused || (unreachable && sent_on);
             self.addresses.failed();
             return Err(cut);
         }
@@ -259,7 +272,7 @@ impl Connection {
                 self.addresses.failed();
             }
             attempt = attempt.saturating_add(1);
-            let delay = back_off(attempt, &why);
+            let delay = back_off(attempt, (&why, self.away));
             self.session.announce(Event::Reconnecting { attempt, delay, why });
             cut = match self.connect(delay).await {
                 Ok(link) => {
@@ -279,7 +292,7 @@ impl Connection {
     async fn live(&mut self, mut link: Link) -> Cut {
         loop {
             if let Err(cut) = self.turn(&mut link).await {
-                return cut;
+                return self.session.ended_by(cut);
             }
         }
     }
@@ -415,8 +428,8 @@ fn io_error(error: &io::Error) -> LinkError {
 }
 
 /// Full jitter: anything from 0 to a bound that doubles, so that clients that were cut off together come back apart.
-fn back_off(attempt: u32, why: &LinkError) -> Duration {
-    let jitter = Duration::from_millis(rand::random_range(0..=back_off_ms_max(attempt, why)));
+fn back_off(attempt: u32, (why, away): (&LinkError, bool)) -> Duration {
+    let jitter = Duration::from_millis(rand::random_range(0..=back_off_ms_max(attempt, away)));
     match why {
         LinkError::Goaway { reconnect_after, .. } => *reconnect_after + jitter,
         LinkError::Io(_)
@@ -431,21 +444,8 @@ fn back_off(attempt: u32, why: &LinkError) -> Duration {
 }
 
 /// The longest that [`back_off`] may wait beyond what a server has asked for.
-fn back_off_ms_max(attempt: u32, why: &LinkError) -> u64 {
-    let attempt = match why {
-        LinkError::Refused(ErrorCode::Unavailable) => {
-            attempt.min(AWAY_ATTEMPT).max(attempt.saturating_sub(AWAY_ATTEMPTS))
-        }
-        LinkError::Goaway { .. }
-        | LinkError::Io(_)
-        | LinkError::ConnectTimeout(_)
-        | LinkError::Token(_)
-        | LinkError::ServerClosed
-        | LinkError::NoAnswer
-        | LinkError::Redirected { .. }
-        | LinkError::Protocol(_)
-        | LinkError::Refused(_) => attempt,
-    };
+fn back_off_ms_max(attempt: u32, away: bool) -> u64 {
+    let attempt = if away { attempt.min(AWAY_ATTEMPT).max(attempt.saturating_sub(AWAY_ATTEMPTS)) } else { attempt };
     let doubled = BACK_OFF_MS_MIN.checked_shl(attempt.saturating_sub(1).min(16)).unwrap_or(BACK_OFF_MS_MAX);
     doubled.min(BACK_OFF_MS_MAX)
 }
@@ -551,15 +551,14 @@ mod tests {
 
     #[test]
     fn pauses_double_and_stay_short_for_a_while_when_only_the_users_node_is_away() {
-        let pauses = |why: LinkError| (1..=21).map(|attempt| back_off_ms_max(attempt, &why)).collect::<Vec<_>>();
-        let lost = pauses(LinkError::ServerClosed);
+        let pauses = |away| (1..=21).map(|attempt| back_off_ms_max(attempt, away)).collect::<Vec<_>>();
+        let lost = pauses(false);
         assert_eq!(lost[..8], [200, 400, 800, 1_600, 3_200, 6_400, 12_800, 25_600]);
         assert!(lost[8..].iter().all(|pause| *pause == 30_000));
-        let away = pauses(LinkError::Refused(ErrorCode::Unavailable));
+        let away = pauses(true);
         assert_eq!(away[..5], lost[..5]);
         assert!(away[5..17].iter().all(|pause| *pause == 3_200));
         assert_eq!(away[17..], [6_400, 12_800, 25_600, 30_000]);
-        assert_eq!(back_off_ms_max(u32::MAX, &LinkError::Refused(ErrorCode::Unavailable)), 30_000);
-        assert_eq!(pauses(LinkError::Refused(ErrorCode::Busy)), lost);
+        assert_eq!(back_off_ms_max(u32::MAX, true), 30_000);
     }
 }

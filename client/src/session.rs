@@ -368,6 +368,16 @@ impl Session {
         Ok(())
     }
 
+    /// What a connection that was lost so has ended by: after GOAWAY the server closes it when it likes.
+    pub(crate) fn ended_by(&self, cut: Cut) -> Cut {
+        if let State::Leaving { reconnect_after, address, .. } = &self.state
+            && matches!(cut, Cut::Lost(LinkError::ServerClosed | LinkError::Io(_)))
+        {
+            return Cut::Lost(LinkError::Goaway { reconnect_after: *reconnect_after, address: address.clone() });
+        }
+        cut
+    }
+
     fn heartbeat(&mut self, now: Millis) -> Result<(), Cut> {
         if self.heartbeat_at() > now {
             return Ok(());

@@ -403,6 +403,29 @@ async fn who_hangs_is_left_for_the_node_that_has_its_users_now() {
 }
 
 #[tokio::test]
+async fn who_is_sent_to_a_node_that_is_gone_tries_again_soon() {
+    let (one, other, builder) = two("ann").await;
+    for server in [&one, &other] {
+        server.add_user("ann", PASSWORD);
+        server.route_to(&one.address());
+    }
+    let (_ann, mut events) = builder.connect().await.unwrap();
+    // Nobody knows yet that the user's node is gone.
+    for server in [&one, &other] {
+        server.route_to("127.0.0.1:1");
+    }
+    one.refuse_connections(true);
+    one.break_connections();
+    let mut attempts = 0;
+    while attempts < 8 {
+        if let Event::Reconnecting { attempt, delay, .. } = next(&mut events).await {
+            assert!(delay <= Duration::from_millis(3_200), "attempt {attempt} waits {delay:?}");
+            attempts += 1;
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_slow_application_loses_no_durable_message() {
     let server = FakeServer::start().await.unwrap();
     let (ann, _) = log_in(&server, "ann").await;

@@ -642,6 +642,23 @@ fn who_waits_for_an_answer_asks_sooner_whether_anybody_is_there() {
 }
 
 #[test]
+fn a_server_that_closes_after_goaway_has_sent_its_clients_on() {
+    let mut world = online();
+    world.session.send(0, outgoing("bob", "x", SendOptions::default())).unwrap();
+    world.session.advance(0).unwrap();
+    let lost = || Cut::Lost(LinkError::ServerClosed);
+    assert_eq!(world.session.ended_by(lost()), lost());
+    let reason = message::GoawayReason::Moved;
+    let goaway = Reply::Goaway { reason, reconnect_after_ms: 300, node: "b", address: "b:1" };
+    let mut bytes = Vec::new();
+    Encoder::new().reply(Codec::FlatBuffers, 0, &goaway, &mut bytes);
+    world.session.received(0, &bytes).unwrap();
+    let sent_on = LinkError::Goaway { reconnect_after: Duration::from_millis(300), address: Some("b:1".to_owned()) };
+    assert_eq!(world.session.ended_by(lost()), Cut::Lost(sent_on));
+    assert_eq!(world.session.ended_by(Cut::Lost(LinkError::NoAnswer)), Cut::Lost(LinkError::NoAnswer));
+}
+
+#[test]
 fn request_ids_survive_the_wrap_of_the_wire() {
     let mut wire = Wire::default();
     wire.start_at(u64::from(u32::MAX) - 1);
