@@ -4,6 +4,7 @@
 //! a node that lacks a core would leave its users without answers.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -110,7 +111,8 @@ pub fn serve(mut config: Config) -> Result<u8, BootError> {
     say_if_lowered(config.connections_max, wanted);
     doctor::at_start(&config, &cores, features).iter().for_each(|line| tracing::warn!("{line}"));
     let (admin_listener, route_listener) = (config.admin_listen.map(admin::bind).transpose()?, route::bind(&config)?);
-    let net_kind = pick_net(config.net_kind);
+    let (net_kind, instead) = pick_net(config.net_kind, crate::net::ring::is_supported());
+    say_net(net_kind, instead.as_ref());
     let placed = Placed::check(&config)?;
     let (stores, ownership) = match open_store(&config, cores.len(), signals.asked()) {
         Err(BootError::Store(OpenError::Stopped)) => {
@@ -325,18 +327,20 @@ fn say_if_lowered(connections_max: usize, wanted: usize) {
     }
 }
 
-/// Settles `auto`: the ring if this kernel can make one.
-fn pick_net(wanted: NetKind) -> NetKind {
-    let picked = match (wanted, crate::net::ring::is_supported()) {
-        (NetKind::Auto, Err(error)) => {
-            tracing::info!("sockets are served by epoll: this kernel makes no ring for them ({error})");
-            return NetKind::Epoll;
-        }
-        (NetKind::Auto, Ok(())) => NetKind::Ring,
-        (NetKind::Ring | NetKind::Epoll, _) => wanted,
-    };
-    tracing::info!("sockets are served by {}", net_name(picked));
-    picked
+/// Settles `auto`: the ring if this kernel can make one, and otherwise why not.
+fn pick_net(wanted: NetKind, ring: io::Result<()>) -> (NetKind, Option<io::Error>) {
+    match (wanted, ring) {
+        (NetKind::Auto, Err(error)) => (NetKind::Epoll, Some(error)),
+        (NetKind::Auto, Ok(())) => (NetKind::Ring, None),
+        (NetKind::Ring | NetKind::Epoll, _) => (wanted, None),
+    }
+}
+
+fn say_net(picked: NetKind, instead: Option<&io::Error>) {
+    match instead {
+        Some(error) => tracing::info!("sockets are served by epoll: this kernel makes no ring for them ({error})"),
+        None => tracing::info!("sockets are served by {}", net_name(picked)),
+    }
 }
 
 fn net_name(picked: NetKind) -> &'static str {
@@ -597,5 +601,24 @@ impl Summary {
         let line = self.line();
         tracing::info!("{state}: {line}");
         self.printed = line;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_without_the_ring_gets_epoll_unless_the_ring_is_asked_for() {
+        let lacks = || Err(io::Error::from(io::ErrorKind::PermissionDenied));
+        let picked = |wanted, ring| {
+            let (picked, instead) = pick_net(wanted, ring);
+            (net_name(picked), instead.is_some())
+        };
+        assert_eq!(picked(NetKind::Auto, Ok(())), ("io_uring", false));
+        assert_eq!(picked(NetKind::Auto, lacks()), ("epoll", true), "and the log says why");
+        // Then the start fails with the error of the kernel, rather than serving by something else.
+        assert_eq!(picked(NetKind::Ring, lacks()), ("io_uring", false));
+        assert_eq!(picked(NetKind::Epoll, Ok(())), ("epoll", false));
     }
 }
