@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use ringline_schema::codec::{Codec, Encoder};
-use ringline_schema::disk;
+use ringline_schema::disk::{self, BurstWriter, RecordType};
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
 use ringline_schema::limits::{self, FRAME_HEADER_BYTES};
@@ -506,5 +506,18 @@ pub fn records() -> Vec<Sample> {
         let record_type = disk::encode(record, &mut bytes).expect("a sample");
         ((*name).to_owned(), [&[record_type as u8], &bytes[..]].concat())
     };
-    all.iter().map(encode).collect()
+    all.iter().map(encode).chain([("burst".to_owned(), burst(&message(None)))]).collect()
+}
+
+/// Three messages in a row.
+fn burst(first: &StoredMessage) -> Vec<u8> {
+    let mut bytes = Default::default();
+    let mut writer = BurstWriter::begin(first, &mut bytes).expect("a sample");
+    for (at, body) in [(1, &b"and"[..]), (2, b"again")] {
+        let (seq, client_seq) = (Seq(first.seq.0 + at), first.client_seq + at);
+        let next = StoredMessage { seq, client_seq, time_ms: first.time_ms + at, body: body.into(), ..first.clone() };
+        assert!(writer.add(&next, &mut bytes));
+    }
+    assert!(writer.end(&mut bytes));
+    [&[RecordType::Burst as u8], &bytes[..]].concat()
 }

@@ -67,8 +67,11 @@ pub fn record(data: &[u8]) {
     let _ = rows::decode_rows(payload).is_ok();
     let Some(record_type) = RecordType::from_number(number) else { return };
     let _ = disk::decode_for_index(record_type, payload).is_ok();
-    let Ok(record) = disk::decode(record_type, payload) else { return };
-    let mut bytes = Default::default();
-    let again = disk::encode(&record, &mut bytes).expect("what was decoded can be encoded");
-    assert_eq!(disk::decode(again, &bytes), Ok(record));
+    let Ok(records) = disk::decode(record_type, payload) else { return };
+    assert_eq!(disk::records(record_type, payload), records.len() as u64);
+    for record in records {
+        let mut bytes = Default::default();
+        let again = disk::encode(&record, &mut bytes).expect("what was decoded can be encoded");
+        assert_eq!(disk::decode(again, &bytes), Ok(vec![record]));
+    }
 }

@@ -1,6 +1,7 @@
 //! Bytes of a [`Record`]: `rkyv` archives, checked on access, without alignment demands.
 //!
-//! A plain message is written and read by hand, see [`message`]; its bytes are those of the archive.
+//! A plain message is written and read by hand, see [`message`]; its bytes are those of the archive. Several of one sender
+//! in a row are one record, see [`burst`].
 //!
 //! The frame around them (length, checksum, type, version) is the log's. A type number is never reused; a changed
 //! layout is a new type number, so a log tells its own format record by record.
@@ -13,7 +14,10 @@ use rkyv::util::AlignedVec;
 use rkyv::with::InlineAsBox;
 use rkyv::{Archive, Serialize};
 
+mod burst;
 mod message;
+
+pub use burst::{BURST_BYTES_MAX, BURST_MESSAGES_MAX, Burst, BurstWriter};
 
 use crate::ids::{ConversationId, DeviceId, Seq, UserName, body_hash};
 use crate::message::BodyKind;
@@ -30,6 +34,8 @@ pub enum RecordType {
     Cursor = 4,
     /// A message with more than a plain one has, rows, or both.
     Change = 5,
+    /// Several plain messages, see [`Burst`].
+    Burst = 6,
 }
 
 impl RecordType {
@@ -40,6 +46,7 @@ impl RecordType {
             3 => Some(Self::Conversation),
             4 => Some(Self::Cursor),
             5 => Some(Self::Change),
+            6 => Some(Self::Burst),
             _ => None,
         }
     }
@@ -165,24 +172,55 @@ pub fn encode(record: &Record, out: &mut AlignedVec) -> Result<RecordType, DiskE
     Ok(record_type)
 }
 
-/// Reads a payload back. `payload` may lie at any address; the body is copied out of it.
-pub fn decode(record_type: RecordType, payload: &[u8]) -> Result<Record, DiskError> {
+/// Reads the records of a payload back: the messages of a burst in their order, else one. `payload` may lie at any
+/// address; bodies are copied out of it.
+pub fn decode(record_type: RecordType, payload: &[u8]) -> Result<Vec<Record>, DiskError> {
+    if record_type != RecordType::Burst {
+        return decode_one(record_type, payload).map(|record| vec![record]);
+    }
+    let message = |fields| stored(fields).map(|message| Record::Message(message.into()));
+    Burst::read(payload)?.fields().map(message).collect()
+}
+
+/// Reads the message of this conversation and seq out of a payload, if it is there.
+pub fn decode_message(
+    record_type: RecordType,
+    payload: &[u8],
+    wanted: (ConversationId, Seq),
+) -> Result<Option<StoredMessage>, DiskError> {
+    let is_wanted = |message: &StoredMessage| (message.conversation, message.seq) == wanted;
+    if record_type != RecordType::Burst {
+        return Ok(decode_one(record_type, payload)?.into_message().filter(is_wanted));
+    }
+    let mut fields = Burst::read(payload)?.fields();
+    let found = fields.find(|fields| (fields.conversation, fields.seq) == wanted);
+    found.map(stored).transpose()
+}
+
+/// How many records a payload was made of; it is not looked at more closely.
+pub fn records(record_type: RecordType, payload: &[u8]) -> u64 {
+    if record_type == RecordType::Burst { burst::said_messages(payload).into() } else { 1 }
+}
+
+fn stored(disk: message::Fields<'_>) -> Result<StoredMessage, DiskError> {
+    Ok(StoredMessage {
+        conversation: disk.conversation,
+        seq: disk.seq,
+        from: name_of(disk.from)?,
+        to: name_of(disk.to)?,
+        device: disk.device,
+        client_seq: disk.client_seq,
+        time_ms: disk.time_ms,
+        kind: BodyKind::from_number(disk.kind).ok_or_else(|| DiskError("body kind".into()))?,
+        body: Bytes::copy_from_slice(disk.body),
+        extra: None,
+    })
+}
+
+fn decode_one(record_type: RecordType, payload: &[u8]) -> Result<Record, DiskError> {
     let record = match record_type {
-        RecordType::Message => {
-            let disk = message::read(payload)?;
-            Record::Message(Arc::new(StoredMessage {
-                conversation: disk.conversation,
-                seq: disk.seq,
-                from: name_of(disk.from)?,
-                to: name_of(disk.to)?,
-                device: disk.device,
-                client_seq: disk.client_seq,
-                time_ms: disk.time_ms,
-                kind: BodyKind::from_number(disk.kind).ok_or_else(|| DiskError("body kind".into()))?,
-                body: Bytes::copy_from_slice(disk.body),
-                extra: None,
-            }))
-        }
+        RecordType::Message => Record::Message(Arc::new(stored(message::read(payload)?)?)),
+        RecordType::Burst => return Err(DiskError("several messages instead of a record".into())),
         RecordType::Change => change(payload)?,
         RecordType::User => {
             let disk = rkyv::access::<ArchivedDiskUser<'_>, Error>(payload).map_err(refused)?;
@@ -218,8 +256,27 @@ pub enum Indexed<'a> {
         message: Option<IndexedMessage<'a>>,
         rows: Vec<Row>,
     },
-    /// Neither of the two.
+    /// Several plain messages.
+    Burst(Burst<'a>),
+    /// None of these.
     Other(Record),
+}
+
+impl Indexed<'_> {
+    /// How many records were made one here.
+    pub fn records(&self) -> usize {
+        match self {
+            Self::Burst(burst) => burst.messages().into(),
+            Self::Message(_) | Self::Change { .. } | Self::Other(_) => 1,
+        }
+    }
+}
+
+impl<'a> Burst<'a> {
+    /// Each message as an index wants it.
+    pub fn indexed(&self) -> impl Iterator<Item = IndexedMessage<'a>> + use<'a> {
+        self.fields().map(|fields| indexed(&fields))
+    }
 }
 
 /// A message without its body and receiver. Its sender's name is as it lies in the record: whoever keeps it asks for
@@ -242,18 +299,20 @@ impl IndexedMessage<'_> {
 /// Like [`decode`], but copies no body.
 pub fn decode_for_index(record_type: RecordType, payload: &[u8]) -> Result<Indexed<'_>, DiskError> {
     match record_type {
-        RecordType::Message => {
-            let disk = message::read(payload)?;
-            let (client_seq, seq, time_ms) = (disk.client_seq, disk.seq, disk.time_ms);
-            let accepted = Accepted { client_seq, seq, time_ms, body_hash: body_hash(disk.body) };
-            let (conversation, device) = (disk.conversation, disk.device);
-            Ok(Indexed::Message(IndexedMessage { conversation, from_bytes: disk.from, device, accepted }))
-        }
+        RecordType::Message => message::read(payload).map(|disk| Indexed::Message(indexed(&disk))),
+        RecordType::Burst => Burst::read(payload).map(Indexed::Burst),
         RecordType::Change => change_for_index(payload),
         RecordType::User | RecordType::Conversation | RecordType::Cursor => {
-            decode(record_type, payload).map(Indexed::Other)
+            decode_one(record_type, payload).map(Indexed::Other)
         }
     }
+}
+
+#[inline]
+fn indexed<'a>(disk: &message::Fields<'a>) -> IndexedMessage<'a> {
+    let (client_seq, seq, time_ms) = (disk.client_seq, disk.seq, disk.time_ms);
+    let accepted = Accepted { client_seq, seq, time_ms, body_hash: body_hash(disk.body) };
+    IndexedMessage { conversation: disk.conversation, from_bytes: disk.from, device: disk.device, accepted }
 }
 
 fn change_for_index(payload: &[u8]) -> Result<Indexed<'_>, DiskError> {
@@ -375,7 +434,7 @@ mod tests {
             let record_type = encode(&record, &mut payload).unwrap();
             for shift in 0..9 {
                 let moved = [&vec![0; shift][..], &payload].concat();
-                assert_eq!(decode(record_type, &moved[shift..]).unwrap(), record);
+                assert_eq!(decode(record_type, &moved[shift..]).unwrap(), std::slice::from_ref(&record));
             }
         }
     }
@@ -408,7 +467,7 @@ mod tests {
     proptest! {
         #[test]
         fn garbage_is_an_error_and_never_a_panic(
-            number in 1u8..=5,
+            number in 1u8..=6,
             at in any::<prop::sample::Index>(),
             value in any::<u8>(),
             garbage in prop::collection::vec(any::<u8>(), 0..200),

@@ -23,6 +23,7 @@ const BODY: usize = 65;
 const FIELDS_BYTES: usize = 73;
 
 /// A message as it lies in a record. Names are not looked at.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Fields<'a> {
     pub conversation: ConversationId,
     pub seq: Seq,

@@ -17,6 +17,8 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use ringline_schema::disk;
+
 use super::checkpoint::Checkpoints;
 use super::format::{Kind, Position};
 use super::offline::{Progress, Watch};
@@ -204,7 +206,11 @@ fn find_end(segment: &Arc<Segment>, has_next: bool) -> Result<(u32, bool, u64), 
                 Found::Record { framed, .. } if framed.kind == Kind::Seal => {
                     return Ok(if has_next { (scanner.offset(), true, records) } else { (at, false, records) });
                 }
-                Found::Record { framed, .. } => records += u64::from(matches!(framed.kind, Kind::Record(_))),
+                Found::Record { framed, .. } => {
+                    if let Kind::Record(record_type) = framed.kind {
+                        records += disk::records(record_type, framed.payload);
+                    }
+                }
                 Found::Foreign { offset } => return Err(bad(offset, FOREIGN)),
                 Found::End { .. } | Found::Bad { .. } => break,
             }

@@ -145,7 +145,7 @@ fn open_below(folder: &Path) -> usize {
 fn however_many_segments_there_are_few_are_open() {
     let (dir, pair) = (tempfile::tempdir().unwrap(), Pair::new("ann", "bob"));
     let (mut node, _) = open(dir.path(), 1, &small());
-    for records in pair.history(3_000).chunks(10) {
+    for records in pair.history(6_000).chunks(10) {
         node.commit(records);
         // The index thread makes the next file ready: a segment is as long as it should be once it has.
         node.ask(pair.one.partition(), Query::User { name: pair.one.clone() });
@@ -157,14 +157,14 @@ fn however_many_segments_there_are_few_are_open() {
     assert!(report.segments > 20, "{report:?}");
     assert!((1..=10).contains(&most), "{most} files were open at once");
     let (mut node, _) = open(to.path(), 1, &small());
-    holds(&mut node, &[pair], 3_000);
+    holds(&mut node, &[pair], 6_000);
 }
 
 #[test]
 fn a_disk_that_fails_under_a_backup_is_told_and_the_copy_is_not_started_from() {
     let (dir, pair) = (tempfile::tempdir().unwrap(), Pair::new("ann", "bob"));
     let (mut node, _) = open(dir.path(), 1, &small());
-    for records in pair.history(500).chunks(9) {
+    for records in pair.history(1_000).chunks(9) {
         node.commit(records);
         settle(&mut node);
     }

@@ -362,13 +362,11 @@ impl Flush<'_> {
         head.merge(&recent.head);
         self.put(&rows::head_key(id), &head.encode());
 
-        let kept = recent.places.partition_point(|&(seq, _)| seq < head.floor);
-        let places = recent.places.get(kept..).unwrap_or(&[]);
-        for places in places.chunk_by(|(one, _), (other, _)| rows::block_of(*one).0 == rows::block_of(*other).0) {
-            let Some(&(first, _)) = places.first() else { continue };
+        let mut places = recent.places.from(head.floor).peekable();
+        while let Some(&(first, _)) = places.peek() {
             let (number, _) = rows::block_of(first);
             let mut block = Block::default();
-            for &(seq, place) in places {
+            while let Some((seq, place)) = places.next_if(|(seq, _)| rows::block_of(*seq).0 == number) {
                 block.set(rows::block_of(seq).1, place);
             }
             if known && !block.is_full() {

@@ -202,11 +202,13 @@ impl Indexer {
     fn take_in(&mut self, scanner: &mut Scanner, segment: &Segment, to: Position) -> Result<bool, IndexError> {
         let Some(overlay) = self.node.overlays.get(usize::from(self.log)) else { return Ok(false) };
         let mut overlay = overlay.young_mut();
-        for _ in 0..APPLY_RECORDS_MAX {
+        let mut records = 0;
+        while records < APPLY_RECORDS_MAX {
             if self.at >= to || self.at.segment != segment.header.number {
                 break;
             }
             let (kind, indexed, place) = next_record(scanner, segment)?;
+            records += indexed.as_ref().map_or(1, Indexed::records);
             if let Some(indexed) = indexed {
                 overlay.apply(indexed, place).map_err(|error| bad_record(segment, place.offset, &error))?;
             }

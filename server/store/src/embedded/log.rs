@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use ringline_schema::disk;
+use ringline_schema::disk::{self, BurstWriter, DiskError, RecordType};
 use ringline_schema::record::Record;
 use rkyv::util::AlignedVec;
 
@@ -24,8 +24,8 @@ use crate::{Lsn, RECORD_BYTES_MAX, StoreError, large_bytes};
 
 /// What framing adds to a record at most.
 const FRAME_BYTES_MAX: usize = RECORD_HEADER_BYTES + RECORD_ALIGN_BYTES;
-/// A run mark and a seal.
-const MARKS_BYTES_MAX: usize = 2 * FRAME_BYTES_MAX + RUN_BYTES;
+/// A run mark, a seal, and what ends a record that is open.
+const MARKS_BYTES_MAX: usize = 3 * FRAME_BYTES_MAX + RUN_BYTES;
 /// The smallest `batch_bytes_max`: one largest record and the marks.
 pub(super) const BATCH_BYTES_MIN: usize =
     RECORD_BYTES_MAX + RECORD_OVERHEAD_BYTES_MAX + FRAME_BYTES_MAX + MARKS_BYTES_MAX;
@@ -53,6 +53,13 @@ pub(super) struct LogEnd {
     pub run: u64,
 }
 
+/// A record whose frame is not closed yet.
+struct Open {
+    start: usize,
+    partition: u16,
+    burst: BurstWriter,
+}
+
 pub(super) struct Log {
     ring: WriteRing,
     segment: Arc<Segment>,
@@ -61,6 +68,8 @@ pub(super) struct Log {
     offset: u32,
     filling: AlignedVec,
     filling_records: u64,
+    /// The last record in it, while messages may be added to it.
+    open: Option<Open>,
     /// The second buffer, when it is not with the ring.
     spare: AlignedVec,
     writing: Option<Committed>,
@@ -82,6 +91,7 @@ impl Log {
             offset: end.offset,
             filling: AlignedVec::new(),
             filling_records: 0,
+            open: None,
             spare: AlignedVec::new(),
             writing: None,
             last: Lsn::default(),
@@ -107,25 +117,57 @@ impl Log {
         {
             return Err(StoreError::Full);
         }
+        if let Err(error) = self.put(record) {
+            // The encoder has dropped the buffer, and records that were numbered with it.
+            tracing::error!(%error, "the store of this shard stops: a record does not encode");
+            self.poisoned = true;
+            return Err(StoreError::Poisoned);
+        }
+        self.filling_records += 1;
+        self.last = Lsn(self.last.0 + 1);
+        Ok(self.last)
+    }
+
+    #[inline]
+    fn put(&mut self, record: &Record) -> Result<(), DiskError> {
+        let plain = match record {
+            Record::Message(message) if message.extra.is_none() => Some(message),
+            Record::Message(_)
+            | Record::Change(_)
+            | Record::User(_)
+            | Record::Conversation { .. }
+            | Record::Cursor { .. } => None,
+        };
+        if let (Some(message), Some(open)) = (plain, &mut self.open)
+            && open.burst.add(message, &mut self.filling)
+        {
+            return Ok(());
+        }
+        self.close_open();
         if let Some(run) = self.unmarked_run.take() {
             let start = begin(&mut self.filling);
             self.filling.extend_from_slice(&run.to_le_bytes());
             self.close_record(start, Kind::Run, 0);
         }
-        let start = begin(&mut self.filling);
-        let record_type = match disk::encode(record, &mut self.filling) {
-            Ok(record_type) => record_type,
-            Err(error) => {
-                // The encoder has dropped the buffer, and records that were numbered with it.
-                tracing::error!(%error, "the store of this shard stops: a record does not encode");
-                self.poisoned = true;
-                return Err(StoreError::Poisoned);
+        let (start, partition) = (begin(&mut self.filling), record.partition().number());
+        match plain {
+            Some(message) => {
+                let burst = BurstWriter::begin(message, &mut self.filling)?;
+                self.open = Some(Open { start, partition, burst });
             }
-        };
-        self.close_record(start, Kind::Record(record_type), record.partition().number());
-        self.filling_records += 1;
-        self.last = Lsn(self.last.0 + 1);
-        Ok(self.last)
+            None => {
+                let record_type = disk::encode(record, &mut self.filling)?;
+                self.close_record(start, Kind::Record(record_type), partition);
+            }
+        }
+        Ok(())
+    }
+
+    fn close_open(&mut self) {
+        let Some(Open { start, partition, burst }) = self.open.take() else { return };
+        let several = burst.end(&mut self.filling);
+        let record_type = if several { RecordType::Burst } else { RecordType::Message };
+        self.close_record(start, Kind::Record(record_type), partition);
     }
 
     /// Starts writing what is queued, unless a write is under way.
@@ -138,6 +180,7 @@ impl Log {
         if self.filling.is_empty() && !seal_alone {
             return;
         }
+        self.close_open();
         let bytes = self.filling.len() as u64;
         let next = self.next.take_if(|_| u64::from(self.offset) + bytes >= self.segment_bytes);
         if next.is_some() {

@@ -2,7 +2,7 @@
 //!
 //! - [`format`], [`segments`], [`scan`]: the log on disk: its bytes, its files, reading it. [`log`], [`ring`]: writing it,
 //!   by the shard's own thread, one synced write a batch. [`shard`]: the handle.
-//! - [`rows`], [`index`], [`overlay`], [`generations`]: what is derived: rows in a key-value library, and the newest ones in
+//! - [`rows`], [`index`], [`overlay`], [`places`], [`generations`]: what is derived: rows in a key-value library, and the newest ones in
 //!   memory. [`indexer`]: the plain thread of each shard that derives them, behind the acknowledgement; [`flusher`]: the one
 //!   that writes them; [`query`]: what is answered.
 //! - [`retain`]: what may go, and how; [`checkpoint`]: what is written before; [`keeper`]: the thread that does it.
@@ -32,6 +32,7 @@ mod log;
 pub mod offline;
 mod orphans;
 mod overlay;
+mod places;
 mod query;
 mod recovery;
 mod retain;

@@ -20,7 +20,7 @@ use super::checkpoint::Checkpoints;
 use super::format::Position;
 use super::index::{Index, IndexError};
 use super::rows::{self, Block, ConversationPart, HeadRow};
-use super::segments::{ReadError, Segments};
+use super::segments::{ReadError, Reading, Segments};
 use super::survey::{Damage, SegmentSurvey, Torn, survey};
 use super::sweep::{Sweep, Sweeper};
 use super::{
@@ -203,8 +203,16 @@ pub fn export(
     let mut report = OpenReport::default();
     watch(Progress { what: "bringing the index up to date", done: 0, total: 0 });
     let index = recover(dir, identity, &segments, &EmbeddedOptions::default(), &mut report)?.index;
-    let mut export =
-        Export { index: &index, segments: &segments, first: Seq::ZERO, each, watch, done: 0, refused: None };
+    let mut export = Export {
+        index: &index,
+        segments: &segments,
+        reading: Reading::default(),
+        first: Seq::ZERO,
+        each,
+        watch,
+        done: 0,
+        refused: None,
+    };
     let walked = export.run();
     match (walked, export.refused) {
         (_, Some(source)) => Err(OpenError::Io { path: PathBuf::from("the export"), source }),
@@ -335,7 +343,7 @@ fn check_index(
             *end == Position::start_of(1) || watermarks.iter().any(|(of, mark)| of == log && mark.at >= *end)
         };
         let behind = !ends.iter().all(knows);
-        let sweeper = Sweeper { segments, ends, read_messages: true, found: Sweep::default(), current: None };
+        let sweeper = Sweeper::new(segments, ends, true);
         let sweep = sweeper.run(&index, &mut |rows| {
             if rows % STEP_ROWS == 0 {
                 watch(Progress { what: "reading the index", done: rows, total: 0 });
@@ -379,8 +387,7 @@ fn check_index(
 fn fill_holes(dir: &Path, store: &mut EmbeddedShard, watch: Watch<'_>) -> Result<Vec<Hole>, OpenError> {
     let node = std::sync::Arc::clone(&store.node);
     let broken = |error: IndexError| index_error(dir, &error);
-    let sweeper =
-        Sweeper { segments: &node.segments, ends: &[], read_messages: false, found: Sweep::default(), current: None };
+    let sweeper = Sweeper::new(&node.segments, &[], false);
     let holes = sweeper.run(&node.index, &mut |_| ()).map_err(broken)?.holes;
     let total = holes.len() as u64;
     for (done, hole) in holes.iter().enumerate() {
@@ -423,7 +430,7 @@ fn message_at(node: &Node, id: ConversationId, seq: Seq) -> Result<Option<Stored
     let (number, slot) = rows::block_of(seq);
     let block = node.index.block(id, number)?;
     let Some(place) = block.0.get(slot).copied().flatten() else { return Ok(None) };
-    Ok(node.segments.get(place.log, place.segment)?.read(place)?.into_message())
+    Ok(Reading::default().message(&node.segments, place, (id, seq))?)
 }
 
 fn deleted(known: &StoredMessage, seq: Seq) -> StoredMessage {
@@ -457,6 +464,7 @@ fn put(dir: &Path, store: &mut EmbeddedShard, record: &Record) -> Result<(), Ope
 struct Export<'a> {
     index: &'a Index,
     segments: &'a Segments,
+    reading: Reading,
     /// Of the conversation whose messages are being read.
     first: Seq,
     each: &'a mut dyn FnMut(Exported) -> std::io::Result<()>,
@@ -501,8 +509,8 @@ impl Export<'_> {
                     if seq < self.first {
                         continue;
                     }
-                    let record = self.segments.get(place.log, place.segment)?.read(*place)?;
-                    let message = record.into_message().ok_or(IndexError::Wrong(id, seq))?;
+                    let message = self.reading.message(self.segments, *place, (id, seq))?;
+                    let message = message.ok_or(IndexError::Wrong(id, seq))?;
                     if !self.give(Exported::Message(message)) {
                         return Ok(false);
                     }

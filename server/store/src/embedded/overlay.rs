@@ -12,13 +12,15 @@ use std::hash::BuildHasher;
 use foldhash::fast::RandomState;
 use foldhash::{HashMap, HashSet};
 use hashbrown::HashTable;
-use ringline_schema::disk::{DiskError, Indexed, IndexedMessage};
+use hashbrown::hash_table::Entry;
+use ringline_schema::disk::{Burst, DiskError, Indexed, IndexedMessage};
 use ringline_schema::ids::{ConversationId, DeviceId, DeviceKey, Seq, UserName};
 use ringline_schema::record::{Accepted, Record, User};
 use ringline_schema::rows::{Row, RowKey};
 
 use super::EmbeddedOptions;
 use super::format::Place;
+use super::places::Places;
 use super::rows::{Created, HeadRow};
 use crate::{dropped_device, remember};
 
@@ -50,8 +52,7 @@ pub(super) struct Overlay {
 #[derive(Debug, Default)]
 pub(super) struct Recent {
     pub head: HeadRow,
-    /// Rising by seq, no seq twice.
-    pub places: Vec<(Seq, Place)>,
+    pub places: Places,
     /// The devices that sent since the last flush.
     pub senders: HashTable<Sender>,
 }
@@ -86,9 +87,10 @@ impl Overlay {
     /// Takes a record in. Errors: the sender of its message is no name, and nothing was taken in.
     #[inline]
     pub fn apply(&mut self, indexed: Indexed<'_>, place: Place) -> Result<(), DiskError> {
-        self.records += 1;
+        self.records += indexed.records();
         match indexed {
             Indexed::Message(message) => self.add(&message, place)?,
+            Indexed::Burst(burst) => self.add_burst(&burst, place)?,
             Indexed::Change { message, rows } => {
                 if let Some(message) = message {
                     self.add(&message, place)?;
@@ -114,6 +116,17 @@ impl Overlay {
     fn add(&mut self, message: &IndexedMessage<'_>, place: Place) -> Result<(), DiskError> {
         let before = self.conversations.len();
         self.bytes += self.conversations.entry(message.conversation).or_default().add(message, place, &self.hasher)?;
+        self.bytes += CONVERSATION_BYTES * (self.conversations.len() - before);
+        Ok(())
+    }
+
+    #[inline]
+    fn add_burst(&mut self, burst: &Burst<'_>, place: Place) -> Result<(), DiskError> {
+        let mut messages = burst.indexed();
+        let Some(first) = messages.next() else { return Ok(()) };
+        let before = self.conversations.len();
+        let recent = self.conversations.entry(first.conversation).or_default();
+        self.bytes += recent.add_all((&first, messages), burst.messages(), place, &self.hasher)?;
         self.bytes += CONVERSATION_BYTES * (self.conversations.len() - before);
         Ok(())
     }
@@ -186,40 +199,54 @@ impl Recent {
     }
 
     /// Gives the memory that it takes more.
+    #[inline]
     fn add(&mut self, message: &IndexedMessage<'_>, place: Place, hasher: &RandomState) -> Result<usize, DiskError> {
-        let (name, device, accepted) = (message.from_bytes, message.device, message.accepted);
-        let hash = hasher.hash_one((name, device));
-        let known = |sender: &Sender| sender.device == device && sender.user.as_str().as_bytes() == name;
-        let mut bytes = 0;
-        let sender = match self.senders.find_mut(hash, known) {
-            Some(sender) => sender,
-            None => {
-                let user = message.from()?;
-                let sender = Sender { key: DeviceKey::new(&user, device), user, device, filter: Vec::new() };
-                bytes += SENDER_BYTES;
-                let hash_of = |sender: &Sender| hasher.hash_one((sender.user.as_str().as_bytes(), sender.device));
-                self.senders.insert_unique(hash, sender, hash_of).into_mut()
-            }
-        };
-        let filter = sender.filter.capacity();
-        remember(&mut sender.filter, accepted);
-        bytes += (sender.filter.capacity() - filter) * size_of::<Accepted>();
-        let (seq, places) = (accepted.seq, self.places.capacity());
-        self.head.add(seq, accepted.time_ms);
-        match self.places.last() {
-            Some(&(last, _)) if seq <= last => match self.places.binary_search_by_key(&seq, |&(seq, _)| seq) {
-                Ok(_) => {}
-                Err(at) => self.places.insert(at, (seq, place)),
-            },
-            Some(_) | None => self.places.push((seq, place)),
-        }
-        Ok(bytes + (self.places.capacity() - places) * size_of::<(Seq, Place)>())
+        self.add_all((message, std::iter::empty()), 1, place, hasher)
     }
 
-    /// The places of `after` < seq < `before`.
-    pub fn places_between(&self, after: Seq, before: Seq) -> &[(Seq, Place)] {
-        let start = self.places.partition_point(|&(seq, _)| seq <= after);
-        let end = self.places.partition_point(|&(seq, _)| seq < before);
-        self.places.get(start..end).unwrap_or(&[])
+    /// So many messages of one record: the first, and the others of the same sender.
+    #[inline]
+    fn add_all<'a>(
+        &mut self,
+        (first, others): (&IndexedMessage<'a>, impl Iterator<Item = IndexedMessage<'a>>),
+        messages: u16,
+        place: Place,
+        hasher: &RandomState,
+    ) -> Result<usize, DiskError> {
+        let (sender, mut bytes) = sender_of(&mut self.senders, first, hasher)?;
+        let filter = sender.filter.capacity();
+        let (seq, mut last) = (first.accepted.seq, first.accepted);
+        remember(&mut sender.filter, last);
+        for message in others {
+            last = message.accepted;
+            remember(&mut sender.filter, last);
+        }
+        bytes += (sender.filter.capacity() - filter) * size_of::<Accepted>();
+        self.head.add(seq, first.accepted.time_ms);
+        self.head.add(last.seq, last.time_ms);
+        let places = self.places.bytes();
+        self.places.add(seq, messages.into(), place);
+        Ok(bytes + self.places.bytes() - places)
+    }
+}
+
+/// The sender of a message, and the memory that it takes more. Errors: it is no name.
+#[inline]
+fn sender_of<'a>(
+    senders: &'a mut HashTable<Sender>,
+    message: &IndexedMessage<'_>,
+    hasher: &RandomState,
+) -> Result<(&'a mut Sender, usize), DiskError> {
+    let (name, device) = (message.from_bytes, message.device);
+    let hash = hasher.hash_one((name, device));
+    let known = |sender: &Sender| sender.device == device && sender.user.as_str().as_bytes() == name;
+    let hash_of = |sender: &Sender| hasher.hash_one((sender.user.as_str().as_bytes(), sender.device));
+    match senders.entry(hash, known, hash_of) {
+        Entry::Occupied(sender) => Ok((sender.into_mut(), 0)),
+        Entry::Vacant(place) => {
+            let user = message.from()?;
+            let sender = Sender { key: DeviceKey::new(&user, device), user, device, filter: Vec::new() };
+            Ok((place.insert(sender).into_mut(), SENDER_BYTES))
+        }
     }
 }

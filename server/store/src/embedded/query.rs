@@ -14,6 +14,7 @@ use super::format::Place;
 use super::generations::{Generations, Held};
 use super::index::IndexError;
 use super::rows::{self, HeadRow};
+use super::segments::Reading;
 use crate::shown::Reader;
 use crate::{newest, readable, remember, span};
 
@@ -114,11 +115,12 @@ impl Node {
         if range.newest {
             wanted.reverse();
         }
-        let mut bytes = 0;
+        let (mut bytes, mut reading) = (0, Reading::default());
         let mut messages: Vec<StoredMessage> = Vec::new();
         for seq in wanted {
             let place = places.get(&seq).ok_or(IndexError::Missing(conversation, seq))?;
-            let message = self.shown(self.message(conversation, seq, *place)?, &changed, reader)?;
+            let message = self.message((conversation, seq), *place, &mut reading)?;
+            let message = self.shown(message, &changed, reader)?;
             bytes += message.bytes().max(1);
             if bytes > range.bytes_max as usize && !messages.is_empty() {
                 break;
@@ -133,15 +135,12 @@ impl Node {
 
     pub(super) fn message(
         &self,
-        conversation: ConversationId,
-        seq: Seq,
+        (conversation, seq): (ConversationId, Seq),
         place: Place,
+        reading: &mut Reading,
     ) -> Result<StoredMessage, IndexError> {
-        let segment = self.segments.get(place.log, place.segment)?;
-        let found = segment.read(place)?.into_message();
-        found
-            .filter(|message| (message.conversation, message.seq) == (conversation, seq))
-            .ok_or(IndexError::Wrong(conversation, seq))
+        let found = reading.message(&self.segments, place, (conversation, seq))?;
+        found.ok_or(IndexError::Wrong(conversation, seq))
     }
 
     /// Where the wanted messages lie; what is not found is missing from the answer.
@@ -157,7 +156,7 @@ impl Node {
         for overlay in self.overlays() {
             if let Some(recent) = overlay.conversations.get(&conversation) {
                 let after = Seq(lowest.0.saturating_sub(1));
-                places.extend(recent.places_between(after, Seq(highest.0.saturating_add(1))).iter().copied());
+                places.extend(recent.places.between(after, Seq(highest.0.saturating_add(1))));
             }
         }
         for chunk in wanted.chunk_by(|one, other| rows::block_of(*one).0 == rows::block_of(*other).0) {

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use ringline_schema::disk;
+use ringline_schema::disk::{self, DiskError};
 
 use super::checkpoint::{Checkpoints, Footer, Opened};
 use super::format::{Kind, Place, Position};
@@ -317,11 +317,12 @@ impl Recovery<'_> {
                     Kind::Seal => break,
                 };
                 let place = Place { log: replay.log, segment: replay.at.segment, offset, bytes: framed.bytes as u32 };
-                disk::decode_for_index(record_type, framed.payload)
-                    .and_then(|indexed| replay.overlay.apply(indexed, place))
-                    .map_err(|error| self.damaged(segment.path.clone(), offset, &error.to_string()))?;
+                let damaged = |error: DiskError| self.damaged(segment.path.clone(), offset, &error.to_string());
+                let indexed = disk::decode_for_index(record_type, framed.payload).map_err(damaged)?;
+                let records = indexed.records() as u64;
+                replay.overlay.apply(indexed, place).map_err(damaged)?;
                 replay.at.offset = scanner.offset();
-                self.replayed_records += 1;
+                self.replayed_records += records;
                 self.progress.add(u64::from(place.bytes), self.replayed_records);
                 let stopped = self.options.stop.load(Ordering::Relaxed);
                 if stopped || replay.overlay.is_full(self.options) {

@@ -458,14 +458,17 @@ impl Retainer {
                 Kind::Seal => return Ok((at, run)),
                 Kind::Run => {}
                 Kind::Record(_) => {
-                    let message = match indexed {
-                        Some(Indexed::Message(message)) => Some(message),
-                        Some(Indexed::Change { message, .. }) => message,
-                        Some(Indexed::Other(_)) | None => None,
+                    let more = match indexed {
+                        Some(Indexed::Message(message)) => each(at, &message)?,
+                        Some(Indexed::Change { message: Some(message), .. }) => each(at, &message)?,
+                        // All but the last message may be looked at again.
+                        Some(Indexed::Burst(burst)) => {
+                            let mut looks = burst.indexed().map(|message| each(at, &message));
+                            looks.find(|more| !matches!(more, Ok(true))).unwrap_or(Ok(true))?
+                        }
+                        Some(Indexed::Change { message: None, .. } | Indexed::Other(_)) | None => true,
                     };
-                    if let Some(message) = message
-                        && !each(at, &message)?
-                    {
+                    if !more {
                         return Ok((at, run));
                     }
                 }

@@ -19,7 +19,7 @@ use super::index::{Index, IndexError};
 use super::rows::Kept;
 use super::segments::{ReadError, Segments, sync_folder};
 use super::survey::{Damage, survey_segment};
-use super::sweep::{Sweep, Sweeper};
+use super::sweep::Sweeper;
 use super::{EmbeddedOptions, OpenError};
 
 /// Bytes of records that are gathered before they are written.
@@ -160,7 +160,7 @@ fn whole_index(folder: &Path, identity: u64, segments: &Segments) -> Result<Inde
     if !index.belongs_to(identity)? {
         return Err(IndexError::Foreign);
     }
-    let sweeper = Sweeper { segments, ends: &[], read_messages: false, found: Sweep::default(), current: None };
+    let sweeper = Sweeper::new(segments, &[], false);
     let found = sweeper.run(&index, &mut |_| ())?;
     // Without the ends of the logs each watermark counts as one.
     let watermarks = index.watermarks()?.len();

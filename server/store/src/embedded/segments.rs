@@ -4,6 +4,7 @@
 //! Invariant: a file named `*.log` has a whole, synced header and its name is durable before a record in it is
 //! acknowledged. A crash while preparing leaves at most a `*.new`, which the next start removes.
 
+use std::fmt::Display;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::num::NonZeroUsize;
@@ -13,12 +14,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use lru::LruCache;
-use ringline_schema::disk;
-use ringline_schema::record::Record;
+use ringline_schema::disk::{self, RecordType};
+use ringline_schema::ids::{ConversationId, Seq};
+use ringline_schema::record::StoredMessage;
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
-use super::format::{Kind, Parsed, Place, SEGMENT_HEADER_BYTES, SegmentHeader, parse};
+use super::format::{Kind, Parsed, Place, RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES, SegmentHeader, parse};
 
 /// Open segment files kept by a node; the one used longest ago is closed.
 const OPEN_SEGMENTS_MAX: NonZeroUsize = NonZeroUsize::new(64).unwrap();
@@ -47,23 +49,56 @@ impl Segment {
         Self { header: SegmentHeader { log: 0, number: 1, salt: 1 }, path: PathBuf::new(), file }
     }
 
-    /// Reads and checks the record at `place`.
-    pub fn read(&self, place: Place) -> Result<Record, ReadError> {
-        let bad = |what: String| ReadError::Bad { path: self.path.clone(), offset: place.offset, what };
-        let mut bytes = vec![0; place.bytes as usize];
-        self.file.read_exact_at(&mut bytes, u64::from(place.offset)).map_err(|error| bad(error.to_string()))?;
-        let framed = match parse(&bytes, self.header.salt, place.offset) {
-            Parsed::Record(framed) => framed,
-            Parsed::Bad(what) => return Err(bad(what.to_owned())),
-            Parsed::Nothing | Parsed::NeedMore(_) => return Err(bad("no whole record".to_owned())),
-            Parsed::Foreign => return Err(bad(FOREIGN.to_owned())),
+    /// Reads and checks the record at `place`; gives its type, the payload is left in `bytes`.
+    fn read(&self, place: Place, bytes: &mut Vec<u8>) -> Result<RecordType, ReadError> {
+        bytes.clear();
+        bytes.resize(place.bytes as usize, 0);
+        self.file.read_exact_at(bytes, u64::from(place.offset)).map_err(|error| self.bad(place, &error))?;
+        let kind = match parse(bytes, self.header.salt, place.offset) {
+            Parsed::Record(framed) => framed.kind,
+            Parsed::Bad(what) => return Err(self.bad(place, &what)),
+            Parsed::Nothing | Parsed::NeedMore(_) => return Err(self.bad(place, &"no whole record")),
+            Parsed::Foreign => return Err(self.bad(place, &FOREIGN)),
         };
-        match framed.kind {
-            Kind::Record(record_type) => {
-                disk::decode(record_type, framed.payload).map_err(|error| bad(error.to_string()))
-            }
-            Kind::Seal | Kind::Run => Err(bad("a mark of the log instead of a record".to_owned())),
+        match kind {
+            Kind::Record(record_type) => Ok(record_type),
+            Kind::Seal | Kind::Run => Err(self.bad(place, &"a mark of the log instead of a record")),
         }
+    }
+
+    fn bad(&self, place: Place, what: &dyn Display) -> ReadError {
+        ReadError::Bad { path: self.path.clone(), offset: place.offset, what: what.to_string() }
+    }
+}
+
+/// Reads messages by their places. A record of several messages is read once for those that follow one another.
+#[derive(Debug, Default)]
+pub(super) struct Reading {
+    /// What was read last, whole and checked, and where it lies.
+    last: Option<(Place, RecordType)>,
+    bytes: Vec<u8>,
+}
+
+impl Reading {
+    /// The message that should lie at a place; `None`: another record does.
+    pub fn message(
+        &mut self,
+        segments: &Segments,
+        place: Place,
+        wanted: (ConversationId, Seq),
+    ) -> Result<Option<StoredMessage>, ReadError> {
+        let segment = segments.get(place.log, place.segment)?;
+        let record_type = match self.last.filter(|(last, _)| *last == place) {
+            Some((_, record_type)) => record_type,
+            None => {
+                self.last = None;
+                let record_type = segment.read(place, &mut self.bytes)?;
+                self.last = Some((place, record_type));
+                record_type
+            }
+        };
+        let payload = self.bytes.get(RECORD_HEADER_BYTES..).unwrap_or(&[]);
+        disk::decode_message(record_type, payload, wanted).map_err(|error| segment.bad(place, &error))
     }
 }
 

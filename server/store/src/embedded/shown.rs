@@ -9,6 +9,7 @@ use ringline_schema::rows::{AmendedRow, Row, RowKey, RowList, RowValue};
 
 use super::Node;
 use super::index::IndexError;
+use super::segments::Reading;
 use crate::shown::{self, Reader};
 
 /// What has become of the messages of one page.
@@ -65,7 +66,7 @@ impl Node {
         let edit = match reader.edit(row) {
             Some(by) => {
                 let place = self.places(id, &[by])?.get(&by).copied();
-                Some(self.message(id, by, place.ok_or(IndexError::Missing(id, by))?)?)
+                Some(self.message((id, by), place.ok_or(IndexError::Missing(id, by))?, &mut Reading::default())?)
             }
             None => None,
         };

@@ -136,7 +136,9 @@ fn a_segment_that_does_not_fit_is_put_off_and_made_when_it_does() {
     const MIB: u64 = 1024 * 1024;
     let Some(disk) = Disk::new(160) else { return };
     let dir = disk.path().join("data");
-    let pair = Pair::new("ann", "bob");
+    // By turns, so that no two messages become one record.
+    let pairs = [Pair::new("ann", "bob"), Pair::new("ann", "cleo")];
+    let message = |number: u64| Record::Message(pairs[(number % 2) as usize].message(number / 2 + 1).into());
     // Nothing is kept free: only the segment itself meets the full disk.
     let options = EmbeddedOptions {
         free_bytes_min: 0,
@@ -147,13 +149,15 @@ fn a_segment_that_does_not_fit_is_put_off_and_made_when_it_does() {
     };
     let (mut handles, _) = EmbeddedStore::open(&dir, 1, options.clone()).unwrap();
     let mut store = handles.remove(0);
-    store.append(&pair.record()).unwrap();
+    for pair in &pairs {
+        store.append(&pair.record()).unwrap();
+    }
     disk.fill(0);
-    let (mut seq, started) = (0, Instant::now());
+    let (mut number, started) = (0, Instant::now());
     loop {
         assert!(started.elapsed() < PATIENCE);
-        match store.append(&Record::Message(pair.message(seq + 1).into())) {
-            Ok(_) => seq += 1,
+        match store.append(&message(number)) {
+            Ok(_) => number += 1,
             Err(StoreError::Full) if store.is_disk_full() && !store.log.is_writing() => break,
             Err(StoreError::Full) => {}
             Err(error) => panic!("{error}"),
@@ -163,12 +167,14 @@ fn a_segment_that_does_not_fit_is_put_off_and_made_when_it_does() {
     assert!(!dir.join("log/00/0000000002.new").exists(), "what it took of the disk is given back");
     disk.empty();
     wait_until(&mut store, false);
-    while store.append(&Record::Message(pair.message(seq + 1).into())).is_err() {
+    let end = number.next_multiple_of(2) + 2;
+    while number < end {
+        number += u64::from(store.append(&message(number)).is_ok());
         assert!(started.elapsed() < PATIENCE);
         turn(&mut store);
     }
     store.close().unwrap();
     drop(store);
     let (mut node, _) = open(&dir, 1, &options);
-    check(&mut node, &[pair], seq + 1);
+    check(&mut node, &pairs, end / 2);
 }

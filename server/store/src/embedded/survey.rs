@@ -120,9 +120,9 @@ pub(super) fn survey_segment(
         let (at, what) = match scanner.next()? {
             Found::Record { offset, framed } => {
                 match checked(&framed) {
-                    Ok(messages) => {
+                    Ok((records, messages)) => {
+                        found.records += records;
                         found.messages += messages;
-                        found.records += u64::from(matches!(framed.kind, Kind::Record(_)));
                         found.sealed = framed.kind == Kind::Seal;
                         each(offset, framed)?;
                     }
@@ -157,14 +157,17 @@ pub(super) fn survey_segment(
     }
 }
 
-/// How many messages a record holds, or why its payload does not decode.
-fn checked(framed: &Framed<'_>) -> Result<u64, String> {
+/// How many records were made this one and how many messages they hold, or why its payload does not decode.
+fn checked(framed: &Framed<'_>) -> Result<(u64, u64), String> {
     match framed.kind {
         Kind::Record(record_type) => match disk::decode(record_type, framed.payload) {
-            Ok(record) => Ok(u64::from(record.message().is_some())),
+            Ok(records) => {
+                let messages = records.iter().filter(|record| record.message().is_some()).count();
+                Ok((records.len() as u64, messages as u64))
+            }
             Err(error) => Err(error.to_string()),
         },
-        Kind::Seal | Kind::Run => Ok(0),
+        Kind::Seal | Kind::Run => Ok((0, 0)),
     }
 }
 

@@ -8,7 +8,7 @@ use ringline_schema::rows::RowKey;
 use super::format::{Place, Position};
 use super::index::{Index, IndexError};
 use super::rows::{self, BadRow, Block, ConversationPart, HeadRow, Watermark};
-use super::segments::Segments;
+use super::segments::{Reading, Segments};
 
 /// Defects that are told one by one; more are only counted.
 pub(super) const DEFECTS_MAX: usize = 1000;
@@ -38,25 +38,31 @@ pub struct Hole {
 
 /// One sweep under way.
 pub(super) struct Sweeper<'a> {
-    pub segments: &'a Segments,
+    segments: &'a Segments,
     /// Where each log ends.
-    pub ends: &'a [(u16, Position)],
+    ends: &'a [(u16, Position)],
     /// Look at every message in the logs too, and not only at the rows.
-    pub read_messages: bool,
-    pub found: Sweep,
+    read_messages: bool,
+    found: Sweep,
     /// The conversation whose blocks are being read.
-    pub current: Option<Current>,
+    current: Option<Current>,
+    reading: Reading,
 }
 
 /// A conversation on the way.
-pub(super) struct Current {
+struct Current {
     id: ConversationId,
     head: HeadRow,
     /// The next seq that must have a place.
     next: Seq,
 }
 
-impl Sweeper<'_> {
+impl<'a> Sweeper<'a> {
+    pub fn new(segments: &'a Segments, ends: &'a [(u16, Position)], read_messages: bool) -> Self {
+        let (found, reading) = (Sweep::default(), Reading::default());
+        Self { segments, ends, read_messages, found, current: None, reading }
+    }
+
     /// Errors: only when the library can't read on; everything else is a defect.
     pub fn run(mut self, index: &Index, step: &mut dyn FnMut(u64)) -> Result<Sweep, IndexError> {
         index.walk(&[], &mut |key, value| {
@@ -139,12 +145,11 @@ impl Sweeper<'_> {
         }
     }
 
-    fn message(&self, id: ConversationId, seq: Seq, place: &Place) -> Result<(), String> {
-        let segment = self.segments.get(place.log, place.segment).map_err(|error| error.to_string())?;
-        let record = segment.read(*place).map_err(|error| error.to_string())?;
-        match record.message() {
-            Some(message) if (message.conversation, message.seq) == (id, seq) => Ok(()),
-            Some(_) | None => Err("another record lies at its place".to_owned()),
+    fn message(&mut self, id: ConversationId, seq: Seq, place: &Place) -> Result<(), String> {
+        match self.reading.message(self.segments, *place, (id, seq)) {
+            Ok(Some(_)) => Ok(()),
+            Ok(None) => Err("another record lies at its place".to_owned()),
+            Err(error) => Err(error.to_string()),
         }
     }
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
+use ringline_schema::disk::BURST_BYTES_MAX;
 use ringline_schema::ids::{DeviceId, DeviceKey, Seq};
 use ringline_schema::record::{Answer, Query, Range, Record, StoredMessage, User};
 
@@ -238,7 +239,8 @@ fn random_histories_with_crashes_restarts_and_lost_indexes_equal_the_model() {
 fn a_torn_tail_is_cut_at_every_byte_of_the_last_record() {
     let (dir, pair) = (tempfile::tempdir().unwrap(), Pair::new("ann", "bob"));
     let (mut node, _) = open(dir.path(), 1, &EmbeddedOptions { segment_bytes: 8192, ..lazy() });
-    node.commit(&pair.history(5));
+    node.commit(&pair.history(4));
+    node.commit(&[Record::Message(pair.message(5).into())]);
     drop(node);
     let path = segment(dir.path(), 0, 1);
     let offsets = record_offsets(&path);
@@ -272,23 +274,51 @@ fn a_torn_tail_is_cut_at_every_byte_of_the_last_record() {
 }
 
 #[test]
+fn messages_of_one_record_come_and_go_together() {
+    let (dir, pair) = (tempfile::tempdir().unwrap(), Pair::new("ann", "bob"));
+    let (mut node, _) = open(dir.path(), 1, &lazy());
+    node.commit(&pair.history(3));
+    for seq in 4..=80 {
+        node.shards[0].append(&Record::Message(pair.message(seq).into())).unwrap();
+    }
+    committed(node.shards[0].as_mut(), Lsn(81));
+    check(&mut node, std::slice::from_ref(&pair), 80);
+    drop(node);
+    let path = segment(dir.path(), 0, 1);
+    let offsets = record_offsets(&path);
+    assert!((5..8).contains(&offsets.len()), "the run, the conversation and few records of messages: {offsets:?}");
+    let last = offsets[offsets.len() - 2];
+    assert!(offsets.windows(2).all(|pair| pair[1] - pair[0] <= BURST_BYTES_MAX as u32 + 20), "{offsets:?}");
+    flip(&path, u64::from(last) + 20);
+    let (mut node, report) = open(dir.path(), 1, &lazy());
+    assert_eq!(report.cuts.iter().map(|cut| cut.offset).collect::<Vec<_>>(), [last]);
+    let head = report.replayed_records - 1;
+    assert!((3..80).contains(&head), "{report:?}");
+    check(&mut node, std::slice::from_ref(&pair), head);
+    let (_, _, inner) = node.messages(pair.id, Range { after: Seq(head - 2), limit: 1, ..ALL });
+    assert_eq!(inner, [pair.message(head - 1)], "one out of the middle of a record");
+}
+
+#[test]
 fn the_remains_of_a_torn_batch_never_come_back() {
     let (dir, pair) = (tempfile::tempdir().unwrap(), Pair::new("ann", "bob"));
     let (mut node, _) = open(dir.path(), 1, &lazy());
     node.commit(&pair.history(3));
-    // One batch of six; its second record is lost, the four after it reached the disk.
-    let batch: Vec<_> = (4..=9).map(|seq| Record::Message(pair.message(seq).into())).collect();
-    for record in &batch {
-        node.shards[0].append(record).unwrap();
+    // One batch of six, a cursor behind each; the second message is lost, what is after it reached the disk.
+    for seq in 4..=9 {
+        node.shards[0].append(&Record::Message(pair.message(seq).into())).unwrap();
+        let (user, device, seq) = (pair.other.clone(), DeviceId(1), Seq(seq));
+        node.shards[0].append(&Record::Cursor { user, device, conversation: pair.id, seq }).unwrap();
     }
-    committed(node.shards[0].as_mut(), Lsn(10));
+    committed(node.shards[0].as_mut(), Lsn(16));
     drop(node);
     let path = segment(dir.path(), 0, 1);
     let offsets = record_offsets(&path);
-    flip(&path, u64::from(offsets[6]) + 20);
+    // Before it: the run, the conversation, three messages that are one record, a message, a cursor.
+    flip(&path, u64::from(offsets[5]) + 20);
     let (mut node, report) = open(dir.path(), 1, &lazy());
     assert_eq!(report.cuts.len(), 1);
-    assert_eq!(report.cuts[0].offset, offsets[6]);
+    assert_eq!(report.cuts[0].offset, offsets[5]);
     check(&mut node, std::slice::from_ref(&pair), 4);
     node.commit(&[Record::Message(pair.message(5).into())]);
     drop(node);
