@@ -3,7 +3,7 @@
 //! - [`frame`]: the bytes between two nodes. [`hello`]: who they are, and whether they may speak.
 //! - [`channel`]: batches in order, once each, over any number of connections, within a window that the receiver grants.
 //! - [`dial`]: when to connect again. [`mod@line`]: what becomes of a link when connections come and go, and which of two stays.
-//! - [`batch`]: the messages in a batch, each from one shard to another.
+//! - [`batch`]: the messages in a batch, each from one shard to another. [`tunnel`]: a client of a gateway, carried to its owner.
 //!
 //! What a connection loses, the channel sends again on the next one, and the receiver drops what it has. Only the end of
 //! a process on either side loses batches: then the side that is still there is told which were never acknowledged, and
@@ -17,6 +17,7 @@ pub mod dial;
 pub mod frame;
 pub mod hello;
 pub mod line;
+pub mod tunnel;
 
 #[cfg(test)]
 mod tests;

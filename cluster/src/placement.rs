@@ -103,6 +103,8 @@ pub struct ClusterPlacement {
     shards: Vec<ShardIndex>,
     /// Bit n: there is a node of number n.
     present: u64,
+    /// Bit n: it owns something.
+    owning: u64,
     fingerprint: u64,
 }
 
@@ -137,7 +139,7 @@ impl ClusterPlacement {
         }
         let present = (0..sorted.len()).fold(0, |present, node| present | 1 << node);
         let (own, moves, shards) = (NodeIndex(place as u16), false, vec![NOBODY; owners.len()]);
-        let mut placement = Self { own, moves, cores: all, owners, shards, present, fingerprint };
+        let mut placement = Self { own, moves, cores: all, owners, shards, present, owning: 0, fingerprint };
         placement.count_cores();
         Ok(placement)
     }
@@ -150,7 +152,7 @@ impl ClusterPlacement {
         let (owners, shards) = (vec![None; usize::from(PARTITIONS)], vec![NOBODY; usize::from(PARTITIONS)]);
         // Nodes agree by the database, not by a list.
         let fingerprint = xxhash_rust::xxh3::xxh3_64(b"moving");
-        Some(Self { own, moves: true, cores: all, owners, shards, present: 1 << own.0, fingerprint })
+        Some(Self { own, moves: true, cores: all, owners, shards, present: 1 << own.0, owning: 0, fingerprint })
     }
 
     /// Whether partitions change hands.
@@ -179,6 +181,12 @@ impl ClusterPlacement {
             let owner = self.owners.get(usize::from(partition.number())).copied().flatten();
             *place = owner.map_or(NOBODY, |owner| shard_on(&self.cores, owner, partition));
         }
+        self.owning = self.owners.iter().flatten().fold(0, |owning, node| owning | 1 << node.0);
+    }
+
+    /// Whether a node owns something that it serves; a gateway does not.
+    pub fn owns(&self, node: NodeIndex) -> bool {
+        usize::from(node.0) < NODES_MAX && self.owning & 1 << node.0 != 0
     }
 
     /// The same on nodes that agree on who is who and who owns what.
@@ -315,6 +323,7 @@ mod tests {
         assert_eq!(refused("n0", &[nodes(&[1]), nodes(&[1])].concat()), PlacementError::Twice("n0".into()));
         let gateway = ClusterPlacement::new("n1", cores, &nodes(&[1, 0])).unwrap();
         assert!((0..PARTITIONS).all(|number| gateway.node_of(Partition::new(number).unwrap()) == NodeIndex(0)));
+        assert!(gateway.owns(NodeIndex(0)) && !gateway.owns(NodeIndex(1)) && !gateway.owns(NodeIndex(64)));
     }
 
     #[test]

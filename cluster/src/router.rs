@@ -3,7 +3,7 @@
 //! A [`Board`] is shared by the threads of a node: whoever hears something of a node puts it up there, and whoever is asked
 //! looks. Each entry is a number of its own, so nobody waits for anybody, and none of it is on the way of a message. A
 //! [`Router`] belongs to one thread. Invariant: what is on the board is advice. Whoever is sent to a node that does not
-//! own it is sent on by that node's REDIRECT, so an entry that is seconds old costs a connection and nothing else.
+//! own it is sent on by that node's REDIRECT (or served through it, if it is a gateway), so an entry that is seconds old costs a connection and nothing else.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -21,13 +21,14 @@ struct Entry {
     weight: AtomicU32,
     up: AtomicBool,
     leaving: AtomicBool,
+    gateway: AtomicBool,
 }
 
 impl Default for Entry {
     fn default() -> Self {
         let (clients, reports) = (AtomicU64::new(0), AtomicU64::new(0));
-        let (up, leaving) = (AtomicBool::new(false), AtomicBool::new(false));
-        Self { clients, reports, weight: AtomicU32::new(1), up, leaving }
+        let (up, leaving, gateway) = (AtomicBool::new(false), AtomicBool::new(false), AtomicBool::new(false));
+        Self { clients, reports, weight: AtomicU32::new(1), up, leaving, gateway }
     }
 }
 
@@ -69,6 +70,19 @@ impl Board {
         if let Some(entry) = self.entry(node) {
             entry.weight.store(weight, Ordering::Relaxed);
         }
+    }
+
+    /// Whether a node is a gateway: where there are some, clients are sent to them, but by [`Strategy::ConsistentHash`].
+    pub fn set_gateway(&self, node: NodeIndex, gateway: bool) {
+        if let Some(entry) = self.entry(node) {
+            entry.gateway.store(gateway, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether it is one that takes its part of the clients.
+    fn is_gateway(&self, node: NodeIndex) -> bool {
+        let weighs = |entry: &Entry| entry.weight.load(Ordering::Relaxed) > 0;
+        self.entry(node).is_some_and(|entry| entry.gateway.load(Ordering::Relaxed) && weighs(entry))
     }
 
     /// Whether a node takes clients.
@@ -149,8 +163,12 @@ impl Router {
         let open: Vec<NodeIndex> = open.collect();
         let staying: Vec<NodeIndex> = open.iter().copied().filter(|node| !self.board.is_leaving(*node)).collect();
         // The owner of a user serves it to the end; and where all leave, anybody is better than nobody.
-        let all = self.strategy == Strategy::ConsistentHash || staying.is_empty();
-        let named = if all { open } else { staying };
+        let by_owner = self.strategy == Strategy::ConsistentHash;
+        let mut named = if by_owner || staying.is_empty() { open } else { staying };
+        let is_gateway = |node: &NodeIndex| self.board.is_gateway(*node);
+        if !by_owner && named.iter().any(is_gateway) {
+            named.retain(is_gateway);
+        }
         self.balancer.set_targets(named.into_iter().filter_map(|node| self.board.target(node)).collect());
         self.drawn += 1;
         let draw = xxh3_64_with_seed(&self.drawn.to_le_bytes(), self.seed);
@@ -189,6 +207,23 @@ mod tests {
         let mut lots = Router::new(Strategy::WeightedRandom, board, 7);
         let drawn = picks(&mut lots, 1_000);
         assert!(drawn[1] == 0 && drawn[0].abs_diff(500) < 80, "{drawn:?}");
+    }
+
+    #[test]
+    fn clients_are_sent_to_gateways_where_there_are_some() {
+        let board = Arc::new(Board::new(1));
+        board.set_gateway(NODES[1], true);
+        let mut turns = Router::new(Strategy::RoundRobin, Arc::clone(&board), 7);
+        assert_eq!(picks(&mut turns, 30), [0, 30, 0]);
+        assert_eq!(turns.pick(None, &mut [NODES[0], NODES[2]].into_iter()), Some(NODES[0]), "no gateway is there");
+        board.set_gateway(NODES[2], true);
+        assert_eq!(picks(&mut turns, 30), [0, 15, 15]);
+        board.set_weight(NODES[2], 0);
+        assert_eq!(picks(&mut turns, 30), [0, 30, 0]);
+        board.set_weight(NODES[1], 0);
+        assert_eq!(picks(&mut turns, 30), [30, 0, 0], "gateways that are to have no clients are none");
+        let mut owners = Router::new(Strategy::ConsistentHash, board, 7);
+        assert_eq!(owners.pick(Some(NODES[0]), &mut NODES.into_iter()), Some(NODES[0]), "the owner, by its name");
     }
 
     #[test]

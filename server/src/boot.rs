@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
 use ringline_cluster::link::channel::{OUT_BYTES_MAX, WINDOW_BYTES};
+use ringline_cluster::link::tunnel;
 use ringline_cluster::placement::{NODES_MAX, PlacementError};
 use ringline_core::config as core_bounds;
 use ringline_store::embedded::{EmbeddedOptions, Retention};
@@ -350,7 +351,10 @@ pub fn memory_budget(config: &Config, cores: usize, worker_threads: usize) -> Ve
         // What waits to go out, and what has come and is not worked off.
         parts.push(("links to nodes", each * links * (OUT_BYTES_MAX as u64 + WINDOW_BYTES)));
     }
-    parts.push(("outboxes if nobody reads", connections * config.outbox_bytes_max as u64));
+    // What a gateway holds for its clients beside: what owners may have sent them, and what they may have said.
+    let frame = config.frame_bytes_max as usize;
+    let held = if config.is_gateway() { tunnel::WINDOW_BYTES + tunnel::UP_BYTES_MAX + frame } else { 0 };
+    parts.push(("outboxes if nobody reads", connections * config.outbox_bytes_max.max(held) as u64));
     parts
 }
 

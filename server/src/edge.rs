@@ -1,14 +1,15 @@
 //! The edge: what a core keeps for each socket between the kernel's bytes and the shard's requests and frames. Owned
 //! by its core's thread.
 //!
-//! States of a connection: open → closing → (closed), or open → leaving → (on another core). Invariants: at most one
+//! States of a connection: open → closing → (closed), or open → leaving → (on another core, or a tunnel's:
+//! [`crate::tunnels`]). Invariants: at most one
 //! buffer of a connection is in flight; a leaving connection is let go only when its output is in the kernel; the
 //! shard hears `Closed` exactly once for each connection that it has not handed over.
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 
-use ringline_cluster::placement::ShardIndex;
+use ringline_cluster::placement::{NodeIndex, ShardIndex};
 use ringline_core::Shard;
 use ringline_core::event::{ConnId, Effects, Event, Now, Verdict};
 use ringline_schema::codec::Codec;
@@ -45,6 +46,13 @@ pub struct Departure {
     pub bytes: Vec<u8>,
 }
 
+/// A connection whose user lives on another node: it stays here, and only its bytes go there.
+pub struct Tunnelled {
+    pub conn: ConnId,
+    pub to: ShardIndex,
+    pub bytes: Vec<u8>,
+}
+
 enum State {
     Open,
     Closing {
@@ -55,7 +63,8 @@ enum State {
     Leaving(Box<Leaving>),
 }
 
-struct Leaving {
+/// What goes with a connection to another shard.
+pub struct Leaving {
     to: ShardIndex,
     bytes: Vec<u8>,
     /// The last output of this core, to be written first.
@@ -76,9 +85,13 @@ const _: () = assert!(size_of::<Option<Connection>>() <= 32);
 /// All connections of a core.
 #[derive(Default)]
 pub struct Edge {
+    /// This one; others' connections are tunnelled.
+    node: NodeIndex,
     table: Vec<Option<Connection>>,
     /// Connections whose departure began; looked at after each poll.
     leaving: Vec<ConnId>,
+    /// Those that have left the table for a tunnel.
+    tunnelled: Vec<Tunnelled>,
     /// Closing connections in order of their deadlines.
     closing: VecDeque<(u64, ConnId)>,
     in_flight: usize,
@@ -87,6 +100,11 @@ pub struct Edge {
 }
 
 impl Edge {
+    /// Of a node, without connections.
+    pub fn of(node: NodeIndex) -> Self {
+        Self { node, ..Self::default() }
+    }
+
     pub fn opened(&mut self, conn: ConnId) {
         let slot = conn.slot as usize;
         if self.table.len() <= slot {
@@ -113,7 +131,7 @@ impl Edge {
                 return Flow::Stop;
             }
         }
-        match decode((conn, connection), turn, bytes, &mut self.tails) {
+        match decode((conn, &mut connection.decoder), turn, bytes, &mut self.tails) {
             Decoded::All => Flow::Continue,
             Decoded::Stopped => {
                 // `Effect::Close` is on its way. Reading goes on, to throw away.
@@ -242,10 +260,23 @@ impl Edge {
                     }
                 }
             }
-            if let Some(socket) = net.detach(conn) {
+            if leaving.to.node() != self.node {
+                self.tunnel(conn);
+            } else if let Some(socket) = net.detach(conn) {
                 self.detached(conn, socket, &mut gone);
             }
         }
+    }
+
+    fn tunnel(&mut self, conn: ConnId) {
+        if let Some(Connection { state: State::Leaving(leaving), .. }) = self.remove(conn) {
+            self.tunnelled.push(Tunnelled { conn, to: leaving.to, bytes: leaving.bytes });
+        }
+    }
+
+    /// A connection that is not the edge's any more; after [`Edge::depart`].
+    pub fn next_tunnelled(&mut self) -> Option<Tunnelled> {
+        self.tunnelled.pop()
     }
 
     /// The socket of a leaving connection is out.
@@ -259,7 +290,7 @@ impl Edge {
 
     /// Whether all output is in the kernel and nobody is between two cores.
     pub fn is_quiet(&self) -> bool {
-        self.in_flight == 0 && self.leaving.is_empty()
+        self.in_flight == 0 && self.leaving.is_empty() && self.tunnelled.is_empty()
     }
 
     fn remove(&mut self, conn: ConnId) -> Option<Connection> {
@@ -282,14 +313,18 @@ fn finish_if_closing((conn, connection): (ConnId, &mut Connection), net: &mut dy
     }
 }
 
-enum Decoded {
+/// How far [`decode`] came.
+pub enum Decoded {
     All,
+    /// The connection ends: what follows is not read.
     Stopped,
+    /// Another shard is to read it.
     HandOver(Leaving),
 }
 
-fn decode(
-    (conn, connection): (ConnId, &mut Connection),
+/// Feeds the shard with the frames of what came for a connection.
+pub fn decode(
+    (conn, decoder): (ConnId, &mut FrameDecoder),
     turn: &mut Turn<'_>,
     mut input: &[u8],
     tails: &mut TailPool,
@@ -297,7 +332,7 @@ fn decode(
     let (shard, fx, now) = (&mut *turn.shard, &mut *turn.fx, turn.now);
     let mut frame_bytes_max = shard.frame_limit(conn);
     loop {
-        let frame = match connection.decoder.next_pooled(&mut input, frame_bytes_max, tails) {
+        let frame = match decoder.next_pooled(&mut input, frame_bytes_max, tails) {
             Ok(None) => return Decoded::All,
             Ok(Some(frame)) => frame,
             Err(error) => {

@@ -33,5 +33,6 @@ pub mod signals;
 pub mod steward;
 pub mod stop;
 pub mod store_cli;
+pub mod tunnels;
 pub mod wake;
 pub mod workers;

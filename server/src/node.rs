@@ -406,6 +406,7 @@ fn core_config((config, entered): (&Config, &Entered), (at, cores): (usize, usiz
         conversations_cached_max: config.cache_conversations,
         users_cached_max: config.cache_users,
         connections_max: config.connections_max,
+        gateway: config.is_gateway(),
         cluster: entered.cluster.clone(),
         lease: entered.moving.as_ref().map(|moving| moving.lease.clone()),
         ..CoreConfig::new(ShardIndex::new(node, at as u16), placement)

@@ -3,11 +3,14 @@
 //! Invariants: everything gathered in a turn is bounded; the clock is read once a turn; the store, the lanes and each
 //! dirty connection are flushed once a turn; the core sleeps only when a whole turn found nothing.
 
+mod tunnelled;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, Sender};
+use ringline_cluster::link::tunnel;
 use ringline_cluster::placement::{NodeIndex, ShardIndex};
 use ringline_cluster::router::Board;
 use ringline_core::Shard;
@@ -27,6 +30,7 @@ use crate::park::{Parker, SLEEP_US_MAX};
 use crate::peers::{PeerEvent, PeerLinks};
 use crate::steward::desk::OrdersPort;
 use crate::stop::{Control, Phase};
+use crate::tunnels::Tunnels;
 use crate::wake::Waker;
 use crate::workers::{Done, WorkersHandle};
 
@@ -78,6 +82,8 @@ pub struct Parts {
 pub struct Reactor {
     parts: Parts,
     edge: Edge,
+    /// `None`: a node alone.
+    tunnels: Option<Box<Tunnels>>,
     fx: Effects,
     now: Now,
     store_events: Vec<StoreEvent>,
@@ -114,8 +120,9 @@ pub enum Ended {
 impl Reactor {
     pub fn new(parts: Parts) -> Self {
         Self {
+            edge: Edge::of(parts.node),
+            tunnels: parts.peers.as_ref().map(|_| Box::new(Tunnels::new(parts.index.0))),
             parts,
-            edge: Edge::default(),
             fx: Effects::default(),
             now: Now::default(),
             store_events: Vec::new(),
@@ -177,7 +184,7 @@ impl Reactor {
         busy |= self.gather_workers();
         busy |= self.gather_timers();
         busy |= self.gather_peers();
-        self.parts.board.count(self.parts.index.0, self.parts.shard.connections() as u64);
+        self.parts.board.count(self.parts.index.0, self.clients());
         self.flush() | busy
     }
 
@@ -210,7 +217,7 @@ impl Reactor {
     }
 
     fn gather_net(&mut self) -> bool {
-        let Self { parts, edge, fx, now, .. } = self;
+        let Self { parts, edge, tunnels, fx, now, .. } = self;
         let Parts { net, shard, lanes, store, peers, .. } = parts;
         let now = *now;
         let now_ms = now.mono_us / 1_000;
@@ -219,6 +226,13 @@ impl Reactor {
             let event = match peers {
                 None => event,
                 Some(peers) => match peers.take(event, lanes, now_ms) {
+                    Ok(flow) => return flow,
+                    Err(event) => event,
+                },
+            };
+            let event = match tunnels {
+                None => event,
+                Some(tunnels) => match tunnels.take(event) {
                     Ok(flow) => return flow,
                     Err(event) => event,
                 },
@@ -246,6 +260,7 @@ impl Reactor {
         if let Some(peers) = peers {
             peers.tend(net.as_mut(), lanes, now_ms);
         }
+        self.enter_tunnels();
         self.perform();
         any
     }
@@ -272,9 +287,12 @@ impl Reactor {
                 }
                 PeerEvent::Down { node } => {
                     self.parts.board.set_up(node, false);
-                    self.tell(Event::Node { node, news: NodeNews::Down });
+                    self.node_down(node);
                 }
-                PeerEvent::Reset { node } => self.tell(Event::Node { node, news: NodeNews::Reset }),
+                PeerEvent::Reset { node } => self.node_reset(node),
+                PeerEvent::Message { node, from_shard, payload } if tunnel::Record::is_one(&payload) => {
+                    self.hear_tunnel((node, from_shard), &payload);
+                }
                 PeerEvent::Message { node, from_shard, payload } => match record::decode(&payload) {
                     Ok(message) => self.tell(Event::Shard { from: ShardIndex::new(node, from_shard), message }),
                     Err(error) => {
@@ -441,7 +459,7 @@ impl Reactor {
         }
         let Self { parts: Parts { shard, net, .. }, edge, fx, now, .. } = self;
         edge.close_overdue(&mut Turn { shard, fx, now: *now }, net.as_mut());
-        self.perform();
+        self.tunnels_due();
         due
     }
 
@@ -483,6 +501,9 @@ impl Reactor {
 
     fn begin_close(&mut self, conn: ConnId, reason: CloseReason) {
         tracing::debug!(slot = conn.slot, ?reason, "closing a connection");
+        if self.end_tunnelled(conn) {
+            return;
+        }
         self.edge.close(conn, self.now);
         self.fx.dirty.push(conn);
     }
@@ -501,17 +522,20 @@ impl Reactor {
         self.ask_questions();
         self.commit();
         self.flush_lanes();
-        let Self { parts, edge, fx, now, .. } = self;
+        let Self { parts, edge, tunnels, fx, now, .. } = self;
         let Parts { shard, net, .. } = parts;
         let mut dirty = std::mem::take(&mut fx.dirty);
         let mut turn = Turn { shard, fx, now: *now };
         for conn in dirty.drain(..) {
-            edge.write(&mut turn, net.as_mut(), conn);
+            if !tunnels.as_mut().is_some_and(|tunnels| tunnels.speaks_for(conn)) {
+                edge.write(&mut turn, net.as_mut(), conn);
+            }
         }
         if fx.dirty.is_empty() {
             fx.dirty = dirty;
         }
         self.perform();
+        self.flush_tunnels();
         let Parts { net, peers, .. } = &mut self.parts;
         if let Some(peers) = peers {
             peers.flush(net.as_mut(), self.now.mono_us / 1_000);
@@ -584,6 +608,7 @@ impl Reactor {
         let Parts { shard, net, .. } = &self.parts;
         let own = until(shard.next_deadline_us()).min(until(self.edge.next_deadline_us()));
         let own = own.min(until(net.next_deadline_us()));
+        let own = own.min(until(self.tunnels.as_ref().and_then(|tunnels| tunnels.next_deadline_us())));
         let peers_ms = self.parts.peers.as_ref().and_then(PeerLinks::next_ms);
         let own = own.min(until(peers_ms.map(|at_ms| at_ms.saturating_mul(1_000))));
         let blocked = self.parts.lanes.is_blocked() || !self.backlog.is_empty() || !self.questions.is_empty();
@@ -601,12 +626,14 @@ impl Reactor {
             self.draining = true;
             self.parts.net.stop_accepting();
             self.tell(Event::Drain);
+            self.drain_tunnels();
             self.perform();
             return None;
         }
         let quiet = !busy
             && self.parts.shard.is_quiet()
             && self.edge.is_quiet()
+            && self.tunnels_are_quiet()
             && self.parts.peers.as_ref().is_none_or(PeerLinks::is_quiet)
             && self.parts.lanes.is_empty()
             && !self.parts.lanes.is_blocked();
@@ -639,6 +666,7 @@ impl Reactor {
                 lane_batches_received,
                 turns: self.turns,
                 sleeps: self.sleeps,
+                tunnels: self.tunnel_counters(),
             },
             peers: peers.as_ref().map(|peers| Box::new(peers.snapshot(self.now.mono_us / 1_000))),
             allocations: allocations::of_this_thread(),

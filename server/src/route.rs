@@ -43,6 +43,7 @@ pub fn settings(config: &Config, cluster: Option<&ClusterConfig>, cores: usize) 
     for (at, (name, _)) in names.iter().enumerate() {
         if let Some(node) = config.cluster_nodes.iter().find(|node| node.name == *name) {
             board.set_weight(NodeIndex(at as u16), node.client_weight);
+            board.set_gateway(NodeIndex(at as u16), node.weight == 0);
         }
     }
     if cluster.is_some() && config.cluster_route != Strategy::ConsistentHash {

@@ -6,7 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::{Server, http, run};
+use common::{Server, http, run, sum};
 use ringline_schema::errors::ErrorCode;
 use ringline_schema::ids::Seq;
 use ringline_schema::message::{BodyKind, ChatReply, Class, Fetch, Mentions, Reply, Request, Send};
@@ -26,16 +26,6 @@ fn page(address: &str) -> String {
     assert_eq!(status, 200, "{body}");
     assert!(head.contains("content-type: application/openmetrics-text"), "{head}");
     body
-}
-
-/// The sum of a metric over all its label sets. `None`: it is not there.
-fn sum(page: &str, name: &str) -> Option<u64> {
-    let values = page.lines().filter_map(|line| {
-        let rest = line.strip_prefix(name)?;
-        let labels_end = if rest.starts_with('{') { rest.find('}')? + 1 } else { 0 };
-        rest.get(labels_end..)?.strip_prefix(' ')?.parse::<u64>().ok()
-    });
-    values.fold(None, |sum, value| Some(sum.unwrap_or(0) + value))
 }
 
 fn send<'a>(to: &'a str, client_seq: u64, class: Class) -> Request<'a> {

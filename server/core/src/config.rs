@@ -67,6 +67,9 @@ pub struct CoreConfig {
     pub placement: CorePlacement,
     /// `None`: the node is alone.
     pub cluster: Option<ClusterConfig>,
+    /// Whether connections of users of other nodes stay here and only their bytes go there
+    /// ([`crate::event::Verdict::HandOver`]), instead of being sent there with REDIRECT.
+    pub gateway: bool,
     /// `None`: what this node owns is its own whatever happens.
     pub lease: Option<Lease>,
     pub route: RouteConfig,
@@ -113,6 +116,7 @@ impl CoreConfig {
             shard,
             placement,
             cluster: None,
+            gateway: false,
             lease: None,
             route: RouteConfig::default(),
             node: "ringline".to_owned(),

@@ -46,6 +46,11 @@ pub enum Event<'a> {
     Opened {
         conn: ConnId,
     },
+    /// The same of a connection that a gateway holds, whose LOGIN or REGISTER follows. Its client comes back to the gateway
+    /// and is never sent elsewhere: who lives on another shard is told UNAVAILABLE.
+    Tunnelled {
+        conn: ConnId,
+    },
     Request {
         conn: ConnId,
         codec: Codec,
@@ -160,7 +165,8 @@ pub enum Verdict {
     /// Decode on.
     Continue,
     /// This connection's user lives on another shard: take the socket out, send it there with the raw frame that was
-    /// just handled and every byte after it. This shard has forgotten the connection: no `Closed` follows.
+    /// just handled and every byte after it. This shard has forgotten the connection: no `Closed` follows. Of a gateway it
+    /// may be a shard of another node: the socket stays, and its bytes go there.
     HandOver(ShardIndex),
     /// The connection ends: read nothing more of it. `Effect::Close` says the same to the writer.
     Stop,

@@ -220,6 +220,8 @@ pub struct Session {
     /// Logins that failed.
     pub failures: u8,
     dirty: bool,
+    /// A gateway holds its client.
+    pub tunnelled: bool,
     /// When the last whole request came. Bytes that complete nothing do not count.
     pub heard_us: u64,
     /// When output last moved, or began to wait.
@@ -436,6 +438,7 @@ impl Sessions {
             state: State::Fresh,
             failures: 0,
             dirty: false,
+            tunnelled: false,
             heard_us: now_us,
             progress_us: now_us,
             look_us: 0,

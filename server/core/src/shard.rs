@@ -292,6 +292,12 @@ impl Shard {
     pub(crate) fn background(&mut self, event: Event<'_>, fx: &mut Effects) {
         match event {
             Event::Opened { conn } => self.opened(conn, fx),
+            Event::Tunnelled { conn } => {
+                self.opened(conn, fx);
+                if let Some(session) = self.sessions.get_mut(conn) {
+                    session.tunnelled = true;
+                }
+            }
             Event::Sent { conn, bytes } => self.sessions.sent(conn, bytes, fx),
             Event::Closed { conn } => {
                 if self.sessions.remove(conn).is_some() {

@@ -4,7 +4,9 @@
 use ringline_cluster::placement::{ClusterPlacement, CorePlacement, NodeIndex, ShardIndex};
 use ringline_core::Shard;
 use ringline_core::config::{ClusterConfig, CoreConfig};
-use ringline_core::event::{Ask, ConnId, Effect, Effects, Event, NodeNews, Now, ShardMessage, Token, WorkOutcome};
+use ringline_core::event::{
+    Ask, ConnId, Effect, Effects, Event, NodeNews, Now, ShardMessage, Token, Verdict, WorkOutcome,
+};
 use ringline_core::nodes::reads::NodeRead;
 use ringline_schema::codec::{Codec, decode_reply};
 use ringline_schema::errors::ErrorCode;
@@ -33,6 +35,8 @@ struct Node {
     said: Vec<ShardMessage>,
     /// Frames to clients.
     told: Vec<(ConnId, u32, String)>,
+    /// Of the last request.
+    verdict: Verdict,
 }
 
 fn name(text: &str) -> UserName {
@@ -41,15 +45,21 @@ fn name(text: &str) -> UserName {
 
 impl Node {
     fn new() -> Self {
+        Self::with(|_| ())
+    }
+
+    fn with(change: impl FnOnce(&mut CoreConfig)) -> Self {
         let cores = CorePlacement::new(1).unwrap();
         let listed = [("a".to_owned(), 1), ("b".to_owned(), 1)];
         let placement = ClusterPlacement::new("a", cores, &listed).unwrap();
         let nodes = vec![("a".to_owned(), "a:1".to_owned()), ("b".to_owned(), "b:2".to_owned())];
         let mut config = CoreConfig::new(ShardIndex::new(HERE, 0), cores);
         config.cluster = Some(ClusterConfig { placement: placement.clone(), nodes });
+        change(&mut config);
         let store = memory::open(1).remove(0);
         let (said, told) = (Vec::new(), Vec::new());
-        Self { shard: Shard::new(config, 1), store, placement, now_us: 1_000_000, next: 0, said, told }
+        let (shard, verdict) = (Shard::new(config, 1), Verdict::Continue);
+        Self { shard, store, placement, now_us: 1_000_000, next: 0, said, told, verdict }
     }
 
     /// The first user of that node.
@@ -72,7 +82,9 @@ impl Node {
     fn event(&mut self, event: Event<'_>) {
         let mut fx = Effects::default();
         let now = Now { mono_us: self.now_us, unix_ms: 1_700_000_000_000 };
-        let _ = self.shard.handle(event, now, &mut fx);
+        let asked = matches!(event, Event::Request { .. });
+        let verdict = self.shard.handle(event, now, &mut fx);
+        self.verdict = if asked { verdict } else { self.verdict };
         self.shard.check_invariants();
         for effect in fx.list {
             match effect {
@@ -137,9 +149,13 @@ impl Node {
     }
 
     fn knock(&mut self, user: &str) -> (ConnId, Vec<String>) {
+        self.knock_as(user, |conn| Event::Opened { conn })
+    }
+
+    fn knock_as(&mut self, user: &str, opened: fn(ConnId) -> Event<'static>) -> (ConnId, Vec<String>) {
         self.next += 1;
         let conn = ConnId { slot: self.next, generation: 1 };
-        self.event(Event::Opened { conn });
+        self.event(opened(conn));
         let (credential, device) = (Credential::Token(Secret("token")), DeviceId(1));
         let login = Login { user, credential, device, device_kind: DeviceKind::Bot, agent: "" };
         let told = self.ask(conn, 1, Request::Login(login));
@@ -173,6 +189,32 @@ fn who_lives_elsewhere_is_sent_there_if_that_node_is_up() {
     let own = node.user(HERE);
     assert_eq!(node.ask(conn, 3, Request::Route { user: &own }), ["ringline 127.0.0.1:9700"]);
     assert_eq!(node.knock(&own).1, ["LOGIN_OK"]);
+}
+
+#[test]
+fn a_gateway_keeps_who_lives_elsewhere_and_hands_the_bytes_over() {
+    let mut node = Node::with(|config| config.gateway = true);
+    let user = node.user(THERE);
+    assert_eq!((node.knock(&user).1, node.verdict), (vec!["UNAVAILABLE".to_owned()], Verdict::Continue));
+    node.news(UP);
+    assert_eq!(node.knock(&user).1, [""; 0]);
+    assert_eq!(node.verdict, Verdict::HandOver(ShardIndex::new(THERE, 0)));
+    assert_eq!(node.shard.connections(), 1, "the second is forgotten");
+    let own = node.user(HERE);
+    assert_eq!(node.knock(&own).1, ["LOGIN_OK"]);
+}
+
+#[test]
+fn who_comes_by_a_gateway_is_served_as_ever_and_never_sent_elsewhere() {
+    let mut node = Node::new();
+    node.news(UP);
+    let tunnelled = |conn| Event::Tunnelled { conn };
+    let (own, other) = (node.user(HERE), node.user(THERE));
+    let (conn, told) = node.knock_as(&own, tunnelled);
+    assert_eq!(told, ["LOGIN_OK"]);
+    assert_eq!(node.send(conn, 2, &own), ["SEND_ACK", "DELIVER"]);
+    assert_eq!(node.knock_as(&other, tunnelled).1, ["UNAVAILABLE"]);
+    assert_eq!(node.verdict, Verdict::Stop, "it comes again, and the gateway looks where to");
 }
 
 #[test]

@@ -74,6 +74,15 @@ metrics! {
         |core| core.shell.lane_batches_received;
     Counter "turns" None, "turns of the core's loop", |core| core.shell.turns;
     Counter "sleeps" None, "times that the core went to sleep", |core| core.shell.sleeps;
+    Gauge "tunnels_held" None, "clients held for other nodes: this node is their gateway",
+        |core| core.shell.tunnels.held;
+    Gauge "tunnels_served" None, "sessions whose clients gateways hold", |core| core.shell.tunnels.served;
+    Counter "tunnels_opened" None, "clients that came to be held for other nodes", |core| core.shell.tunnels.opened;
+    Counter "tunnels_lost" None, "of them, those that were sent away because their owner was away or did not answer",
+        |core| core.shell.tunnels.lost;
+    Counter "tunnels_up" Some(Unit::Bytes), "bytes from clients held here to their owners",
+        |core| core.shell.tunnels.up_bytes;
+    Counter "tunnels_down" Some(Unit::Bytes), "bytes to clients held here", |core| core.shell.tunnels.down_bytes;
     Gauge "store_failed" None, "1 once the store failed: nothing durable is accepted",
         |core| u64::from(core.store_failed);
     Gauge "store_disk_full" None, "1 while the disk has no room: durable messages are refused",

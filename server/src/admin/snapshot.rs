@@ -18,6 +18,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::allocations::Allocations;
 use crate::net::NetCounters;
 use crate::peers::PeerSnapshot;
+use crate::tunnels::TunnelCounters;
 use crate::wake::Waker;
 
 /// How long a core may take to answer before its figures are left out.
@@ -34,6 +35,7 @@ pub struct ShellCounters {
     pub lane_batches_received: u64,
     pub turns: u64,
     pub sleeps: u64,
+    pub tunnels: TunnelCounters,
 }
 
 /// One core at one moment.

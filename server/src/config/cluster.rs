@@ -118,6 +118,19 @@ fn node_text(table: &toml::Table) -> Option<String> {
     known.then_some(format!("{name}@{peer}/{client}*{weight}*{client_weight}"))
 }
 
+impl Config {
+    /// Whether this node owns nothing and holds the connections of users of other nodes.
+    pub fn is_gateway(&self) -> bool {
+        match self.cluster_mode {
+            ClusterMode::None => false,
+            ClusterMode::Static => {
+                self.cluster_nodes.iter().any(|node| node.name == self.node_name && node.weight == 0)
+            }
+            ClusterMode::Etcd => self.cluster_weight == 0,
+        }
+    }
+}
+
 /// Checks what the keys say together. Nothing is looked at without a cluster.
 pub(super) fn check(config: &Config) -> Result<(), ClusterError> {
     match config.cluster_mode {

@@ -35,6 +35,8 @@ pub fn run_all(make: Make) {
     sends_small_at_once_and_large_in_parts(make);
     moves_a_socket_and_ignores_its_old_name(make);
     stops_reading_when_told(make);
+    reads_on_after_a_stop(make);
+    lends_ids_without_sockets(make);
     refuses_above_its_limit_and_gives_places_back(make);
     finishes_the_stream_and_still_reads(make);
     closes_its_listener(make);
@@ -215,6 +217,39 @@ fn stops_reading_when_told(make: Make) {
     }
     bench.net.close(conn);
     assert_eq!((bench.net.connections(), bench.admission.count()), (0, 0));
+}
+
+fn reads_on_after_a_stop(make: Make) {
+    let mut bench = make(8, b"");
+    let (mut client, conn) = bench.accept();
+    // Once before the kernel has let go of the receive, and once after.
+    for polls in [0, 20] {
+        client.write_all(b"x").unwrap();
+        bench.until(Flow::Stop, |seen| matches!(seen, Seen::Received(..)).then_some(()));
+        for _ in 0..polls {
+            assert_eq!(bench.poll(Flow::Stop), []);
+        }
+        bench.net.resume(conn);
+        client.write_all(b"more").unwrap();
+        assert_eq!(bench.receive(conn, 4), b"more");
+    }
+    drop(client);
+    bench.until(Flow::Continue, |seen| matches!(seen, Seen::Closed(_)).then_some(()));
+    bench.net.resume(conn);
+}
+
+fn lends_ids_without_sockets(make: Make) {
+    let mut bench = make(8, b"");
+    let lent = bench.net.reserve();
+    let (_first, conn) = bench.accept();
+    assert_ne!(lent.slot, conn.slot);
+    assert_eq!((bench.net.connections(), bench.admission.count()), (1, 1), "it is no connection");
+    bench.net.release(lent);
+    let (_second, next) = bench.accept();
+    assert!(next.slot == lent.slot && next != lent, "its place is used again under another name");
+    bench.net.release(lent);
+    let (_third, third) = bench.accept();
+    assert_ne!(third.slot, next.slot, "who has the place now keeps it");
 }
 
 fn refuses_above_its_limit_and_gives_places_back(make: Make) {

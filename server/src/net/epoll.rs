@@ -42,6 +42,8 @@ pub struct EpollNet {
     refusal: Vec<u8>,
     slots: Vec<Slot>,
     free: Vec<u32>,
+    /// Slots of ids without a socket.
+    reserved: usize,
     /// Connections on which a send failed; told at the next poll.
     broken: Vec<(ConnId, CloseCause)>,
     ready: Vec<Event>,
@@ -89,6 +91,7 @@ impl EpollNet {
             refusal: options.refusal,
             slots: Vec::new(),
             free: Vec::new(),
+            reserved: 0,
             broken: Vec::new(),
             ready: Vec::with_capacity(EVENTS_PER_TURN_MAX),
             receive: vec![0; RECEIVE_BYTES_MAX],
@@ -102,8 +105,8 @@ impl EpollNet {
         if slot.generation == conn.generation { slot.tenant.as_mut() } else { None }
     }
 
-    /// Gives a socket a slot and waits for its bytes.
-    fn seat(&mut self, socket: OwnedFd) -> io::Result<ConnId> {
+    /// A slot that nobody has, under a new generation.
+    fn take_slot(&mut self) -> ConnId {
         let slot = match self.free.pop() {
             Some(slot) => slot,
             None => {
@@ -115,12 +118,19 @@ impl EpollNet {
         debug_assert!(place.tenant.is_none(), "slot {slot} is free");
         // After 2^32 tenants of one slot an id comes again; skipping 0 keeps the listener's apart.
         place.generation = place.generation.checked_add(1).unwrap_or(1);
-        let conn = ConnId { slot, generation: place.generation };
+        ConnId { slot, generation: place.generation }
+    }
+
+    /// Gives a socket a slot and waits for its bytes.
+    fn seat(&mut self, socket: OwnedFd) -> io::Result<ConnId> {
+        let conn = self.take_slot();
         if let Err(error) = epoll::add(&self.epoll, &socket, data(conn), EventFlags::IN) {
-            self.free.push(slot);
+            self.free.push(conn.slot);
             return Err(error.into());
         }
-        place.tenant = Some(Tenant { socket, reading: true, outgoing: None });
+        if let Some(place) = self.slots.get_mut(conn.slot as usize) {
+            place.tenant = Some(Tenant { socket, reading: true, outgoing: None });
+        }
         Ok(conn)
     }
 
@@ -325,6 +335,26 @@ impl Net for EpollNet {
         Sending::InFlight { bytes }
     }
 
+    fn resume(&mut self, conn: ConnId) {
+        if let Some(tenant) = self.tenant(conn) {
+            tenant.reading = true;
+            self.update_interest(conn);
+        }
+    }
+
+    fn reserve(&mut self) -> ConnId {
+        self.reserved += 1;
+        self.take_slot()
+    }
+
+    fn release(&mut self, conn: ConnId) {
+        let kept = self.slots.get(conn.slot as usize).filter(|slot| slot.generation == conn.generation);
+        if kept.is_some_and(|slot| slot.tenant.is_none()) {
+            self.reserved -= 1;
+            self.free.push(conn.slot);
+        }
+    }
+
     fn finish(&mut self, conn: ConnId) {
         if let Some(tenant) = self.tenant(conn) {
             // Fails only when the client is gone, which is told by `Closed`.
@@ -381,7 +411,7 @@ impl Net for EpollNet {
     }
 
     fn connections(&self) -> usize {
-        self.slots.len() - self.free.len()
+        self.slots.len() - self.free.len() - self.reserved
     }
 
     fn counters(&self) -> NetCounters {

@@ -119,6 +119,16 @@ pub trait Net {
     /// Sends a buffer. At most one a connection is in flight: the caller waits for it to come back.
     fn send(&mut self, conn: ConnId, buffer: Vec<u8>) -> Sending;
 
+    /// Reads on after [`Flow::Stop`].
+    fn resume(&mut self, conn: ConnId);
+
+    /// An id without a socket, for a connection that another node holds: no event names it, and no call but
+    /// [`Net::release`] may.
+    fn reserve(&mut self) -> ConnId;
+
+    /// Gives back a reserved id, once.
+    fn release(&mut self, conn: ConnId);
+
     /// Ends the stream to the client after what was sent; its bytes are still received.
     fn finish(&mut self, conn: ConnId);
 

@@ -286,8 +286,8 @@ impl RingNet {
         self.queue(&entry.user_data(user_data(Op::Send, conn)));
     }
 
-    /// Gives a socket a slot and arms its receive.
-    fn seat(&mut self, socket: OwnedFd) -> ConnId {
+    /// A slot that nobody has, under a new generation.
+    fn take_slot(&mut self) -> ConnId {
         let slot = match self.free.pop() {
             Some(slot) => slot,
             None => {
@@ -298,8 +298,16 @@ impl RingNet {
         let place = &mut self.slots[slot as usize];
         debug_assert!(place.tenant.is_none(), "slot {slot} is free");
         place.generation = if place.generation >= GENERATION_MAX { 1 } else { place.generation + 1 };
-        place.tenant = Some(Tenant { socket, receiving: false, wanted: true, outgoing: None, leaving: Leaving::No });
-        let conn = ConnId { slot, generation: place.generation };
+        ConnId { slot, generation: place.generation }
+    }
+
+    /// Gives a socket a slot and arms its receive.
+    fn seat(&mut self, socket: OwnedFd) -> ConnId {
+        let conn = self.take_slot();
+        if let Some(place) = self.slots.get_mut(conn.slot as usize) {
+            let leaving = Leaving::No;
+            place.tenant = Some(Tenant { socket, receiving: false, wanted: true, outgoing: None, leaving });
+        }
         self.seated += 1;
         self.arm_receive(conn);
         conn
@@ -552,6 +560,25 @@ impl Net for RingNet {
         tenant.outgoing = Some(Outgoing { buffer, done: 0 });
         self.queue_send(conn);
         Sending::InFlight { bytes: 0 }
+    }
+
+    fn resume(&mut self, conn: ConnId) {
+        if let Some(tenant) = self.live(conn).filter(|tenant| tenant.leaving == Leaving::No) {
+            tenant.wanted = true;
+            // A receive whose cancelling is under way is armed again when that ends.
+            self.arm_receive(conn);
+        }
+    }
+
+    fn reserve(&mut self) -> ConnId {
+        self.take_slot()
+    }
+
+    fn release(&mut self, conn: ConnId) {
+        let kept = self.slots.get(conn.slot as usize).filter(|slot| slot.generation == conn.generation);
+        if kept.is_some_and(|slot| slot.tenant.is_none()) {
+            self.free.push(conn.slot);
+        }
     }
 
     fn finish(&mut self, conn: ConnId) {

@@ -369,6 +369,7 @@ impl<R: Registry> Steward<R> {
         for (name, member) in &self.listing.members() {
             let Some(entry) = self.listing.entries.get(name) else { continue };
             self.parts.board.set_weight(entry.number, member.client_weight);
+            self.parts.board.set_gateway(entry.number, member.weight == 0);
             self.parts.board.set_leaving(entry.number, member.standing == Standing::Draining);
         }
     }

@@ -9,6 +9,7 @@
 pub mod etcd;
 pub mod moving;
 pub mod net;
+pub mod nodes;
 pub mod sdk;
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -64,6 +65,16 @@ pub fn http(address: &str, method: &str, path: &str) -> (u16, String, String) {
     let (head, body) = text.split_once("\r\n\r\n").expect("a head");
     let status = head.split(' ').nth(1).unwrap().parse().unwrap();
     (status, head.to_lowercase(), body.to_owned())
+}
+
+/// The sum of a metric over all its label sets. `None`: it is not there.
+pub fn sum(page: &str, name: &str) -> Option<u64> {
+    let values = page.lines().filter_map(|line| {
+        let rest = line.strip_prefix(name)?;
+        let labels_end = if rest.starts_with('{') { rest.find('}')? + 1 } else { 0 };
+        rest.get(labels_end..)?.strip_prefix(' ')?.parse::<u64>().ok()
+    });
+    values.fold(None, |sum, value| Some(sum.unwrap_or(0) + value))
 }
 
 /// A running server. Killed when dropped, together with its folder.

@@ -7,7 +7,7 @@ use ringline_client::{Client, DeviceId, Event, Events};
 use super::Server;
 
 /// No test takes so long: it stops one that would hang.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A device of a user, logged in by a token of the server's own.
 pub async fn log_in(server: &Server, (user, device): (&str, u64)) -> (Client, Events) {

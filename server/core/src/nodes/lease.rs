@@ -130,6 +130,7 @@ impl Shard {
             Event::Worked { token, outcome } => self.hold(Held::Worked(token, outcome)),
             Event::Timer => {}
             other @ (Event::Opened { .. }
+            | Event::Tunnelled { .. }
             | Event::Sent { .. }
             | Event::Closed { .. }
             | Event::StoreFailed

@@ -37,7 +37,7 @@ use ringline_schema::message::Reply;
 
 use crate::config::ClusterConfig;
 use crate::conversation::Stage;
-use crate::event::{ConnId, Effect, Effects, NodeNews, Verdict};
+use crate::event::{CloseReason, ConnId, Effect, Effects, NodeNews, Verdict};
 use crate::group::passing::Passing;
 use crate::peer::{Origin, ShardMessage, SocialMessage, Submit};
 use crate::shard::Shard;
@@ -255,8 +255,11 @@ impl Shard {
     /// Every other shard there is; one stands for all of a node that is away. A node that is away and owns nothing is none.
     pub(crate) fn other_shards(&self) -> Vec<ShardIndex> {
         let Some(nodes) = &self.nodes else { return self.shards_here().collect() };
-        let counts =
-            |node: &NodeIndex| nodes.is_up(*node) || nodes.moves.as_ref().is_none_or(|moves| moves.owns(*node));
+        let owns = |node: NodeIndex| match &nodes.moves {
+            Some(moves) => moves.owns(node),
+            None => nodes.placement.owns(node),
+        };
+        let counts = |node: &NodeIndex| nodes.is_up(*node) || owns(*node);
         self.shards_here().chain(nodes.others().filter(counts).flat_map(|node| nodes.shards_of(node))).collect()
     }
 
@@ -275,19 +278,27 @@ impl Shard {
         all.into_iter().find(|shard| after.is_none_or(|after| *shard > after))
     }
 
-    /// Answers a REGISTER or LOGIN of a user of another node. `None`: it lives here.
+    /// Answers a REGISTER or LOGIN of a user of another node. `None`: it lives here, or this is a gateway and its owner is
+    /// there.
     pub(crate) fn redirect(
         &mut self,
         (conn, request_id): (ConnId, u32),
         partition: Partition,
         fx: &mut Effects,
     ) -> Option<Verdict> {
+        if self.sessions.get(conn).is_some_and(|session| session.tunnelled) && !self.is_here(self.owner(partition)) {
+            // The gateway looks for the owner when the client comes back; it knows of a change about as soon as this node.
+            self.sessions.fail(conn, request_id, ErrorCode::Unavailable, fx);
+            self.sessions.close(conn, CloseReason::Moved, fx);
+            return Some(Verdict::Stop);
+        }
         let nodes = self.nodes.as_ref()?;
         let owner = nodes.placement.owner_of(partition);
         if owner == Some(nodes.placement.own()) {
             return None;
         }
         match owner.and_then(|owner| nodes.peer(owner)).filter(|peer| peer.up) {
+            Some(_) if self.config.gateway => return None,
             Some(Peer { name: node, address, .. }) => {
                 self.sessions.answer(conn, request_id, &Reply::Redirect { node, address }, fx);
             }

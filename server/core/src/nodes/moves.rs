@@ -272,8 +272,10 @@ impl Shard {
             match self.sessions.get(conn).map(|session| &session.state) {
                 Some(State::LoggedIn(login)) if gone.contains(login.user.partition()) => {
                     let partition = login.user.partition();
-                    // Who has it now, if that is told and can be reached; while it is nobody's the client looks for it.
-                    let home = self.nodes.as_ref().and_then(|nodes| {
+                    // Who has it now, if that is told and can be reached; while it is nobody's the client looks for it, and
+                    // one that a gateway holds comes back to that.
+                    let held = self.sessions.get(conn).is_some_and(|session| session.tunnelled);
+                    let home = self.nodes.as_ref().filter(|_| !held).and_then(|nodes| {
                         let owner = nodes.placement.owner_of(partition)?;
                         nodes.peer(owner).filter(|peer| peer.up && owner != nodes.placement.own())
                     });

@@ -160,7 +160,10 @@ impl Shard {
         let own = nodes.placement.own();
         let all: SmallVec<[NodeIndex; 4]> = match whole {
             Whole::Only(node) => SmallVec::from_slice(&[node]),
-            Whole::All | Whole::Reachable | Whole::With(_) => nodes.placement.nodes().collect(),
+            // Gateways keep nothing.
+            Whole::All | Whole::Reachable | Whole::With(_) => {
+                nodes.placement.nodes().filter(|node| nodes.placement.owns(*node)).collect()
+            }
         };
         let needed = |node: &NodeIndex| nodes.needs(whole, *node);
         let (from, away): (SmallVec<[_; 4]>, SmallVec<[_; 4]>) = all.into_iter().partition(|node| nodes.is_up(*node));

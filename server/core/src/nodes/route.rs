@@ -1,8 +1,8 @@
 //! ROUTE: which node a client should connect to. Owned by the shard that is asked; a node alone answers with itself.
 //!
 //! By the owner of the user (`consistent_hash`) the answer is the node that serves the LOGIN. Any other strategy
-//! spreads the first connections over the nodes, and the LOGIN is answered by REDIRECT where the user does not live:
-//! sessions live at their owner. A node that can't be reached from here is not named, nor is one that stops.
+//! spreads the first connections over the nodes, or the gateways where there are some, and the LOGIN is answered by REDIRECT
+//! where the user does not live and the node is no gateway: sessions live at their owner. A node that can't be reached from here is not named, nor is one that stops.
 
 use ringline_cluster::placement::NodeIndex;
 use ringline_schema::errors::ErrorCode;
