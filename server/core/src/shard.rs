@@ -325,7 +325,7 @@ impl Shard {
 
     fn hear(&mut self, from: ShardIndex, message: ShardMessage, fx: &mut Effects) {
         let Some(message) = self.take_if_served(from, message, fx) else { return };
-        let taken = if self.is_remote(from) { self.take_from_node(message, fx) } else { Some(message) };
+        let taken = if self.is_remote(from) { self.take_from_node(from, message, fx) } else { Some(message) };
         if let Some(message) = taken {
             self.shard_message(from, message, fx);
         }

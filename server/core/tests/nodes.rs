@@ -353,6 +353,20 @@ fn a_sync_whose_answer_a_full_link_lost_ends_in_time_and_may_be_asked_again() {
 }
 
 #[test]
+fn a_question_about_a_user_that_is_not_served_here_is_answered_to_who_asked() {
+    let mut node = Node::new();
+    let ann = node.user(HERE);
+    let bob = node.partner(&ann, THERE);
+    node.news(UP);
+    node.said();
+    let (conversation, user, from) = (ConversationId::direct(&name(&ann), &name(&bob)), name(&bob), name(&ann));
+    let ask = Ask { conversation, user: user.clone(), from, exists: false, answered: false };
+    node.hear(ShardMessage::AskUser(Box::new(ask)));
+    let known = Err(ErrorCode::Unavailable);
+    assert_eq!(node.said(), [ShardMessage::UserKnown { conversation, user, known }], "its message waits for it");
+}
+
+#[test]
 fn an_answer_to_a_node_whose_link_is_not_up_yet_is_kept_for_as_long_as_anybody_waits() {
     let mut node = Node::new();
     let ann = node.user(HERE);

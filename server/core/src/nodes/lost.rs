@@ -135,10 +135,15 @@ impl Shard {
     }
 
     /// Judges what a shard of another node says. `None`: it has been dealt with.
-    pub(crate) fn take_from_node(&mut self, message: ShardMessage, fx: &mut Effects) -> Option<ShardMessage> {
+    pub(crate) fn take_from_node(
+        &mut self,
+        from: ShardIndex,
+        message: ShardMessage,
+        fx: &mut Effects,
+    ) -> Option<ShardMessage> {
         if !self.is_moving() && meant_for(&message).is_some_and(|partition| !self.is_here(self.owner(partition))) {
             // The other node counted other cores here: it has yet to hear that this one has started again.
-            self.undelivered(self.config.shard, message, fx);
+            self.not_served(from, message, fx);
             return None;
         }
         let own = self.config.shard;
