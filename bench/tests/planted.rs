@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use ringline_bench::checker::Rule;
+use ringline_bench::sim::cluster::{self, Setup};
 use ringline_bench::sim::{self, Bug};
 
 /// Seeds within which a bug has to be found.
@@ -38,4 +39,26 @@ fn without_a_bug_the_same_seeds_are_clean() {
         let run = sim::run(seed, None);
         assert!(run.verdict.is_clean(), "seed {seed}: {:?}", run.verdict.violations.first());
     }
+}
+
+/// Bugs of links and of partitions that change hands, seen by what clients saw or by the referee.
+#[test]
+fn every_planted_bug_of_a_cluster_is_caught() {
+    let (links, moves) = (cluster::Bug::LINKS.map(|bug| (bug, false)), cluster::Bug::MOVES.map(|bug| (bug, true)));
+    let mut missed = Vec::new();
+    for (bug, moving) in links.into_iter().chain(moves) {
+        let setup = Setup { nodes: 3, moving, bug: Some(bug) };
+        let caught = (0..SEEDS_MAX).find_map(|seed| {
+            let played = catch_unwind(AssertUnwindSafe(|| cluster::run(seed, setup))).ok()?;
+            (!played.is_clean()).then_some((seed, played))
+        });
+        match caught {
+            Some((seed, played)) => {
+                let rules = played.run.verdict.violations.iter().map(|violation| violation.rule);
+                println!("{bug:?}: seed {seed}, {:?} {:?}", rules.collect::<BTreeSet<Rule>>(), played.breaches);
+            }
+            None => missed.push(bug),
+        }
+    }
+    assert!(missed.is_empty(), "not seen within {SEEDS_MAX} seeds: {missed:?}");
 }

@@ -9,9 +9,10 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use ringline_bench::checker::Counts;
+use ringline_bench::sim::cluster::{self, Setup};
 use ringline_bench::sim::{self, Run};
 
 /// Failing seeds after which the rest is left out.
@@ -25,15 +26,47 @@ struct Args {
     /// Seeds to play: the first, and the first that is left out
     #[arg(long, default_value = "0..200", value_name = "FROM..TO", value_parser = parse_seeds)]
     seeds: Range<u64>,
+    /// A cluster in place of a node alone
+    #[arg(long, value_enum)]
+    cluster: Option<Kind>,
+    /// Nodes of the cluster
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(2..=8), requires = "cluster")]
+    nodes: u16,
     /// Threads that play [default: one a core]
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=THREADS_MAX as i64))]
     threads: Option<u16>,
-    /// Print all that clients did and saw; for one seed
-    #[arg(long)]
+    /// Print all that clients did and saw; for one seed of a node alone
+    #[arg(long, conflicts_with = "cluster")]
     history: bool,
     /// Draw no progress bar
     #[arg(long)]
     no_progress: bool,
+}
+
+/// What the nodes of a cluster are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    /// Each has its own partitions for ever, on its own disk.
+    Configured,
+    /// Partitions change hands, by etcd and PostgreSQL.
+    Moving,
+}
+
+impl Args {
+    fn setup(&self) -> Option<Setup> {
+        let moving = self.cluster? == Kind::Moving;
+        Some(Setup { nodes: usize::from(self.nodes), moving, bug: None })
+    }
+
+    /// The command that plays a seed again.
+    fn again(&self, seed: u64) -> String {
+        let what = match self.cluster {
+            None => "--history".to_owned(),
+            Some(Kind::Configured) => format!("--cluster configured --nodes {}", self.nodes),
+            Some(Kind::Moving) => format!("--cluster moving --nodes {}", self.nodes),
+        };
+        format!("cargo run -p ringline-bench --bin sim -- --seeds {seed}..{} {what}", seed + 1)
+    }
 }
 
 fn parse_seeds(text: &str) -> Result<Range<u64>, String> {
@@ -43,23 +76,30 @@ fn parse_seeds(text: &str) -> Result<Range<u64>, String> {
     if seeds.is_empty() { Err("there is no seed in it".to_owned()) } else { Ok(seeds) }
 }
 
-/// A seed's run, or the text of the panic that ended it.
-fn play(seed: u64) -> Result<Run, String> {
-    catch_unwind(AssertUnwindSafe(|| sim::run(seed, None))).map_err(|panic| {
+/// A seed's run with what the referee of a cluster saw, or the text of the panic that ended it.
+fn play(seed: u64, setup: Option<Setup>) -> Result<(Run, Vec<String>), String> {
+    let played = || match setup {
+        None => (sim::run(seed, None), Vec::new()),
+        Some(setup) => {
+            let played = cluster::run(seed, setup);
+            (played.run, played.breaches)
+        }
+    };
+    catch_unwind(AssertUnwindSafe(played)).map_err(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str);
         text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic without a text").to_owned()
     })
 }
 
 /// Prints what is wrong with a seed; true if nothing is.
-fn judge(seed: u64, played: &Result<Run, String>, totals: &mut Totals) -> bool {
+fn judge((seed, again): (u64, &str), played: &Result<(Run, Vec<String>), String>, totals: &mut Totals) -> bool {
     let problems: Vec<String> = match played {
-        Ok(run) => {
+        Ok((run, breaches)) => {
             totals.counts += run.verdict.counts;
             totals.steps += run.steps;
             totals.faults += run.faults;
             totals.millis += run.millis;
-            run.verdict.violations.iter().map(ToString::to_string).collect()
+            breaches.iter().cloned().chain(run.verdict.violations.iter().map(ToString::to_string)).collect()
         }
         Err(panic) => vec![format!("panic: {panic}")],
     };
@@ -68,7 +108,7 @@ fn judge(seed: u64, played: &Result<Run, String>, totals: &mut Totals) -> bool {
     }
     eprintln!("\nseed {seed} fails:");
     problems.iter().for_each(|problem| eprintln!("  {problem}"));
-    eprintln!("  again: cargo run -p ringline-bench --bin sim -- --seeds {seed}..{} --history", seed + 1);
+    eprintln!("  again: {again}");
     false
 }
 
@@ -91,6 +131,7 @@ fn main() -> ExitCode {
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} seeds, {per_sec}, {eta} left");
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     let threads = args.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from);
+    let setup = args.setup();
     let (next, end) = (AtomicU64::new(args.seeds.start), args.seeds.end);
     let (sender, results) = mpsc::channel();
     let (mut totals, mut failed, mut played) = (Totals::default(), 0, 0);
@@ -101,7 +142,7 @@ fn main() -> ExitCode {
                 loop {
                     let seed = next.fetch_add(1, Ordering::Relaxed);
                     // The receiver goes when enough have failed.
-                    if seed >= end || sender.send((seed, play(seed))).is_err() {
+                    if seed >= end || sender.send((seed, play(seed, setup))).is_err() {
                         return;
                     }
                 }
@@ -112,7 +153,7 @@ fn main() -> ExitCode {
         for (seed, run) in &results {
             bar.inc(1);
             played += 1;
-            failed += usize::from(!judge(seed, &run, &mut totals));
+            failed += usize::from(!judge((seed, &args.again(seed)), &run, &mut totals));
             if failed >= FAILURES_MAX {
                 break;
             }

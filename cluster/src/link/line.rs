@@ -162,6 +162,7 @@ impl Line {
 
     /// A message of this node came by another core's link.
     pub fn heard_of(&mut self, process: Process, now_ms: u64, told: &mut Vec<Told>) -> Sender {
+        let had = self.is_connected();
         let sender = match self.process.map(|known| known.incarnation.cmp(&process.incarnation)) {
             Some(std::cmp::Ordering::Equal) => Sender::Known,
             Some(std::cmp::Ordering::Greater) => return Sender::Old,
@@ -175,7 +176,9 @@ impl Line {
             told.push(Told::Up(process));
             self.since_ms = now_ms;
             self.state = State::Broken { until_ms: now_ms + MET_MS };
-            self.dial_ms = self.dial_ms.map(|_| now_ms);
+            // The new process may have fewer cores, and then none that dials for this link.
+            let dials = if had { self.dials } else { self.dial_ms.is_some() };
+            self.dial_ms = dials.then_some(now_ms);
         }
         sender
     }
@@ -336,6 +339,23 @@ mod tests {
         assert_eq!(join(&mut line, 7, true, 0), (Joined::Stands, vec![]));
         let frames: Vec<_> = std::iter::from_fn(|| line.channel_mut().next_frame(100)).collect();
         assert!(matches!(frames[..], [Frame::Taken { .. }, Frame::Batch { number: 1, .. }]), "{frames:?}");
+    }
+
+    #[test]
+    fn a_new_process_that_was_only_heard_of_is_dialled() {
+        let mut line = Line::new((true, true), 0);
+        join(&mut line, 5, true, 0);
+        let mut told = Vec::new();
+        // The connection to the old one is closed by the caller, who tells nothing of it any more.
+        assert_eq!(line.heard_of(process(6), 100, &mut told), Sender::New);
+        assert!(line.dial(100) && !line.dial(100), "once");
+        line.dial_failed(100, 0);
+        assert_eq!(line.heard_of(process(6), 101, &mut told), Sender::Known);
+        assert!(line.dial(200), "as after any other failure");
+        let mut line = Line::new((false, false), 0);
+        join(&mut line, 5, true, 0);
+        assert_eq!(line.heard_of(process(6), 100, &mut told), Sender::New);
+        assert!(!line.dial(100), "not where only the other side dials");
     }
 
     #[test]

@@ -1,25 +1,41 @@
-//! A cluster of configured nodes under one seed: real shards with a disk a node, links between the nodes that delay, are cut and
-//! stall in one direction, nodes that die and come back as new processes, and the SDK's machine, which is sent on to the node
-//! its user lives on.
+//! A cluster under one seed: real shards, the real state machines of links, and where partitions change hands the real decisions
+//! about them; nodes that die, pause, leave and come back as new processes; and the SDK's machine, which is sent on to the
+//! node its user lives on.
 //!
-//! As [`super::world`], with several nodes. What clients saw goes to the same checker. Invariants of a link, as of the real
-//! ones: in order and once each while both processes live; the end of one is told to every shard of the other by `Reset`
-//! before its next `Up`; news and messages of a link reach a shard in one order.
+//! As [`super::world`], with several nodes. What clients saw goes to the same checker; beside it a referee, who knows what no
+//! client can, sees that nobody serves without a lease, takes what another may still serve, or gives back what it still writes.
 //!
-//! - `nodes`: the nodes' shells and the links. Here: the queue of what happens when, and the clients.
+//! **What may be lost, doubled and late.** Between two nodes: bytes are delayed, held while one direction is cut, cut anywhere by
+//! the end of a connection, and sent again on the next; connections are dialled from both sides and overtake each other. So
+//! below a link anything is lost and doubled, and the link makes of it what shards rely on: in order and once each while both
+//! processes live, and `Reset` when one did not. Messages of a process that ended are lost, wholly or from any one on. Between
+//! links, and between the lanes of a node, nothing is ordered. A link may also refuse ("full"), and the shard is given its
+//! message back. Within a node lanes only delay: see [`super`].
+//!
+//! - Configured nodes, each with a disk of its own: `nodes`, `peers`, `net`, `faults`.
+//! - Partitions that move, over one simulated PostgreSQL and etcd: [`database`], `sessions`, [`etcd`], `steward`.
+//! - Here: the queue of what happens when, and the clients.
 
+pub mod database;
+pub mod etcd;
+mod faults;
+mod net;
 mod nodes;
+mod peers;
+mod sessions;
+mod setup;
+mod steward;
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, BinaryHeap};
 
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use ringline_client::machine::{Ask, Cut};
 use ringline_client::{Class, JoinPolicy, LinkError, SendOptions};
-use ringline_core::event::{ConnId, Token, Work};
+use ringline_cluster::reconcile::Start;
+use ringline_core::event::ConnId;
 use ringline_schema::frame::FrameDecoder;
-use ringline_schema::record::Query;
 
 use super::acts::{GROUPS, peers};
 use super::device::{Device, Tap};
@@ -27,10 +43,13 @@ use super::world::USERS;
 use super::{Run, acts};
 use crate::checker::{Device as Name, Happening, History, Peer, Place};
 use crate::observed;
-use nodes::{Node, Wire};
+use database::Database;
+use etcd::{Etcd, ToEtcd};
+use net::Socket;
+use nodes::{AtNode, Node};
+use sessions::{Asked, Waiter};
+pub use setup::{Bug, Played, Setup};
 
-/// Nodes of a run.
-pub const NODES: u16 = 3;
 const DEVICES_PER_USER: u64 = 2;
 const STEPS_MAX: u64 = 3_000_000;
 /// Virtual time after the faults within which everything must have settled.
@@ -70,40 +89,58 @@ enum Action {
         link: u64,
         bytes: usize,
     },
-    Lane {
+    /// At a node, if that process still lives.
+    At {
         node: usize,
         epoch: u32,
-        lane: (u16, u16),
+        what: AtNode,
     },
-    /// Something of a link reaches a shard.
-    Wire {
-        node: usize,
-        epoch: u32,
-        wire: (u16, usize),
+    /// A connection between two nodes stands.
+    Dialled {
+        socket: u64,
     },
-    Commit {
-        node: usize,
-        epoch: u32,
-        shard: usize,
+    /// Bytes reach an end of one …
+    Bytes {
+        socket: u64,
+        end: usize,
     },
-    Loaded {
-        node: usize,
-        epoch: u32,
-        shard: usize,
-        token: Token,
-        query: Query,
+    /// … which hears that it is over.
+    Shut {
+        socket: u64,
+        end: usize,
     },
-    Worked {
-        node: usize,
-        epoch: u32,
-        shard: usize,
-        token: Token,
-        work: Work,
+    /// Something reaches the database …
+    Asked(Box<Asked>),
+    /// … whose standby has all that is written up to there …
+    Replicated {
+        life: u32,
+        upto: usize,
     },
-    Timer {
+    /// … and which is back.
+    DatabaseBack {
+        life: u32,
+        as_standby: bool,
+    },
+    /// It dies for good before its standby has all of it.
+    DatabaseDies {
+        life: u32,
+    },
+    EtcdAsked {
         node: usize,
         epoch: u32,
-        shard: usize,
+        ask: ToEtcd,
+    },
+    EtcdBack,
+    /// A node that was paused goes on.
+    Resume {
+        node: usize,
+        epoch: u32,
+    },
+    /// A process has its place in the database.
+    Start {
+        node: usize,
+        epoch: u32,
+        start: Start,
     },
     Wake {
         client: usize,
@@ -120,9 +157,6 @@ enum Action {
     Boot {
         node: usize,
         epoch: u32,
-    },
-    Heal {
-        pair: (usize, usize),
     },
 }
 
@@ -149,9 +183,6 @@ impl Ord for Due {
     }
 }
 
-/// A message on a link: from this shard, to that one, its bytes.
-type Parcel = (u16, u16, Vec<u8>);
-
 /// A client's connection.
 struct Link {
     client: usize,
@@ -175,15 +206,27 @@ struct Cluster {
     now_us: u64,
     queue: BinaryHeap<Reverse<Due>>,
     queued: u64,
+    setup: Setup,
     nodes: Vec<Node>,
-    /// What is on its way to a shard of a node: by node, shard and the node it comes from.
-    wires: BTreeMap<(usize, u16, usize), Wire>,
-    /// Cut pairs of nodes, the lower first.
-    cuts: BTreeMap<(usize, usize), bool>,
-    /// Sent while the pair was cut: goes out when it is not any more.
-    held: BTreeMap<(usize, usize), VecDeque<Parcel>>,
-    /// A direction that stalls, until then.
-    stalls_us: BTreeMap<(usize, usize), u64>,
+    /// Connections between nodes.
+    sockets: BTreeMap<u64, Socket>,
+    next_socket: u64,
+    /// Directions that carry nothing, until then.
+    cuts: BTreeMap<(usize, usize), u64>,
+    database: Database,
+    /// Nodes that don't reach it, until then.
+    database_cuts: BTreeMap<usize, u64>,
+    /// By place in its log: who waits for the standby.
+    waiting: BTreeMap<usize, Waiter>,
+    replicate_us: u64,
+    /// Chance in percent that the standby is slow.
+    slow_standby_percent: u32,
+    sessions: u64,
+    etcd: Etcd,
+    etcd_cuts: BTreeMap<usize, u64>,
+    /// Batches that came again.
+    resent: u64,
+    breaches: Vec<String>,
     links: BTreeMap<u64, Link>,
     next_link: u64,
     clients: Vec<Device>,
@@ -200,21 +243,22 @@ struct Cluster {
 }
 
 /// Plays one seed to its end.
-pub fn run(seed: u64) -> Run {
-    let mut cluster = Cluster::new(seed);
+pub fn run(seed: u64, setup: Setup) -> Played {
+    let mut cluster = Cluster::new(seed, setup);
     cluster.play();
     cluster.finish();
-    Run {
+    let run = Run {
         verdict: cluster.history.check(),
         trace: cluster.trace,
         steps: cluster.steps,
         faults: cluster.faults,
         millis: cluster.now_us / 1_000,
-    }
+    };
+    Played { run, breaches: cluster.breaches, resent: cluster.resent }
 }
 
 impl Cluster {
-    fn new(seed: u64) -> Self {
+    fn new(seed: u64, setup: Setup) -> Self {
         let rng = SmallRng::seed_from_u64(seed);
         let names = (0..USERS).flat_map(|user| (1..=DEVICES_PER_USER).map(move |number| Name { user, number }));
         let clients: Vec<_> = names.map(Device::new).collect();
@@ -222,11 +266,21 @@ impl Cluster {
             now_us: 1,
             queue: BinaryHeap::new(),
             queued: 0,
+            setup,
             nodes: Vec::new(),
-            wires: BTreeMap::new(),
+            sockets: BTreeMap::new(),
+            next_socket: 0,
             cuts: BTreeMap::new(),
-            held: BTreeMap::new(),
-            stalls_us: BTreeMap::new(),
+            database: Database::new(setup.bug == Some(Bug::NoFence)),
+            database_cuts: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+            replicate_us: 0,
+            slow_standby_percent: 5,
+            sessions: 0,
+            etcd: Etcd::default(),
+            etcd_cuts: BTreeMap::new(),
+            resent: 0,
+            breaches: Vec::new(),
             links: BTreeMap::new(),
             next_link: 0,
             targets: vec![None; clients.len()],
@@ -240,10 +294,12 @@ impl Cluster {
             faults: 0,
             rng,
         };
-        cluster.ends_us = cluster.random_us(4_000_000, 10_000_000);
-        for at in 0..usize::from(NODES) {
-            let shards = cluster.rng.random_range(1..=3);
-            cluster.nodes.push(Node::new(shards));
+        // Where leases have to end before something moves, more time passes.
+        let lasts_us = if setup.moving { 20_000_000..=45_000_000 } else { 4_000_000..=10_000_000 };
+        cluster.ends_us = cluster.rng.random_range(lasts_us);
+        for at in 0..setup.nodes {
+            let (shards, clock) = (cluster.rng.random_range(1..=3), cluster.any_clock());
+            cluster.nodes.push(Node::new(shards, clock));
             let delay = cluster.random_us(0, 300_000);
             cluster.after(delay, Action::Boot { node: at, epoch: 0 });
         }
@@ -259,6 +315,17 @@ impl Cluster {
         }
         cluster.after(600_000, Action::Fault);
         cluster
+    }
+
+    fn bug(&self, bug: Bug) -> bool {
+        self.setup.bug == Some(bug)
+    }
+
+    /// The referee has seen something.
+    fn breach(&mut self, what: String) {
+        if !self.breaches.contains(&what) {
+            self.breaches.push(what);
+        }
     }
 
     fn random_us(&mut self, from: u64, to: u64) -> u64 {
@@ -299,19 +366,16 @@ impl Cluster {
     fn play(&mut self) {
         while self.now_us < self.ends_us && self.step() {}
         self.lively = false;
-        self.full_percent = 0;
-        self.stalls_us.clear();
     }
 
     /// Nothing breaks any more: everybody gets time to finish, logs are read back, cursors are held to their word.
     fn finish(&mut self) {
-        let cut: Vec<_> = self.cuts.keys().copied().collect();
-        cut.into_iter().for_each(|pair| self.heal(pair));
+        self.heal();
         self.clients.iter_mut().for_each(|client| client.stalled_until_us = 0);
         let deadline = self.now_us + HEAL_US;
         self.run_until(deadline, |cluster| {
             let idle = |client: &Device| client.open_sends == 0 && client.machine.is_online();
-            cluster.nodes.iter().all(|node| node.up) && cluster.clients.iter().all(idle)
+            cluster.is_settled() && cluster.clients.iter().all(idle)
         });
         // What was asked before is tried again for a minute, and then it is over.
         self.run_until(self.now_us + PATIENCE_US, |_| false);
@@ -345,7 +409,42 @@ impl Cluster {
         }
     }
 
+    /// The node whose turn this is, if it is one's.
+    fn holder(&self, action: &Action) -> Option<usize> {
+        match action {
+            Action::At { node, .. } => Some(*node),
+            Action::ToServer { link, .. }
+            | Action::ServerSeesEnd { link }
+            | Action::HandOver { link }
+            | Action::Sent { link, .. } => self.links.get(link).map(|link| link.node),
+            Action::Dialled { socket } => self.sockets.get(socket).map(|open| open.ends[0].node),
+            Action::Bytes { socket, end } | Action::Shut { socket, end } => {
+                self.sockets.get(socket).map(|open| open.ends[*end].node)
+            }
+            Action::Connect { .. }
+            | Action::ToClient { .. }
+            | Action::ClientSeesEnd { .. }
+            | Action::Asked(_)
+            | Action::Replicated { .. }
+            | Action::DatabaseBack { .. }
+            | Action::DatabaseDies { .. }
+            | Action::EtcdAsked { .. }
+            | Action::EtcdBack
+            | Action::Resume { .. }
+            | Action::Start { .. }
+            | Action::Wake { .. }
+            | Action::Take { .. }
+            | Action::Act { .. }
+            | Action::Fault
+            | Action::Boot { .. } => None,
+        }
+    }
+
     fn perform(&mut self, action: Action) {
+        // Who is paused does it later, all in order.
+        if let Some(node) = self.holder(&action).filter(|node| self.nodes[*node].paused) {
+            return self.nodes[node].held.push(action);
+        }
         match action {
             Action::Connect { client, process } => {
                 if self.clients[client].process == process && self.clients[client].link.is_none() {
@@ -367,14 +466,26 @@ impl Cluster {
             Action::Take { client, process } => self.take(client, process),
             Action::Act { client } => self.act(client),
             Action::Fault => self.fault(),
-            Action::Heal { pair } => self.heal(pair),
-            Action::Lane { .. }
-            | Action::Wire { .. }
-            | Action::Commit { .. }
-            | Action::Loaded { .. }
-            | Action::Worked { .. }
-            | Action::Timer { .. }
-            | Action::Boot { .. } => self.perform_at_node(action),
+            Action::At { node, epoch, what } => {
+                if self.lives(node, epoch) {
+                    self.perform_at_node(node, what);
+                }
+            }
+            Action::Dialled { socket } => self.dialled(socket),
+            Action::Bytes { socket, end } => self.hear_socket(socket, end),
+            Action::Shut { socket, end } => self.shut(socket, end),
+            Action::Asked(asked) => self.database_asked(asked),
+            Action::Replicated { life, upto } => self.replicated(life, upto),
+            Action::DatabaseBack { life, as_standby } => self.database_returns(life, as_standby),
+            Action::DatabaseDies { life } => self.database_dies(life),
+            Action::Resume { node, epoch } => self.resume(node, epoch),
+            Action::EtcdAsked { node, epoch, ask } => self.etcd_asked((node, epoch), ask),
+            Action::EtcdBack => self.etcd.returns(self.now_us),
+            Action::Start { node, epoch, start } => self.start_process((node, epoch), start),
+            Action::Boot { node, epoch } if self.nodes[node].epoch == epoch && !self.nodes[node].up => {
+                if self.setup.moving { self.enter(node) } else { self.boot(node) }
+            }
+            Action::Boot { .. } => {}
         }
     }
 
@@ -505,7 +616,7 @@ impl Cluster {
     /// To the node that it was sent to, or any.
     fn connect(&mut self, client: usize) {
         let node = self.targets[client].unwrap_or_else(|| self.rng.random_range(0..self.nodes.len()));
-        if !self.nodes[node].up {
+        if !self.nodes[node].up || self.nodes[node].paused {
             self.targets[client] = None;
             return self.try_again(client);
         }
@@ -571,9 +682,9 @@ impl Cluster {
             self.clients[client].attempts = 0;
         }
         match cut {
-            Some(Cut::Lost(LinkError::Redirected { address })) => {
-                self.targets[client] = address.strip_prefix('n').and_then(|number| number.parse().ok());
+            Some(Cut::Lost(LinkError::Redirected { address } | LinkError::Goaway { address: Some(address), .. })) => {
                 self.client_cuts(link);
+                self.targets[client] = address.strip_prefix('n').and_then(|number| number.parse().ok());
             }
             Some(Cut::Lost(LinkError::Protocol(code))) => {
                 let told =
@@ -610,6 +721,8 @@ impl Cluster {
         open.tap.lost(self.clients[client].name, &mut self.history);
         if self.clients[client].link == Some(link) {
             self.clients[client].link = None;
+            // Wherever its user is served now.
+            self.targets[client] = None;
             self.clients[client].machine.disconnected();
             self.try_again(client);
             self.pump(client);

@@ -1,61 +1,193 @@
-//! The nodes of a cluster's run: their shells, played, and the links between them.
+//! The nodes of a cluster's run: their shells, played. Owned by the cluster.
+//!
+//! Invariants: nothing of an earlier process of a node has an effect; a node that is paused does what was due when it goes on,
+//! in order; each append is record n of its shard; a lane keeps its order.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 
 use rand::RngExt;
+use ringline_cluster::link::hello::{Hello, Incarnation};
+use ringline_cluster::link::line::Process;
+use ringline_cluster::ownership::Ownership;
 use ringline_cluster::placement::{ClusterPlacement, CorePlacement, NodeIndex, ShardIndex};
 use ringline_core::Shard;
 use ringline_core::config::{ClusterConfig, CoreConfig};
-use ringline_core::event::{ConnId, Effect, Effects, Event, NodeNews, Now, ShardMessage, Verdict, Work, WorkOutcome};
-use ringline_core::nodes::record;
+use ringline_core::event::{ConnId, Effect, Effects, Event, Now, ShardMessage, Token, Verdict, Work, WorkOutcome};
 use ringline_schema::frame::FrameDecoder;
+use ringline_schema::message::Request;
+use ringline_schema::record::Query;
 
 use super::super::device::EPOCH_US;
 use super::super::disk::{Disk, Written};
-use super::{Action, Cluster, NODES, Parcel};
+use super::peers::PeerLink;
+use super::sessions::{FromDatabase, Session};
+use super::steward::{FromEtcd, Steward};
+use super::{Action, Bug, Cluster};
 
 const OUTBOX_BYTES_MAX: usize = 6 * 1024;
 const CACHED_MAX: usize = 2;
-/// The longest time that a client hangs, in microseconds.
-const STALL_US_MAX: u64 = 3_000_000;
+/// How much faster or slower the clock of a machine runs, at most, in parts of a thousand.
+const RATE_MAX: i64 = 5;
+/// How far apart monotonic clocks begin.
+const OFFSET_US_MAX: u64 = 1_000_000_000;
+
+/// What is due at a node.
+pub enum AtNode {
+    Lane {
+        lane: (u16, u16),
+    },
+    Commit {
+        shard: usize,
+    },
+    Loaded {
+        shard: usize,
+        token: Token,
+        query: Query,
+    },
+    Worked {
+        shard: usize,
+        token: Token,
+        work: Work,
+    },
+    Timer {
+        shard: usize,
+    },
+    /// The links of a core have something to write.
+    Flush {
+        core: usize,
+    },
+    /// … or something that is due.
+    Tick {
+        core: usize,
+    },
+    Drain {
+        core: usize,
+        link: usize,
+    },
+    NotDialled {
+        core: usize,
+        link: usize,
+    },
+    /// A connection comes to the core of its link.
+    Guest {
+        core: usize,
+        socket: u64,
+        hello: Box<Hello>,
+    },
+    Late {
+        socket: u64,
+        end: usize,
+    },
+    /// Who owns what, as the steward told a core.
+    Placement {
+        core: usize,
+        ownership: Arc<Ownership>,
+        listed: Vec<usize>,
+    },
+    Database(FromDatabase),
+    /// A session with the database is begun again.
+    Connect {
+        shard: usize,
+    },
+    Etcd(FromEtcd),
+    Register,
+    Renew,
+    Look {
+        number: u64,
+    },
+    /// A bell rings: look sooner.
+    Bell,
+    /// Everything was handed over, and the cores may end.
+    Stop,
+    /// This start may not go on.
+    End,
+}
+
+/// The clocks of a machine.
+#[derive(Clone, Copy, Default)]
+pub struct Clock {
+    offset_us: u64,
+    /// Parts of a thousand that it runs faster.
+    rate: i64,
+    /// How far the time of day is off.
+    pub skew_ms: i64,
+}
+
+impl Clock {
+    fn pace(self) -> u128 {
+        (1_000 + self.rate).unsigned_abs().into()
+    }
+
+    pub fn mono_us(self, now_us: u64) -> u64 {
+        self.offset_us + (u128::from(now_us) * self.pace() / 1_000) as u64
+    }
+
+    /// When it shows at least that.
+    pub fn when_us(self, mono_us: u64) -> u64 {
+        (u128::from(mono_us.saturating_sub(self.offset_us)) * 1_000).div_ceil(self.pace()) as u64
+    }
+
+    fn unix_ms(self, now_us: u64) -> u64 {
+        ((EPOCH_US + now_us) / 1_000).saturating_add_signed(self.skew_ms)
+    }
+}
+
+/// What travels between the cores of a node.
+pub enum LaneItem {
+    Core(ShardMessage),
+    /// A message of another node that came by the link of another core.
+    Passed {
+        peer: usize,
+        process: Process,
+        from: u16,
+        payload: Vec<u8>,
+    },
+}
 
 /// One shard and what its shell knows.
 pub struct Side {
-    shard: Shard,
+    pub shard: Shard,
     pub conns: BTreeMap<ConnId, u64>,
     next_slot: u32,
     timer_us: u64,
+    /// Links to other nodes.
+    pub peers: Vec<PeerLink>,
+    /// When they have something due; 0: not planned.
+    pub tick_us: u64,
+    /// They have something to write, soon.
+    pub flushes: bool,
+    /// With the database, where partitions move.
+    pub session: Session,
+    /// The version up to which it has given up what it was asked to.
+    pub released: u64,
 }
 
 /// A node, up or not; its disk stays.
 pub struct Node {
     pub up: bool,
     /// Rises with each life.
-    epoch: u32,
-    shards: u16,
+    pub epoch: u32,
+    pub shards: u16,
     disk: Disk,
     pub sides: Vec<Side>,
-    lanes: BTreeMap<(u16, u16), VecDeque<ShardMessage>>,
+    lanes: BTreeMap<(u16, u16), VecDeque<LaneItem>>,
     lane_due_us: BTreeMap<(u16, u16), u64>,
-    /// Other nodes that it has a link to, and the life of them that it spoke with last.
-    linked: BTreeMap<usize, bool>,
-    spoke_with: BTreeMap<usize, u32>,
-}
-
-/// What is on its way over a link to one shard.
-#[derive(Default)]
-pub struct Wire {
-    items: VecDeque<Item>,
-    due_us: u64,
-}
-
-enum Item {
-    News(NodeNews),
-    Message { from: u16, bytes: Vec<u8> },
+    pub clock: Clock,
+    /// It does nothing, and what was due meanwhile waits.
+    pub paused: bool,
+    pub held: Vec<Action>,
+    pub incarnation: Incarnation,
+    /// The newest process of each node that it has heard of.
+    pub newest: BTreeMap<usize, Incarnation>,
+    /// The fingerprint of its list of nodes.
+    pub list: u64,
+    /// Where partitions move; `None` while it is down.
+    pub steward: Option<Steward>,
 }
 
 impl Node {
-    pub fn new(shards: u16) -> Self {
+    pub fn new(shards: u16, clock: Clock) -> Self {
         Self {
             up: false,
             epoch: 0,
@@ -64,9 +196,18 @@ impl Node {
             sides: Vec::new(),
             lanes: BTreeMap::new(),
             lane_due_us: BTreeMap::new(),
-            linked: BTreeMap::new(),
-            spoke_with: BTreeMap::new(),
+            clock,
+            paused: false,
+            held: Vec::new(),
+            incarnation: Incarnation::default(),
+            newest: BTreeMap::new(),
+            list: 0,
+            steward: None,
         }
+    }
+
+    fn now(&self, now_us: u64) -> Now {
+        Now { mono_us: self.clock.mono_us(now_us), unix_ms: self.clock.unix_ms(now_us) }
     }
 
     pub fn open_conn(&mut self, shard: usize) -> ConnId {
@@ -76,84 +217,134 @@ impl Node {
     }
 }
 
-fn name(node: usize) -> String {
+pub fn name(node: usize) -> String {
     format!("n{node}")
 }
 
 impl Cluster {
-    pub(super) fn perform_at_node(&mut self, action: Action) {
-        match action {
-            Action::Lane { node, epoch, lane } if self.lives(node, epoch) => self.lane_moves(node, lane),
-            Action::Wire { node, epoch, wire } if self.lives(node, epoch) => self.wire_moves(node, wire),
-            Action::Commit { node, epoch, shard } if self.lives(node, epoch) => self.commit((node, shard)),
-            Action::Loaded { node, epoch, shard, token, query } if self.lives(node, epoch) => {
+    pub(super) fn any_clock(&mut self) -> Clock {
+        let (offset_us, rate) = (self.random_us(0, OFFSET_US_MAX), self.rng.random_range(-RATE_MAX..=RATE_MAX));
+        Clock { offset_us, rate, skew_ms: 0 }
+    }
+
+    /// Plans something for the present process of a node.
+    pub(super) fn at_node(&mut self, (node, epoch): (usize, u32), delay_us: u64, what: AtNode) {
+        self.after(delay_us, Action::At { node, epoch, what });
+    }
+
+    pub(super) fn perform_at_node(&mut self, node: usize, what: AtNode) {
+        match what {
+            AtNode::Lane { lane } => self.lane_moves(node, lane),
+            AtNode::Commit { shard } => self.commit((node, shard)),
+            AtNode::Loaded { shard, token, query } => {
                 let answer = self.nodes[node].disk.answer(shard, query, true);
                 self.tell((node, shard), Event::Loaded { token, answer });
             }
-            Action::Worked { node, epoch, shard, token, work } if self.lives(node, epoch) => {
+            AtNode::Worked { shard, token, work } => {
                 let outcome = match work {
                     Work::HashPassword { .. } => WorkOutcome::Hashed("hash".to_owned()),
                     Work::VerifyPassword { .. } | Work::VerifyToken { .. } => WorkOutcome::Verified(true),
                 };
                 self.tell((node, shard), Event::Worked { token, outcome });
             }
-            Action::Timer { node, epoch, shard } if self.lives(node, epoch) => {
+            AtNode::Timer { shard } => {
                 self.nodes[node].sides[shard].timer_us = 0;
                 self.tell((node, shard), Event::Timer);
             }
-            Action::Boot { node, epoch } if self.nodes[node].epoch == epoch && !self.nodes[node].up => self.boot(node),
-            _ => {}
+            AtNode::Flush { core } => self.flush_peers((node, core)),
+            AtNode::Tick { core } => self.tick_peers((node, core)),
+            AtNode::Drain { core, link } => self.drain_link((node, core), link),
+            AtNode::NotDialled { core, link } => self.not_dialled((node, core), link),
+            AtNode::Guest { core, socket, hello } => self.take_guest(core, socket, &hello),
+            AtNode::Late { socket, end } => self.too_late(socket, end),
+            AtNode::Placement { core, ownership, listed } => {
+                self.set_peers((node, core), &listed);
+                self.tell((node, core), Event::Placement(ownership));
+            }
+            AtNode::Database(FromDatabase { shard: Some(shard), session, said }) => {
+                self.session_hears((node, shard), session, said);
+            }
+            AtNode::Database(FromDatabase { shard: None, session, said }) => self.steward_hears(node, session, said),
+            AtNode::Connect { shard } => self.connect_database((node, shard)),
+            AtNode::Etcd(from) => self.etcd_says(node, from),
+            AtNode::Register => self.register(node),
+            AtNode::Renew => self.renew(node),
+            AtNode::Look { number } => self.look(node, number),
+            AtNode::Bell => self.bell(node),
+            AtNode::Stop => self.stop(node),
+            AtNode::End => self.go_down(node, false),
         }
     }
 
-    fn lives(&self, node: usize, epoch: u32) -> bool {
+    pub(super) fn lives(&self, node: usize, epoch: u32) -> bool {
         self.nodes[node].up && self.nodes[node].epoch == epoch
     }
 
-    fn boot(&mut self, at: usize) {
-        let hash_seed = self.trace;
+    /// A process of a configured node begins.
+    pub(super) fn boot(&mut self, at: usize) {
+        let count = self.nodes.len();
         let node = &mut self.nodes[at];
-        let cores = CorePlacement::new(node.shards).expect("1 to 3 shards");
-        let listed: Vec<_> = (0..usize::from(NODES)).map(|node| (name(node), 1)).collect();
-        let placement = ClusterPlacement::new(&name(at), cores, &listed).expect("a cluster of three");
-        let addresses = (0..usize::from(NODES)).map(|node| (name(node), name(node))).collect::<Vec<_>>();
         node.epoch += 1;
+        node.incarnation = Incarnation(node.epoch.into());
+        let cores = CorePlacement::new(node.shards).expect("1 to 3 shards");
+        let listed: Vec<_> = (0..count).map(|node| (name(node), 1)).collect();
+        let placement = ClusterPlacement::new(&name(at), cores, &listed).expect("a cluster of a few");
+        node.list = placement.fingerprint();
+        let addresses = (0..count).map(|node| (name(node), name(node))).collect::<Vec<_>>();
+        self.open_shards(at, &ClusterConfig { placement, nodes: addresses });
+        let listed: Vec<_> = (0..count).collect();
+        (0..self.nodes[at].sides.len()).for_each(|core| self.set_peers((at, core), &listed));
+    }
+
+    /// The cores of a new process.
+    pub(super) fn open_shards(&mut self, at: usize, cluster: &ClusterConfig) {
+        let (hash_seed, serves_on) = (self.trace, self.bug(Bug::ServesOn));
+        let node = &mut self.nodes[at];
         node.up = true;
+        let cores = CorePlacement::new(node.shards).expect("1 to 3 shards");
+        let lease = node.steward.as_ref().map(|steward| steward.lease.clone());
         let side = |within| {
             let mut config = CoreConfig::new(ShardIndex::new(NodeIndex(at as u16), within), cores);
-            config.cluster = Some(ClusterConfig { placement: placement.clone(), nodes: addresses.clone() });
+            config.cluster = Some(cluster.clone());
+            config.lease = lease.clone().filter(|_| !serves_on);
             config.conversations_cached_max = CACHED_MAX;
             config.users_cached_max = CACHED_MAX;
             config.outbox_bytes_max = OUTBOX_BYTES_MAX;
-            Side { shard: Shard::new(config, hash_seed), conns: BTreeMap::new(), next_slot: 0, timer_us: 0 }
+            Side {
+                shard: Shard::new(config, hash_seed),
+                conns: BTreeMap::new(),
+                next_slot: 0,
+                timer_us: 0,
+                peers: Vec::new(),
+                tick_us: 0,
+                flushes: false,
+                session: Session::default(),
+                released: 0,
+            }
         };
         node.sides = (0..node.shards).map(side).collect();
         self.note(7, at as u64);
-        for other in (0..usize::from(NODES)).filter(|other| *other != at) {
-            self.establish((at.min(other), at.max(other)));
-        }
     }
 
-    /// The node dies: everything but its disk is gone.
-    fn crash(&mut self, at: usize) {
+    /// The process of a node ends: everything but its disk is gone. `orderly`: what it had said still arrives.
+    pub(super) fn go_down(&mut self, at: usize, orderly: bool) {
         self.note(5, at as u64);
         let shards = self.rng.random_range(1..=3);
+        if orderly {
+            self.say_bye(at);
+        }
+        self.end_sockets_of(at, !orderly);
         let node = &mut self.nodes[at];
-        node.disk.restart((shards, false), &mut self.rng);
-        (node.up, node.shards) = (false, shards);
+        node.disk.restart((shards, orderly), &mut self.rng);
+        (node.up, node.shards, node.paused) = (false, shards, false);
         node.sides.clear();
         node.lanes.clear();
         node.lane_due_us.clear();
-        node.spoke_with.clear();
-        let linked = std::mem::take(&mut node.linked);
-        let epoch = node.epoch;
-        self.wires.retain(|(to, _, _), _| *to != at);
-        self.held.retain(|(from, to), _| *from != at && *to != at);
-        for other in linked.into_iter().filter_map(|(other, linked)| linked.then_some(other)) {
-            self.nodes[other].linked.insert(at, false);
-            self.lose_in_flight(at, other);
-            self.news(other, at, NodeNews::Down, 500_000);
-        }
+        node.newest.clear();
+        node.steward = None;
+        // It finds nobody any more.
+        let held = std::mem::take(&mut node.held);
+        held.into_iter().for_each(|action| self.at(self.now_us, action));
         let links: Vec<u64> = self.links.iter().filter(|(_, link)| link.node == at).map(|(link, _)| *link).collect();
         for link in links {
             let Some(open) = self.links.get_mut(&link) else { continue };
@@ -161,160 +352,8 @@ impl Cluster {
             let at_us = open.to_client_us.max(self.now_us);
             self.at(at_us, Action::ClientSeesEnd { link });
         }
-        let delay = self.random_us(1_000, 3_000_000);
+        let (delay, epoch) = (self.random_us(1_000, 3_000_000), self.nodes[at].epoch);
         self.after(delay, Action::Boot { node: at, epoch });
-    }
-
-    /// Of what a node had sent before it died, an end of any length does not arrive.
-    fn lose_in_flight(&mut self, from: usize, to: usize) {
-        for ((_, _, peer), wire) in self.wires.range_mut((to, 0, 0)..(to + 1, 0, 0)) {
-            if *peer == from {
-                let keep = self.rng.random_range(0..=wire.items.len());
-                let mut at = 0;
-                wire.items.retain(|item| {
-                    at += 1;
-                    at <= keep || matches!(item, Item::News(_))
-                });
-            }
-        }
-    }
-
-    /// Tells every shard of a node something of another.
-    fn news(&mut self, node: usize, of: usize, news: NodeNews, delay_us_max: u64) {
-        for shard in 0..self.nodes[node].sides.len() as u16 {
-            let delay = self.random_us(100, delay_us_max);
-            self.put_on_wire((node, shard, of), Item::News(news), delay);
-        }
-    }
-
-    fn put_on_wire(&mut self, key: (usize, u16, usize), item: Item, delay_us: u64) {
-        let (node, shard, from) = key;
-        let stalled_us = self.stalls_us.get(&(from, node)).copied().unwrap_or(0);
-        let wire = self.wires.entry(key).or_default();
-        wire.due_us = wire.due_us.max(self.now_us + delay_us).max(stalled_us);
-        wire.items.push_back(item);
-        let (at_us, epoch) = (wire.due_us, self.nodes[node].epoch);
-        self.at(at_us, Action::Wire { node, epoch, wire: (shard, from) });
-    }
-
-    fn wire_moves(&mut self, node: usize, (shard, from): (u16, usize)) {
-        let Some(item) = self.wires.get_mut(&(node, shard, from)).and_then(|wire| wire.items.pop_front()) else {
-            return;
-        };
-        if usize::from(shard) >= self.nodes[node].sides.len() {
-            return;
-        }
-        let peer = NodeIndex(from as u16);
-        self.note(8, (node as u64) << 32 | u64::from(shard) << 16 | from as u64);
-        match item {
-            Item::News(news) => self.tell((node, usize::from(shard)), Event::Node { node: peer, news }),
-            Item::Message { from, bytes } => {
-                let message = record::decode(&bytes).expect("what a shard says reads back");
-                let from = ShardIndex::new(peer, from);
-                self.tell((node, usize::from(shard)), Event::Shard { from, message });
-            }
-        }
-    }
-
-    /// Puts a message on the link to another node, or gives it back: there is no room.
-    fn send(&mut self, (node, shard): (usize, usize), to: ShardIndex, message: ShardMessage) -> Option<ShardMessage> {
-        if self.full_percent > 0 && self.chance(self.full_percent) {
-            return Some(message);
-        }
-        let mut bytes = Vec::new();
-        record::encode(&message, &mut bytes);
-        let other = usize::from(to.node().0);
-        let item = (shard as u16, to.within(), bytes);
-        if self.nodes[node].linked.get(&other) == Some(&true) {
-            self.put_message((node, other), item);
-        } else {
-            self.held.entry((node, other)).or_default().push_back(item);
-        }
-        None
-    }
-
-    fn put_message(&mut self, (from_node, to_node): (usize, usize), (from, to, bytes): Parcel) {
-        let delay = if self.chance(3) { self.random_us(1_000, 80_000) } else { self.random_us(50, 1_500) };
-        self.put_on_wire((to_node, to, from_node), Item::Message { from, bytes }, delay);
-    }
-
-    /// Two nodes can speak again, or for the first time.
-    fn establish(&mut self, pair: (usize, usize)) {
-        let (one, other) = pair;
-        if self.cuts.contains_key(&pair) || !self.nodes[one].up || !self.nodes[other].up {
-            return;
-        }
-        for (node, peer) in [(one, other), (other, one)] {
-            let life = self.nodes[peer].epoch;
-            let before = self.nodes[node].spoke_with.insert(peer, life);
-            if before.is_some_and(|before| before != life) {
-                self.news(node, peer, NodeNews::Reset, 1_000);
-            }
-            self.nodes[node].linked.insert(peer, true);
-            let shards = self.nodes[peer].shards;
-            self.news(node, peer, NodeNews::Up { shards }, 100_000);
-        }
-        for way in [(one, other), (other, one)] {
-            for item in self.held.remove(&way).unwrap_or_default() {
-                self.put_message(way, item);
-            }
-        }
-    }
-
-    /// No link between two nodes for a while.
-    fn cut(&mut self) {
-        let one = self.rng.random_range(0..self.nodes.len());
-        let other = (one + self.rng.random_range(1..self.nodes.len())) % self.nodes.len();
-        let pair = (one.min(other), one.max(other));
-        if self.cuts.insert(pair, true).is_some() {
-            return;
-        }
-        self.note(9, (pair.0 * 8 + pair.1) as u64);
-        for (node, peer) in [(one, other), (other, one)] {
-            if self.nodes[node].linked.insert(peer, false) == Some(true) && self.nodes[node].up {
-                self.news(node, peer, NodeNews::Down, 2_000_000);
-            }
-        }
-        let delay = self.random_us(10_000, 6_000_000);
-        self.after(delay, Action::Heal { pair });
-    }
-
-    pub(super) fn heal(&mut self, pair: (usize, usize)) {
-        if self.cuts.remove(&pair).is_some() {
-            self.establish(pair);
-        }
-    }
-
-    /// One fault, and the next one planned.
-    pub(super) fn fault(&mut self) {
-        if !self.lively {
-            return;
-        }
-        let pause = self.random_us(50_000, 900_000);
-        self.after(pause, Action::Fault);
-        self.faults += 1;
-        let client = self.rng.random_range(0..self.clients.len());
-        let node = self.rng.random_range(0..self.nodes.len());
-        match self.rng.random_range(0..100) {
-            0..18 if self.nodes[node].up => self.crash(node),
-            18..40 => self.cut(),
-            40..55 => {
-                let to = (node + self.rng.random_range(1..self.nodes.len())) % self.nodes.len();
-                let until_us = self.now_us + self.random_us(100_000, 3_000_000);
-                self.stalls_us.insert((node, to), until_us);
-            }
-            55..72 => {
-                if let Some(link) = self.clients[client].link {
-                    self.client_cuts(link);
-                }
-            }
-            72..82 => self.restart_process(client),
-            82..90 => {
-                let stall = self.random_us(100_000, STALL_US_MAX);
-                self.clients[client].stalled_until_us = self.now_us + stall;
-            }
-            _ => self.full_percent = if self.full_percent == 0 { self.rng.random_range(1..20) } else { 0 },
-        }
     }
 
     // --- a node's shell ------------------------------------------------------------------------------------------
@@ -323,7 +362,7 @@ impl Cluster {
         self.tell(place, Event::Opened { conn });
     }
 
-    fn tell(&mut self, place: (usize, usize), event: Event<'_>) {
+    pub(super) fn tell(&mut self, place: (usize, usize), event: Event<'_>) {
         let verdict = self.handle(place, event);
         assert_eq!(verdict, Verdict::Continue, "only requests change what is read");
     }
@@ -331,8 +370,23 @@ impl Cluster {
     fn handle(&mut self, place: (usize, usize), event: Event<'_>) -> Verdict {
         let (node, shard) = place;
         let mut fx = Effects::default();
-        let now = Now { mono_us: self.now_us, unix_ms: (EPOCH_US + self.now_us) / 1_000 };
+        let now = self.nodes[node].now(self.now_us);
         let verdict = self.nodes[node].sides[shard].shard.handle(event, now, &mut fx);
+        self.carry_out(place, fx);
+        verdict
+    }
+
+    /// A request of a client. Without its lease a shard neither asks its store nor other shards for it.
+    fn request(&mut self, place: (usize, usize), event: Event<'_>) -> Verdict {
+        let (node, shard) = place;
+        let ends = matches!(event, Event::Request { request: Request::Logout, .. });
+        let mut fx = Effects::default();
+        let now = self.nodes[node].now(self.now_us);
+        let verdict = self.nodes[node].sides[shard].shard.handle(event, now, &mut fx);
+        let over = self.nodes[node].steward.as_ref().is_some_and(|own| now.mono_us / 1_000 >= own.lease.until_ms());
+        if over && !ends && !fx.list.iter().all(|effect| matches!(effect, Effect::Close { .. })) {
+            self.breach(format!("n{node} serves a request without its lease"));
+        }
         self.carry_out(place, fx);
         verdict
     }
@@ -344,24 +398,28 @@ impl Cluster {
         for effect in fx.list {
             match effect {
                 Effect::Close { conn, .. } => ended.push(conn),
+                Effect::Append(record) if self.setup.moving => {
+                    self.nodes[node].sides[shard].session.append(record);
+                }
                 Effect::Append(record) => {
                     self.nodes[node].disk.append(shard, record);
                 }
+                Effect::Load { token, query } if self.setup.moving => self.question(place, token, query),
                 Effect::Load { token, query } => {
                     let delay = if self.chance(5) { self.random_us(1_000, 200_000) } else { self.random_us(10, 500) };
-                    self.after(delay, Action::Loaded { node, epoch, shard, token, query });
+                    self.at_node((node, epoch), delay, AtNode::Loaded { shard, token, query });
                 }
                 Effect::Work { token, work } => {
                     let delay = self.random_us(100, 20_000);
-                    self.after(delay, Action::Worked { node, epoch, shard, token, work });
+                    self.at_node((node, epoch), delay, AtNode::Worked { shard, token, work });
                 }
                 Effect::ToShard { to, message } if usize::from(to.node().0) == node => {
-                    self.put_on_lane(node, (shard as u16, to.within()), message);
+                    self.put_on_lane(node, (shard as u16, to.within()), LaneItem::Core(message));
                 }
                 Effect::ToShard { to, message } => {
                     unsent.extend(self.send(place, to, message).map(|message| (to, message)));
                 }
-                Effect::Released { .. } => unreachable!("configured nodes give nothing up"),
+                Effect::Released { version } => self.released(place, version),
             }
         }
         for conn in fx.dirty {
@@ -370,39 +428,50 @@ impl Cluster {
         for conn in ended {
             self.server_ends(place, conn);
         }
-        if self.nodes[node].disk.submit(shard) {
+        if self.setup.moving {
+            self.submit(place);
+        } else if self.nodes[node].disk.submit(shard) {
             let delay = if self.chance(5) { self.random_us(5_000, 300_000) } else { self.random_us(50, 3_000) };
-            self.after(delay, Action::Commit { node, epoch, shard });
+            self.at_node((node, epoch), delay, AtNode::Commit { shard });
         }
-        let side = &mut self.nodes[node].sides[shard];
+        let (clock, side) = (self.nodes[node].clock, &mut self.nodes[node].sides[shard]);
         if let Some(due_us) = side.shard.next_deadline_us()
             && (side.timer_us == 0 || due_us < side.timer_us)
         {
             side.timer_us = due_us;
-            self.at(due_us.max(self.now_us), Action::Timer { node, epoch, shard });
+            let delay = clock.when_us(due_us).saturating_sub(self.now_us);
+            self.at_node((node, epoch), delay, AtNode::Timer { shard });
         }
         for (to, message) in unsent {
             self.tell(place, Event::Unsent { to, message });
         }
     }
 
-    fn put_on_lane(&mut self, node: usize, lane: (u16, u16), message: ShardMessage) {
+    pub(super) fn put_on_lane(&mut self, node: usize, lane: (u16, u16), item: LaneItem) {
         let delay = if self.chance(3) { self.random_us(1_000, 50_000) } else { self.random_us(1, 300) };
         let now_us = self.now_us;
         let home = &mut self.nodes[node];
         let due = home.lane_due_us.entry(lane).or_default();
         *due = (*due).max(now_us + delay);
-        let (at_us, epoch) = (*due, home.epoch);
-        home.lanes.entry(lane).or_default().push_back(message);
-        self.at(at_us, Action::Lane { node, epoch, lane });
+        let (delay, epoch) = (*due - now_us, home.epoch);
+        home.lanes.entry(lane).or_default().push_back(item);
+        self.at_node((node, epoch), delay, AtNode::Lane { lane });
     }
 
     fn lane_moves(&mut self, node: usize, lane: (u16, u16)) {
-        let Some(message) = self.nodes[node].lanes.get_mut(&lane).and_then(VecDeque::pop_front) else { return };
+        let Some(item) = self.nodes[node].lanes.get_mut(&lane).and_then(VecDeque::pop_front) else { return };
         let (from, to) = lane;
         self.note(2, u64::from(from) << 16 | u64::from(to));
-        let from = ShardIndex::new(NodeIndex(node as u16), from);
-        self.tell((node, usize::from(to)), Event::Shard { from, message });
+        let place = (node, usize::from(to));
+        match item {
+            LaneItem::Core(message) => {
+                let from = ShardIndex::new(NodeIndex(node as u16), from);
+                self.tell(place, Event::Shard { from, message });
+            }
+            LaneItem::Passed { peer, process, from, payload } => {
+                self.hear_passed(place, (peer, process), (from, &payload));
+            }
+        }
     }
 
     fn commit(&mut self, place: (usize, usize)) {
@@ -434,7 +503,7 @@ impl Cluster {
                 Err(error) => panic!("the SDK wrote what is no frame: {error:?}"),
                 Ok(Some(frame)) => match Event::of_frame(conn, &frame) {
                     Event::Refused { code, .. } => panic!("the SDK wrote what is no request: {code}"),
-                    event => (frame.raw.to_vec(), self.handle((node, shard), event)),
+                    event => (frame.raw.to_vec(), self.request((node, shard), event)),
                 },
             };
             match verdict {
