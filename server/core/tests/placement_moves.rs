@@ -366,3 +366,20 @@ fn behind_its_lease_a_node_serves_nothing_and_goes_on_with_what_it_held() {
     assert_eq!(realm.answer(seat, 1_003), "SEND_ACK 3");
     assert_eq!(realm.send(seat, 4, &ann), "SEND_ACK 4");
 }
+
+#[test]
+fn an_act_whose_commit_takes_too_long_is_answered_once() {
+    let mut realm = Realm::shared_out(1, 1);
+    let ann = realm.login("ann");
+    let act = GroupAct::Create { title: "t", join: JoinPolicy::Open, users: Names::default() };
+    let _ = realm.ask(ann, 7, Request::Group { group: "#team", act });
+    // What it asks is answered, and nothing is committed.
+    while realm.answers(0) {}
+    realm.now_us += 16_000_000;
+    let _ = realm.event(0, Event::Timer);
+    assert_eq!(realm.texts(ann), ["UNKNOWN"]);
+    realm.settle();
+    let told = realm.texts(ann);
+    assert!(!told.contains(&"GROUP_OK".to_owned()), "{told:?}");
+    assert_eq!(realm.act(ann, "#team", GroupAct::Rename { title: "it was made" }), "GROUP_OK");
+}

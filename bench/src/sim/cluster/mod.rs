@@ -687,9 +687,11 @@ impl Cluster {
                 self.targets[client] = address.strip_prefix('n').and_then(|number| number.parse().ok());
             }
             Some(Cut::Lost(LinkError::Protocol(code))) => {
-                let told =
-                    FrameDecoder::new().next(&mut &bytes[..], u32::MAX).map(|frame| frame.map(|frame| frame.header));
-                panic!("the server said what the SDK can't take: {code}, in what begins with {told:?}")
+                let (mut decoder, mut rest, mut told) = (FrameDecoder::new(), bytes, Vec::new());
+                while let Ok(Some(frame)) = decoder.next(&mut rest, u32::MAX) {
+                    told.push((frame.header.command, frame.header.request_id));
+                }
+                panic!("the server said what the SDK can't take: {code}, among commands and request ids {told:?}")
             }
             Some(Cut::Lost(_)) => self.client_cuts(link),
             Some(Cut::End(_)) => return self.restart_process(client),

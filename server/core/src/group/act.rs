@@ -309,7 +309,10 @@ impl Shard {
             let standing = if let GroupAnswer::Ok { standing, .. } = answer { *standing } else { None };
             return self.deletion_answered(origin.request_id, Ok(standing), fx);
         }
-        self.is_awaited(origin);
+        // In a cluster each act has a time, and who waited longer, also for the store of this node, was told UNKNOWN.
+        if self.is_clustered() && !self.is_awaited(origin) {
+            return;
+        }
         if let Some(login) = self.sessions.login_mut(origin.conn) {
             login.sends_in_flight = login.sends_in_flight.saturating_sub(1);
         }

@@ -152,8 +152,9 @@ impl Shard {
             | ShardMessage::Fetched { origin, .. }
             | ShardMessage::ReceiptPage { origin, .. }
             | ShardMessage::Done { origin, .. }
-            | ShardMessage::GroupAnswered { origin, .. }
             | ShardMessage::OnlinePage { origin, .. } => *origin,
+            // Whether it is still awaited is looked at where it is told: some come from this node.
+            ShardMessage::GroupAnswered { origin, .. } => return (origin.shard == own).then_some(message),
             ShardMessage::Submit(_)
             | ShardMessage::Transient(_)
             | ShardMessage::Deliver { .. }
