@@ -90,11 +90,8 @@ impl World {
         }
     }
 
-    /// All lanes have room again, and what they lost is made good by a new life.
+    /// All lanes have room again.
     pub(super) fn free_lanes(&mut self) {
-        if self.sides.iter().any(|side| side.lossy) {
-            self.crash();
-        }
         let shards = self.sides.len() as u16;
         for side in &mut self.sides {
             (0..shards).for_each(|to| side.shard.set_lane_blocked(ShardIndex(to), false));
