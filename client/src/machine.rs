@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use ringline_schema::ids::{ConversationId, DeviceId, Seq, UserName};
-use ringline_schema::message::chat::AmendAction;
-use ringline_schema::message::group::JoinPolicy;
-use ringline_schema::message::{Credential, DeviceKind, Place, Secret};
+use ringline_schema::message::chat::{AmendAction, Mark, MessagesFrom};
+use ringline_schema::message::group::{JoinPolicy, Role};
+use ringline_schema::message::{BodyKind, Credential, DeviceKind, Place, Secret};
 
-use crate::account::{AccountAnswer, AccountQuery, DeleteProof, Device, ReceiptPage, SyncPage};
+use crate::account::{AccountAnswer, AccountQuery, DeleteProof, Device, ExportPage, ReceiptPage, SyncPage};
 use crate::amend::Amends;
 use crate::group::{Act, GroupAnswer, GroupDone};
 use crate::pending::{
@@ -91,6 +91,18 @@ pub enum Ask {
         status: String,
         visible: bool,
     },
+    /// Takes nothing of this user any more, or takes it again.
+    Block {
+        user: UserName,
+        block: bool,
+    },
+    TakeMessagesFrom(MessagesFrom),
+    Mark(Mark),
+    /// To every device online; for administrators.
+    Broadcast(Bytes),
+    Export {
+        cursor: String,
+    },
     CreateGroup {
         group: UserName,
         join: JoinPolicy,
@@ -120,6 +132,20 @@ pub enum Ask {
         user: UserName,
         for_ms: u64,
     },
+    SetJoinPolicy {
+        group: UserName,
+        join: JoinPolicy,
+    },
+    SetRole {
+        group: UserName,
+        user: UserName,
+        role: Role,
+    },
+    TransferGroup {
+        group: UserName,
+        user: UserName,
+    },
+    DissolveGroup(UserName),
 }
 
 impl Ask {
@@ -145,6 +171,14 @@ impl Ask {
             Self::SetStatus { status, visible } => {
                 Query::Social(SocialQuery::PresenceSet { status: Some(status), visible: Some(visible) })
             }
+            Self::Block { user, block: true } => Query::Social(SocialQuery::Block(user)),
+            Self::Block { user, block: false } => Query::Social(SocialQuery::Unblock(user)),
+            Self::TakeMessagesFrom(who) => Query::Social(SocialQuery::Privacy(who)),
+            Self::Mark(mark) => Query::Account(AccountQuery::Mark(mark)),
+            Self::Broadcast(body) => {
+                Query::Social(SocialQuery::Broadcast { kind: BodyKind::Text, device_kinds: 0, body })
+            }
+            Self::Export { cursor } => Query::Account(AccountQuery::Export { cursor }),
             Self::CreateGroup { group: name, join, users } => {
                 let title = name.as_str().to_owned();
                 group(name, Act::Create { title, join, users })
@@ -156,6 +190,10 @@ impl Ask {
             Self::AnswerRequest { group: name, user, approve } => group(name, Act::Answer(user, approve)),
             Self::Kick { group: name, user } => group(name, Act::Kick(user)),
             Self::Mute { group: name, user, for_ms } => group(name, Act::Mute(user, for_ms)),
+            Self::SetJoinPolicy { group: name, join } => group(name, Act::Policy(join)),
+            Self::SetRole { group: name, user, role } => group(name, Act::Role(user, role)),
+            Self::TransferGroup { group: name, user } => group(name, Act::Transfer(user)),
+            Self::DissolveGroup(name) => group(name, Act::Dissolve),
         }
     }
 }
@@ -170,6 +208,9 @@ pub enum Told {
     Group(GroupDone),
     Receipts(ReceiptPage),
     Presence(Vec<Presence>),
+    /// How many devices were given a notice.
+    Broadcast(u32),
+    Export(ExportPage),
     Done,
 }
 
@@ -184,10 +225,11 @@ fn told(answer: Answer) -> Option<Told> {
         Answer::Account(AccountAnswer::Receipts(page)) => Some(Told::Receipts(page)),
         Answer::Social(SocialAnswer::Presence(rows)) => Some(Told::Presence(rows)),
         Answer::Group(GroupAnswer::Done(done)) => Some(Told::Group(done)),
-        Answer::Account(AccountAnswer::Export(_))
-        | Answer::Group(GroupAnswer::Info(_) | GroupAnswer::Members(_))
+        Answer::Account(AccountAnswer::Export(page)) => Some(Told::Export(page)),
+        Answer::Social(SocialAnswer::Broadcast { devices }) => Some(Told::Broadcast(devices)),
+        Answer::Group(GroupAnswer::Info(_) | GroupAnswer::Members(_))
         | Answer::Online(_)
-        | Answer::Social(SocialAnswer::Blocks(_) | SocialAnswer::Broadcast { .. }) => None,
+        | Answer::Social(SocialAnswer::Blocks(_)) => None,
     }
 }
 

@@ -128,7 +128,7 @@ errors! {
     110 NoSuchDevice  "NO_SUCH_DEVICE"   Client retry=false closes=false "this user has no such device";
     111 TooManyPins   "TOO_MANY_PINS"    Client retry=false closes=false "this user has as many pinned conversations as allowed";
     112 TooManyBlocks "TOO_MANY_BLOCKS"  Client retry=false closes=false "the block list is full";
-    113 TooManyWatched "TOO_MANY_WATCHED" Client retry=false closes=false "this session watches as many users as it may";
+    113 TooManyWatched "TOO_MANY_WATCHED" Client retry=false closes=false "this session watches as many users as it may, or their shard has as many that are watched";
     114 TooManyDevices "TOO_MANY_DEVICES" Client retry=false closes=false "this user has as many devices as allowed (kept for its number: the device seen longest ago is forgotten)";
     115 UserDeleted   "USER_DELETED"     Client retry=false closes=false "this user was deleted";
 }

@@ -103,6 +103,8 @@ pub struct CoreConfig {
     pub groups_cached_max: usize,
     pub group_members_cached_max: usize,
     pub connections_max: usize,
+    /// Users of this shard that sessions may watch, here and on other shards; one more is `TOO_MANY_WATCHED`.
+    pub watched_users_max: usize,
     /// Members online here that a message of a group is given to at once; to more it goes in slices.
     pub fan_out_at_once_max: usize,
     /// What a slice takes, in units: see [`FAN_OUT_VISIT_UNITS`].
@@ -139,6 +141,7 @@ impl CoreConfig {
             groups_cached_max: 4_096,
             group_members_cached_max: 200_000,
             connections_max: 100_000,
+            watched_users_max: WATCHED_USERS_MAX,
             fan_out_at_once_max: FAN_OUT_AT_ONCE_MAX,
             fan_out_slice_units: FAN_OUT_SLICE_UNITS,
         }
@@ -147,6 +150,8 @@ impl CoreConfig {
 
 /// Records appended and not yet durable, per shard; over it a SEND is answered BUSY.
 pub const APPENDS_IN_FLIGHT_MAX: usize = 65_536;
+/// As [`CoreConfig::watched_users_max`].
+pub const WATCHED_USERS_MAX: usize = 1_048_576;
 /// Bytes of the same.
 pub const APPEND_BYTES_IN_FLIGHT_MAX: usize = 64 * 1024 * 1024;
 /// Questions open at the store, per shard; over it BUSY.

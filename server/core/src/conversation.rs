@@ -336,7 +336,9 @@ impl Shard {
 
     /// What is known of writing to `user` does not count any more.
     pub(crate) fn forget_permit(&mut self, id: ConversationId, user: &UserName) {
-        if let Some(conversation) = self.conversations.peek_mut(&id) {
+        if let Some(conversation) = self.conversations.peek_mut(&id)
+            && !self.planted.is(Bug::BlockUnheard)
+        {
             conversation.permits.retain(|permit| permit.to != *user);
         }
     }

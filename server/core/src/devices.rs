@@ -21,6 +21,7 @@ use ringline_schema::rows::{DeviceRow, Row, RowKey, RowList, RowValue};
 use crate::conversation::{Pending, PendingWork};
 use crate::event::{ConnId, Effects};
 use crate::peer::Origin;
+use crate::planted::Bug;
 use crate::shard::{Question, Shard};
 
 /// Rows asked for: more than there should be, so that those too many are found.
@@ -219,7 +220,7 @@ impl Shard {
             if let Some(login) = self.sessions.login_mut(conn) {
                 login.forget_known();
             }
-            if conn != origin.conn {
+            if conn != origin.conn && !self.planted.is(Bug::DroppedStay) {
                 self.kick(conn, KickReason::LoggedOut, fx);
             }
         }

@@ -13,6 +13,7 @@ use crate::config::{DevicePolicy, LOGIN_FAILURES_MAX};
 use crate::conversation::{Pending, PendingWork};
 use crate::devices::kept_agent;
 use crate::event::{CloseReason, ConnId, Effects, Verdict, Work, WorkOutcome};
+use crate::planted::Bug;
 use crate::session::{Login, State};
 use crate::shard::{Question, Shard};
 use crate::social::settings::Parked;
@@ -206,7 +207,8 @@ impl Shard {
         result: Result<(), ErrorCode>,
         fx: &mut Effects,
     ) {
-        match self.is_there(&user.name).and(result) {
+        let there = if self.planted.is(Bug::DeletedLogIn) { Ok(()) } else { self.is_there(&user.name) };
+        match there.and(result) {
             Ok(()) => self.attempt_known(conn, Some(user), fx),
             Err(code) => self.attempt_failed(conn, code, fx),
         }
@@ -330,7 +332,9 @@ impl Shard {
         let Some((device, kind)) = attempt.device else { return };
         let user = attempt.user;
         // It may have been while the proof was checked.
-        if let Err(code) = self.is_there(&user) {
+        if let Err(code) = self.is_there(&user)
+            && !self.planted.is(Bug::DeletedLogIn)
+        {
             return self.sessions.fail(conn, attempt.request_id, code, fx);
         }
         self.apply_device_policy(&user, (device, kind), fx);

@@ -70,6 +70,48 @@ pub enum Bug {
     AllIsTruncated,
     /// A page says that it begins one later than it does.
     FirstOneHigh,
+    /// Who was deleted logs in.
+    DeletedLogIn,
+    /// Who was deleted is written to.
+    DeletedGetMail,
+    /// Who was deleted stays in its groups.
+    DeletedStay,
+    /// What a deleted user wrote is not taken back with it.
+    RecallForgotten,
+    /// Who does not watch any more is told all the same.
+    UnwatchForgotten,
+    /// A device that is dropped keeps its connections.
+    DroppedStay,
+    /// A block is answered and not written.
+    BlockForgotten,
+    /// The owner of a conversation does not hear of a block.
+    BlockUnheard,
+    /// Nobody hears of a change of who may write.
+    PrivacyUnheard,
+    /// Who is not blocked any more stays kept out.
+    UnblockUnheard,
+    /// Whoever asks changes a group as its owner.
+    AnyoneRanks,
+    /// Whoever asks joins a group.
+    AnyoneJoins,
+    /// Who is muted writes.
+    MutedWrite,
+    /// A group that was dissolved gets messages.
+    DissolvedStaysOpen,
+    /// Every member mentions all.
+    MentionAllByAnyone,
+    /// What a message mentions is lost.
+    MentionsLost,
+    /// Whoever asks tells everyone online.
+    StrangersTell,
+    /// A notice is given twice.
+    ToldTwice,
+    /// A notice is not given to every second connection, and counted all the same.
+    SomeNotTold,
+    /// A mark is answered and not written.
+    MarkForgotten,
+    /// An export gives all of every conversation, whoever may read it.
+    ExportUnread,
 }
 
 impl Bug {
@@ -104,6 +146,27 @@ impl Bug {
         Self::HasOneMore,
         Self::AllIsTruncated,
         Self::FirstOneHigh,
+        Self::DeletedLogIn,
+        Self::DeletedGetMail,
+        Self::DeletedStay,
+        Self::RecallForgotten,
+        Self::UnwatchForgotten,
+        Self::DroppedStay,
+        Self::BlockForgotten,
+        Self::BlockUnheard,
+        Self::PrivacyUnheard,
+        Self::UnblockUnheard,
+        Self::AnyoneRanks,
+        Self::AnyoneJoins,
+        Self::MutedWrite,
+        Self::DissolvedStaysOpen,
+        Self::MentionAllByAnyone,
+        Self::MentionsLost,
+        Self::StrangersTell,
+        Self::ToldTwice,
+        Self::SomeNotTold,
+        Self::MarkForgotten,
+        Self::ExportUnread,
     ];
 }
 
@@ -134,6 +197,8 @@ impl Planted {
                 RowKey::Amended(..) => bug == Bug::AmendForgotten,
                 RowKey::Hidden(..) => bug == Bug::HideForgotten,
                 RowKey::Setting(_) => bug == Bug::StatusForgotten,
+                RowKey::Block(..) => bug == Bug::BlockForgotten,
+                RowKey::Mark(..) => bug == Bug::MarkForgotten,
                 _ => false,
             };
             !forgotten

@@ -15,6 +15,7 @@ use crate::event::{ConnId, Effects, ShardMessage};
 use crate::group::passing::Passing;
 use crate::online::Devices;
 use crate::peer::{Origin, Submit, SubmitMore, TransientSend, Wanted};
+use crate::planted::Bug;
 use crate::shard::Shard;
 use crate::social::settings::Parked;
 
@@ -51,7 +52,10 @@ impl Shard {
     ) {
         let sent = self.check_send(send).and_then(|()| match send.class {
             Class::Durable => {
-                let extra = extra_of(send)?;
+                let mut extra = extra_of(send)?;
+                if self.planted.is(Bug::MentionsLost) {
+                    extra = None;
+                }
                 self.send_durable((conn, request_id), send, (extra, None), fx)
             }
             Class::Transient => {

@@ -34,6 +34,7 @@ use crate::event::{ConnId, Effects, ShardMessage};
 use crate::group::act::Act;
 use crate::nodes::reads::{ListAsk, Whole};
 use crate::peer::{Origin, Submit, SubmitMore};
+use crate::planted::Bug;
 use crate::shard::{Question, Shard};
 use crate::timers::Timer;
 
@@ -355,7 +356,13 @@ impl Shard {
             return self.note_progress(user, fx);
         };
         deletion.page_end = last;
-        let jobs: VecDeque<Job> = rows.into_iter().filter_map(|row| deletion.job(row)).collect();
+        let planted = &self.planted;
+        let forgotten = |job: &Job| match job.todo {
+            Todo::Leave => planted.is(Bug::DeletedStay),
+            Todo::Read(_) | Todo::Recall { .. } => planted.is(Bug::RecallForgotten),
+        };
+        let jobs = rows.into_iter().filter_map(|row| deletion.job(row));
+        let jobs: VecDeque<Job> = jobs.filter(|job| !forgotten(job)).collect();
         if jobs.is_empty() {
             // Nothing that would have to be found again.
             deletion.row.done = last;

@@ -20,6 +20,7 @@ use crate::config::{EXPORT_QUESTIONS_MAX, EXPORTS_IN_FLIGHT_MAX};
 use crate::event::Effects;
 use crate::nodes::reads::Whole;
 use crate::peer::Origin;
+use crate::planted::Bug;
 use crate::shard::{Question, Shard};
 
 /// What comes next.
@@ -230,7 +231,10 @@ impl Shard {
 
     fn export_on(&mut self, mut work: Box<ExportWork>, fx: &mut Effects) {
         let question = work.exporter.question().filter(|_| work.questions_left > 0);
-        if let Some(query) = question {
+        if let Some(mut query) = question {
+            if let (Query::Messages { reader, .. }, true) = (&mut query, self.planted.is(Bug::ExportUnread)) {
+                *reader = None;
+            }
             work.questions_left -= 1;
             return self.load_anywhere(Question::Export(work), (query, Whole::All), fx);
         }

@@ -107,6 +107,16 @@ impl Act {
         })
     }
 
+    /// Whether only some members may do that, by their rank; for a planted bug.
+    pub(crate) fn needs_rank(&self) -> bool {
+        match self {
+            Self::Rename { .. } | Self::Policy { .. } | Self::Kick { .. } | Self::Mute { .. } => true,
+            Self::Role { .. } | Self::Transfer { .. } | Self::Dissolve => true,
+            Self::Create { .. } | Self::Join { .. } | Self::Invite { .. } | Self::Answer { .. } | Self::Leave => false,
+            Self::Members { .. } | Self::Info | Self::Depart => false,
+        }
+    }
+
     /// Users who have to exist.
     fn named(&self) -> &[UserName] {
         match self {

@@ -47,15 +47,16 @@ impl Shard {
             return Ok(());
         }
         let member = group.member(&submit.message.from).ok_or(ErrorCode::NotMember)?;
-        if group.row.dissolved != Seq::ZERO {
+        if group.row.dissolved != Seq::ZERO && !self.planted.is(Bug::DissolvedStaysOpen) {
             return Err(ErrorCode::GroupDissolved);
         }
         let takes_back = submit.amending().is_some_and(|amending| amending.takes_back());
-        if member.muted_until_ms > self.now.unix_ms && !takes_back {
+        if member.muted_until_ms > self.now.unix_ms && !takes_back && !self.planted.is(Bug::MutedWrite) {
             return Err(ErrorCode::Muted);
         }
         let extra = submit.message.extra.as_ref();
-        if extra.is_some_and(|extra| extra.mention_all) && member.role < Role::Admin {
+        let ranks = member.role >= Role::Admin || self.planted.is(Bug::MentionAllByAnyone);
+        if extra.is_some_and(|extra| extra.mention_all) && !ranks {
             return Err(ErrorCode::NotAllowed);
         }
         Ok(())
@@ -105,7 +106,10 @@ impl Shard {
         let Some(seq) = self.conversations.get(&id).map(|conversation| conversation.head.next()) else { return };
         let group = self.groups.peek(&id).and_then(|slot| slot.group.as_ref());
         let now_ms = self.now.unix_ms;
-        let scene = Scene { group, name: &submit.message.to, from: &submit.message.from, seq, now_ms };
+        let owner = group.map(|group| &group.row.owner).filter(|_| self.planted.is(Bug::AnyoneRanks));
+        let from = owner.filter(|_| act.needs_rank()).unwrap_or(&submit.message.from);
+        let admits_all = self.planted.is(Bug::AnyoneJoins);
+        let scene = Scene { group, name: &submit.message.to, from, seq, now_ms, admits_all };
         match scene.decide(act) {
             Ok(decision) => self.group_change(&submit, seq, decision, fx),
             Err(code) => self.refuse(submit.origin, code, fx),

@@ -25,6 +25,8 @@ pub(crate) struct Scene<'a> {
     pub seq: Seq,
     /// Unix milliseconds.
     pub now_ms: u64,
+    /// Only with a planted bug.
+    pub admits_all: bool,
 }
 
 /// What becomes of a group.
@@ -184,6 +186,7 @@ impl<'a> Scene<'a> {
             return Err(ErrorCode::NotInvited);
         }
         match group.row.join {
+            _ if self.admits_all => self.admit(group, vec![(self.from.clone(), known)]),
             JoinPolicy::Open => self.admit(group, vec![(self.from.clone(), known)]),
             JoinPolicy::Invite | JoinPolicy::Approval if invited => self.admit(group, vec![(self.from.clone(), known)]),
             JoinPolicy::Invite => Err(ErrorCode::NotInvited),

@@ -552,6 +552,7 @@ variants! {
     9 Passed { gather, devices };
     10 Part { gather };
     11 Delete(ask);
+    12 NotWatched { gather };
 }
 variants! {
     NodeRead,

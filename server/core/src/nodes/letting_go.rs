@@ -124,7 +124,9 @@ impl Shard {
     fn take_back(&mut self, question: Question, fx: &mut Effects) {
         match question {
             Question::KnowUser(asker, ask) => self.tell_user_known(asker, &ask, Err(GONE), fx),
-            Question::Social(SocialQuestion::Wrote { parked, .. }) => self.finish(*parked, Err(GONE), fx),
+            Question::Social(SocialQuestion::Wrote { user, from, parked }) => {
+                self.wrote_answered((&user, from), *parked, Err(GONE), fx);
+            }
             Question::GroupCount(submit) | Question::Visited(submit) => self.refuse_submit(&submit, GONE, fx),
             Question::Mark(work) => self.mark_unavailable(&work, fx),
             Question::Receipts(list) => self.receipts_unavailable(&list, fx),

@@ -119,6 +119,7 @@ impl Shard {
             | SocialMessage::Seen { .. }
             | SocialMessage::Noticed { .. }
             | SocialMessage::Passed { .. }
+            | SocialMessage::NotWatched { .. }
             | SocialMessage::Part { .. } => {}
         }
     }

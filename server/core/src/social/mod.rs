@@ -26,6 +26,7 @@ use ringline_schema::record::Answer;
 use crate::deletion::DeleteAsk;
 use crate::event::{ConnId, Effects};
 use crate::peer::{Origin, ShardMessage};
+use crate::planted::Bug;
 use crate::shard::{Question, Shard};
 use crate::timers::Timer;
 use notice::{Giving, NoticeOut};
@@ -68,6 +69,8 @@ pub enum SocialMessage {
     Passed { gather: u64, devices: u32 },
     /// One shard has done its part.
     Part { gather: u64 },
+    /// To a shard that watches: one of the users can't be watched by one shard more.
+    NotWatched { gather: u64 },
     /// An administrator deletes a user: to the shard of the user. Answered by [`ShardMessage::Done`].
     Delete(Box<DeleteAsk>),
 }
@@ -122,8 +125,12 @@ pub(crate) enum Gathered {
         no_reply: bool,
         time_ms: u64,
     },
-    /// How users are, for that user.
-    Presence(UserName, Vec<Seen>),
+    /// How users are, for that user; of them this session did not watch `new` before.
+    Presence {
+        watcher: UserName,
+        seen: Vec<Seen>,
+        new: Vec<UserName>,
+    },
     /// A user was deleted.
     Deleted {
         origin: Origin,
@@ -147,6 +154,8 @@ pub(crate) struct Social {
     /// Names on the block lists in `settings`.
     pub(crate) blocked_names: usize,
     pub(crate) loading: HashMap<UserName, Loading, FixedState>,
+    /// What waits behind something that waits for the store to say whether the first of two users has written to the second.
+    pub(crate) wrote_asked: BTreeMap<(UserName, UserName), VecDeque<Parked>>,
     pub(crate) privacy: PrivacyChanges,
     pub(crate) presence: Presence,
     pub(crate) notices: VecDeque<Giving>,
@@ -162,6 +171,7 @@ impl Social {
             settings: LruCache::unbounded_with_hasher(hasher.clone()),
             blocked_names: 0,
             loading: HashMap::with_hasher(hasher.clone()),
+            wrote_asked: BTreeMap::new(),
             privacy: PrivacyChanges::default(),
             presence: Presence::default(),
             notices: VecDeque::new(),
@@ -226,7 +236,7 @@ impl Shard {
                 self.tell_social(from, SocialMessage::Part { gather }, fx);
             }
             SocialMessage::PrivacyChanged { user, gather } => {
-                self.social.privacy.note(user, self.now.mono_us);
+                self.privacy_changed(user);
                 self.tell_social(from, SocialMessage::Part { gather }, fx);
             }
             SocialMessage::Watch { users, gather } => self.watch_from_peer(from, users, gather, fx),
@@ -235,6 +245,7 @@ impl Shard {
             SocialMessage::Noticed { gather, devices } => self.noticed(gather, devices, fx),
             SocialMessage::Passed { gather, devices } => self.passed(gather, devices, fx),
             SocialMessage::Part { gather } => self.gathered(gather, fx),
+            SocialMessage::NotWatched { gather } => self.not_watched(gather, fx),
             SocialMessage::Delete(ask) => self.delete_asked(*ask, fx),
         }
     }
@@ -269,7 +280,7 @@ impl Shard {
                 self.tell_social(owner, SocialMessage::AskAgain { conversation, user, gather }, fx);
             }
             News::Privacy => {
-                self.social.privacy.note(user.clone(), self.now.mono_us);
+                self.privacy_changed(user.clone());
                 let others = self.other_shards();
                 if others.is_empty() {
                     return self.done(conn, request_id, fx);
@@ -279,6 +290,13 @@ impl Shard {
                     self.tell_social(shard, SocialMessage::PrivacyChanged { user: user.clone(), gather }, fx);
                 }
             }
+        }
+    }
+
+    /// What was known of writing to this user is asked again.
+    fn privacy_changed(&mut self, user: UserName) {
+        if !self.planted.is(Bug::PrivacyUnheard) {
+            self.social.privacy.note(user, self.now.mono_us);
         }
     }
 
@@ -342,7 +360,7 @@ impl Shard {
     pub(crate) fn gathered_presence(&mut self, number: u64, rows: Vec<Seen>, fx: &mut Effects) {
         let Some(gather) = self.social.gathers.get_mut(&number) else { return };
         gather.left = gather.left.saturating_sub(rows.len());
-        if let Gathered::Presence(_, seen) = &mut gather.gathered {
+        if let Gathered::Presence { seen, .. } = &mut gather.gathered {
             seen.extend(rows);
         }
         if gather.left == 0 {
@@ -389,7 +407,7 @@ impl Shard {
                 let reply = Reply::Chat(ChatReply::BroadcastOk { devices: *devices });
                 self.sessions.answer(gather.conn, gather.request_id, &reply, fx);
             }
-            Gathered::Presence(watcher, seen) => {
+            Gathered::Presence { watcher, seen, .. } => {
                 // What has changed since a part came was told by a push already: an older answer would undo it.
                 let newest = seen.iter().map(|seen| self.social.presence.newest(seen));
                 let users = newest.map(|seen| seen.as_wire(watcher)).collect();
@@ -412,6 +430,20 @@ impl Shard {
         self.arm_gathers();
     }
 
+    /// Somebody can't be watched: the whole request is refused, and what it began is undone.
+    pub(crate) fn not_watched(&mut self, number: u64, fx: &mut Effects) {
+        let Some(gather) = self.social.gathers.remove(&number) else { return };
+        if let Gathered::Presence { new, .. } = &gather.gathered {
+            for user in new {
+                if let Some(login) = self.sessions.login_mut(gather.conn) {
+                    login.social_mut().watching.remove(user);
+                }
+                self.forget_watch(gather.conn, user);
+            }
+        }
+        self.end_gather(gather, ErrorCode::TooManyWatched, fx);
+    }
+
     /// A part will not come.
     pub(crate) fn gather_failed(&mut self, number: u64, code: ErrorCode, fx: &mut Effects) {
         if let Some(gather) = self.social.gathers.remove(&number) {
@@ -428,7 +460,7 @@ impl Shard {
             }
             // It is done whoever has not heard of it: what a shard knew before runs out by itself.
             Gathered::Deleted { origin, user } => self.deletion_told(origin, &user, fx),
-            Gathered::Done | Gathered::Broadcast { .. } | Gathered::Presence(..) => {
+            Gathered::Done | Gathered::Broadcast { .. } | Gathered::Presence { .. } => {
                 self.sessions.fail(gather.conn, gather.request_id, code, fx);
             }
         }

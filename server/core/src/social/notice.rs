@@ -12,6 +12,7 @@ use ringline_schema::message::{BodyKind, ChatReply, Reply};
 
 use super::{Gathered, SocialMessage};
 use crate::event::{ConnId, Effects};
+use crate::planted::Bug;
 use crate::shard::Shard;
 use crate::timers::Timer;
 
@@ -54,7 +55,7 @@ impl Shard {
         }
         let login = self.sessions.get(conn).and_then(|session| session.login()).ok_or(ErrorCode::NotLoggedIn)?;
         let from = login.user.clone();
-        if !self.config.admins.contains(&from) {
+        if !self.config.admins.contains(&from) && !self.planted.is(Bug::StrangersTell) {
             return Err(ErrorCode::NotAllowed);
         }
         let body_bytes_max = self.config.frame_bytes_max.saturating_sub(limits::MESSAGE_OVERHEAD_BYTES_MAX);
@@ -91,7 +92,10 @@ impl Shard {
         for conn in self.sessions.slice(giving.next_slot, SLICE) {
             let Some(login) = self.sessions.get(conn).and_then(|session| session.login()) else { continue };
             let wanted = *device_kinds == 0 || device_kinds & (1 << (login.kind as u32)) != 0;
-            giving.devices += u32::from(wanted && self.sessions.offer(conn, &reply, fx));
+            let (twice, none) =
+                (self.planted.is(Bug::ToldTwice), self.planted.is(Bug::SomeNotTold) && conn.slot % 2 == 1);
+            giving.devices += u32::from(wanted && (none || self.sessions.offer(conn, &reply, fx)));
+            let _ = wanted && twice && self.sessions.offer(conn, &reply, fx);
         }
         giving.next_slot = giving.next_slot.saturating_add(SLICE);
         let (asker, gather, devices) = (giving.asker, *gather, giving.devices);

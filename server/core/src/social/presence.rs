@@ -35,8 +35,6 @@ const REFRESH_MS: u64 = 30_000;
 const LEASE_MS: u64 = 3 * REFRESH_MS;
 /// Rows of one message, to a shard or to a client.
 const ROWS_MAX: usize = 64;
-/// Users of one shard that other shards or itself may watch; more are answered as away, and asked for again.
-const WATCHED_USERS_MAX: usize = 1_048_576;
 /// The last-seen time of a user is written at most this often; what is younger is lost in a crash.
 const LAST_SEEN_MS: u64 = 60_000;
 
@@ -96,7 +94,8 @@ impl Presence {
 }
 
 impl Shard {
-    /// Errors: `TOO_MANY_USERS`, `TOO_MANY_WATCHED`, `BAD_NAME`, `BUSY`; then nothing was changed.
+    /// Errors: `TOO_MANY_USERS`, `TOO_MANY_WATCHED` (also when the shard of one of them has as many users that are watched as
+    /// it may), `BAD_NAME`, `BUSY`; then nothing was changed.
     pub(crate) fn watch(
         &mut self,
         conn: ConnId,
@@ -114,8 +113,9 @@ impl Shard {
         }
         let login = self.sessions.login_mut(conn).ok_or(ErrorCode::NotLoggedIn)?;
         let watching = login.social().map(|social| &social.watching);
-        let new = users.iter().filter(|user| !watching.is_some_and(|watching| watching.contains(*user))).count();
-        if watching.map_or(0, BTreeSet::len) + new > limits::WATCHED_MAX {
+        let known = |user: &&UserName| watching.is_some_and(|watching| watching.contains(*user));
+        let new: Vec<UserName> = users.iter().filter(|user| !known(user)).cloned().collect();
+        if watching.map_or(0, BTreeSet::len) + new.len() > limits::WATCHED_MAX {
             return Err(ErrorCode::TooManyWatched);
         }
         if users.is_empty() {
@@ -124,7 +124,7 @@ impl Shard {
             return Ok(());
         }
         let watcher = login.user.clone();
-        let gathered = Gathered::Presence(watcher, Vec::new());
+        let gathered = Gathered::Presence { watcher, seen: Vec::new(), new };
         let Some(gather) = self.gather((conn, request_id), (users.len(), gathered), fx) else { return Ok(()) };
         if let Some(login) = self.sessions.login_mut(conn) {
             login.social_mut().watching.extend(users.iter().cloned());
@@ -152,7 +152,9 @@ impl Shard {
         let login = self.sessions.login_mut(conn).ok_or(ErrorCode::NotLoggedIn)?;
         let watching = &mut login.social_mut().watching;
         let gone: Vec<_> = users.into_iter().filter(|user| watching.remove(user)).collect();
-        gone.iter().for_each(|user| self.forget_watch(conn, user));
+        if !self.planted.is(Bug::UnwatchForgotten) {
+            gone.iter().for_each(|user| self.forget_watch(conn, user));
+        }
         self.done(conn, request_id, fx);
         Ok(())
     }
@@ -183,7 +185,8 @@ impl Shard {
         fx: &mut Effects,
     ) {
         let until_us = self.now.mono_us + LEASE_MS * 1_000;
-        let mut rows = Vec::with_capacity(users.len());
+        let watched_users_max = self.config.watched_users_max;
+        let (mut rows, mut full) = (Vec::with_capacity(users.len()), false);
         for user in users {
             // As if away: who watches hears of the new owner and asks there.
             if !self.may_write_of(user.partition()) {
@@ -191,10 +194,12 @@ impl Shard {
                 continue;
             }
             let watchers = &mut self.social.presence.watchers;
-            if watchers.len() < WATCHED_USERS_MAX || watchers.contains_key(&user) {
+            if watchers.len() < watched_users_max || watchers.contains_key(&user) {
                 let shards = watchers.entry(user.clone()).or_default();
                 shards.retain(|(shard, _)| *shard != asker);
                 shards.push((asker, until_us));
+            } else {
+                full = true;
             }
             match self.seen(&user) {
                 Some(seen) => rows.push(seen),
@@ -202,6 +207,13 @@ impl Shard {
             }
         }
         self.arm_presence();
+        // Who watched them before there was no room goes on by asking again, as after a lost message.
+        if let Some(gather) = gather.filter(|_| full) {
+            return match self.is_here(asker) {
+                true => self.not_watched(gather, fx),
+                false => self.tell_social(asker, SocialMessage::NotWatched { gather }, fx),
+            };
+        }
         self.show(asker, rows, gather, fx);
     }
 

@@ -28,6 +28,7 @@ use crate::deletion::{DeleteAsk, deleted_row};
 use crate::event::{ConnId, Effects};
 use crate::online::{Devices, Held};
 use crate::peer::{Ask, Submit, TransientSend};
+use crate::planted::Bug;
 use crate::shard::Shard;
 
 /// How long the owner of a conversation goes by an answer that somebody may write in it.
@@ -54,6 +55,8 @@ pub(crate) struct Settings {
     known: BTreeSet<UserName>,
     /// Changes that are not on disk yet.
     writes: u32,
+    /// Questions to the store whether this user has written to somebody.
+    asking: u32,
     /// What the disk has of `row.last_seen_ms`.
     pub last_seen_written_ms: u64,
 }
@@ -61,10 +64,11 @@ pub(crate) struct Settings {
 impl Settings {
     /// Stamp and last-seen time, if all else is as by default and on disk.
     pub(crate) fn plain(&self) -> Option<(u32, u64)> {
-        let Self { row, stamp, blocked, known, writes, last_seen_written_ms } = self;
+        let Self { row, stamp, blocked, known, writes, asking, last_seen_written_ms } = self;
         let last_seen_ms = row.last_seen_ms;
         let default = *row == SettingRow { last_seen_ms, ..SettingRow::default() };
-        let empty = blocked.is_empty() && known.is_empty() && *writes == 0 && *last_seen_written_ms == last_seen_ms;
+        let idle = *writes == 0 && *asking == 0;
+        let empty = blocked.is_empty() && known.is_empty() && idle && *last_seen_written_ms == last_seen_ms;
         u32::try_from(*stamp).ok().filter(|_| default && empty).map(|stamp| (stamp, last_seen_ms))
     }
 
@@ -388,15 +392,28 @@ impl Shard {
             return Some(Ok(devices));
         }
         match Opinion::of(held, from) {
+            Opinion::Decided(Ok(())) if self.awaits_store(user, from) => None,
             Opinion::Decided(result) => Some(result.map(|()| devices)),
             Opinion::IfKnown | Opinion::NotLoaded => None,
         }
     }
 
+    /// Whether something of `from` to `user` waits for the store: what comes later must not come before it.
+    fn awaits_store(&self, user: &UserName, from: &UserName) -> bool {
+        let asked = &self.social.wrote_asked;
+        !asked.is_empty() && asked.contains_key(&(user.clone(), from.clone()))
+    }
+
     fn opinion(&mut self, user: &UserName, from: &UserName) -> Opinion {
-        match self.online.settings(user) {
+        let opinion = match self.online.settings(user) {
             Some(held) => Opinion::of(held, from),
             None => self.social.settings.get(user).map_or(Opinion::NotLoaded, |settings| settings.opinion(from)),
+        };
+        match opinion {
+            Opinion::Decided(Err(ErrorCode::UserDeleted)) if self.planted.is(Bug::DeletedGetMail) => {
+                Opinion::Decided(Ok(()))
+            }
+            opinion => opinion,
         }
     }
 
@@ -419,10 +436,23 @@ impl Shard {
             | Parked::Visit(_)
             | Parked::Delete(_) => return self.finish(parked, Ok(()), fx),
         };
+        let passes = matches!(parked, Parked::Transient(_) | Parked::Signal(_));
+        if let (true, Some(behind)) = (passes, self.social.wrote_asked.get_mut(&(user.clone(), from.clone()))) {
+            if behind.len() >= WAITERS_PER_LOAD_MAX {
+                return self.finish(parked, Err(ErrorCode::Busy), fx);
+            }
+            return behind.push_back(parked);
+        }
         match self.opinion(user, &from) {
             Opinion::Decided(result) => self.finish(parked, result, fx),
             Opinion::IfKnown if answered => self.finish(parked, Ok(()), fx),
             Opinion::IfKnown if self.may_load() => {
+                if passes {
+                    self.social.wrote_asked.insert((user.clone(), from.clone()), VecDeque::new());
+                    if let Some(settings) = self.settings_mut(user) {
+                        settings.asking += 1;
+                    }
+                }
                 let key = RowKey::Wrote(ConversationId::direct(user, &from), user.clone());
                 let question = SocialQuestion::Wrote { user: user.clone(), from, parked: Box::new(parked) };
                 self.social_ask(question, Query::Row { key }, fx);
@@ -458,7 +488,31 @@ impl Shard {
             Opinion::Decided(decided) => decided,
             Opinion::IfKnown | Opinion::NotLoaded => result,
         };
+        self.wrote_answered((user, from), parked, result, fx);
+    }
+
+    /// The end of such a question, for what has asked and all that has waited behind it.
+    pub(crate) fn wrote_answered(
+        &mut self,
+        (user, from): (&UserName, UserName),
+        parked: Parked,
+        result: Result<(), ErrorCode>,
+        fx: &mut Effects,
+    ) {
+        let passes = matches!(parked, Parked::Transient(_) | Parked::Signal(_));
         self.finish(parked, result, fx);
+        if !passes {
+            return;
+        }
+        for parked in self.social.wrote_asked.remove(&(user.clone(), from)).into_iter().flatten() {
+            self.finish(parked, result, fx);
+        }
+        if let Some(settings) = self.settings_mut(user) {
+            settings.asking = settings.asking.saturating_sub(1);
+        }
+        if let Some(held) = self.online.settings_mut(user) {
+            held.settle();
+        }
     }
 
     /// The end of a wait: what may happen happens, what may not is answered.
@@ -590,6 +644,7 @@ impl Shard {
         fx: &mut Effects,
     ) -> Result<(), ErrorCode> {
         let user = pending.user.clone();
+        let stuck = self.planted.is(Bug::UnblockUnheard);
         let settings = self.settings_mut(&user).ok_or(ErrorCode::Internal)?;
         settings.last_seen_written_ms = row.last_seen_ms;
         settings.stamp += 1;
@@ -601,7 +656,7 @@ impl Shard {
             let before = settings.blocked.len();
             if block {
                 settings.blocked.insert(other.clone());
-            } else {
+            } else if !stuck {
                 settings.blocked.remove(&other);
             }
             let after = settings.blocked.len();
