@@ -9,7 +9,9 @@
 //!
 //! - [`Rule`]s and the [`History`] here; `judge`: every device's own stream and the logs; `members`: who may see what of a
 //!   group, which is worked out from its log; `account`: reading, SYNC, lists; `amended`: what messages have become;
-//!   `kept`: what was let go; `passing`: what is not stored; `presence`: who is there.
+//!   `kept`: what was let go; `passing`: what is not stored; `presence`: who is there; `ended`: who was deleted, dropped or
+//!   is watched no more; `permits`: who may write to whom; `roles`: who may change a group; `told`: notices, marks, exports
+//!   and mentions.
 
 use std::fmt;
 
@@ -17,13 +19,20 @@ use judge::Checker;
 
 mod account;
 mod amended;
+mod ended;
 mod judge;
 mod kept;
 mod members;
 mod passing;
+mod permits;
 mod presence;
+mod roles;
 #[cfg(test)]
 mod tests;
+mod told;
+
+pub use permits::{Permit, Refusal, Takes};
+pub use told::{Export, Mark, Notice};
 
 /// Violations that are kept of one run; more are only counted.
 const VIOLATIONS_KEPT_MAX: usize = 40;
@@ -56,8 +65,35 @@ pub enum Change {
     Created,
     Came(Vec<u32>),
     Went(Vec<u32>),
-    /// Nobody came or went.
+    /// A member has another rank.
+    Ranked(u32, Rank),
+    /// The group has another owner.
+    Transferred(u32),
+    Dissolved,
+    Renamed,
+    /// Who may join from now on: anybody, or not.
+    Policy {
+        open: bool,
+    },
+    /// A member may not write until then, Unix milliseconds.
+    Muted(u32, u64),
+    /// Pushed, never a row.
     Other,
+}
+
+/// What a member of a group may do there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Rank {
+    Member,
+    Admin,
+    Owner,
+}
+
+/// Whom a message is meant for above others.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Mentions {
+    pub users: Vec<u32>,
+    pub all: bool,
 }
 
 /// What has become of a message.
@@ -91,6 +127,9 @@ pub struct Shown {
     pub of: Option<u64>,
     /// What it has become; of an amendment, what it makes of the other: `AsSent` when a later one has taken its place.
     pub state: State,
+    pub mentions: Mentions,
+    /// When it was written, Unix milliseconds of the server.
+    pub time_ms: u64,
 }
 
 /// Where a device learned how far somebody has read.
@@ -108,6 +147,9 @@ pub struct Listed {
     pub first: u64,
     pub head: u64,
     pub read: u64,
+    pub pinned: bool,
+    /// Unix milliseconds; 0: not muted.
+    pub muted_until_ms: u64,
 }
 
 /// What a FETCH asks for: of what is above `after` and below `before` the oldest, or the newest.
@@ -157,6 +199,11 @@ pub enum Happening {
         body: String,
         durable: bool,
     },
+    /// The send of that number mentions somebody.
+    Mentioned {
+        number: u64,
+        mentions: Mentions,
+    },
     /// As `Sent`, to make something of the message at `of`. An edit has a body that nothing else has, others have none.
     Amended {
         number: u64,
@@ -176,6 +223,7 @@ pub enum Happening {
     /// Ended, and was never accepted.
     Refused {
         number: u64,
+        why: Refusal,
     },
     /// Ended, and may have been accepted.
     Unknown {
@@ -211,6 +259,25 @@ pub enum Happening {
         head: u64,
         messages: Vec<Shown>,
     },
+    /// What this device's user settles about who writes to him.
+    Permit(Permit),
+    /// This device's user marks a conversation, as pinned and silent until then; `kept`: was told that this is kept.
+    Marks {
+        place: u128,
+        mark: Mark,
+        kept: bool,
+    },
+    Notice(Notice),
+    /// All that is kept about this device's user, asked for after it has read everything back.
+    Exported(Export),
+    /// This device's user asks that others are invited to a group; or to make it, which anybody may join or not.
+    Invites {
+        group: u32,
+        open: Option<bool>,
+        users: Vec<u32>,
+    },
+    /// It was refused what its user's rank does not allow.
+    Outranked,
     /// This user's change of a group was answered: it is this row of its log.
     Changed(Place),
     /// The application says that its user has read so far …
@@ -263,12 +330,38 @@ pub enum Happening {
     },
     /// Who has a message, while nothing is sent.
     ReceiptsShown(Receipts),
-    /// This device watches these users, and goes on doing so on its next connections.
+    /// This device asks to watch these users …
+    WatchAsked(Vec<u32>),
+    /// … and watches them, and goes on doing so on its next connections.
     Watches(Vec<u32>),
-    /// How somebody is, as it came on a connection.
+    /// It asks to watch these no more …
+    UnwatchAsked(Vec<u32>),
+    /// … and was told that it does not.
+    Unwatched(Vec<u32>),
+    /// How somebody is, as it came on a connection: pushed, or as an answer.
     PresenceShown {
         connection: u64,
         presence: Presence,
+        pushed: bool,
+    },
+    /// This device begins a connection …
+    Connects {
+        connection: u64,
+    },
+    /// … and is logged in on it.
+    LoggedIn {
+        connection: u64,
+    },
+    /// It was told that its user is deleted.
+    TurnedAway,
+    /// That user is to be deleted, and with it what it wrote if `recall` …
+    DeleteAsked {
+        user: u32,
+        recall: bool,
+    },
+    /// … and was.
+    DeleteKept {
+        user: u32,
     },
     /// This device's user says something of himself, or that he is not to be seen …
     StatusAsked {
@@ -297,6 +390,8 @@ pub enum Happening {
     Devices(Vec<u64>),
     /// This device's user has asked to forget the device of that number, and with it how far it was.
     DropAsked(u64),
+    /// … and was told that this is done.
+    DropKept(u64),
     /// Everything this device saw is acknowledged, and the server had the time to write that down.
     Settled,
 }
@@ -382,6 +477,38 @@ pub enum Rule {
     ReceiptsAreTrue,
     /// Who watches somebody knows how he is, a while after the last change.
     PresenceConverges,
+    /// Who does not watch somebody any more is not told how he is.
+    UnwatchedIsSilent,
+    /// A device that was dropped is given nothing on the connections that it had.
+    DroppedIsOut,
+    /// Who is deleted does not log in any more, and nobody else is told that he is.
+    DeletedForEver,
+    /// Nobody writes to him, he says nothing, he is in no group, and what was to be taken back with him is.
+    DeletedIsGone,
+    /// Nothing is taken of who is blocked, or may not write to that user, and nothing of it is given to him.
+    OnlyWhoMayWrites,
+    /// Nothing is refused for a block, a setting or a deletion that was not there.
+    RefusedForAReason,
+    /// Only who ranks high enough changes a group, or mentions all of it.
+    OnlyWhoRanksActs,
+    /// Who may not join a group without an invitation has one.
+    OnlyTheInvitedJoin,
+    /// Who is muted writes nothing.
+    MutedIsSilent,
+    /// A group that was dissolved gets nothing more.
+    DissolvedIsSilent,
+    /// A message mentions whom its sender has mentioned.
+    MentionsAsSent,
+    /// A notice to everyone is of an administrator, who has asked for it.
+    OnlyAdministratorsTell,
+    /// No device gets it more often than it was asked for.
+    ToldOnce,
+    /// While everybody is there, everybody gets it.
+    ToldToAll,
+    /// An export holds what its user is shown, and nothing else.
+    ExportIsTrue,
+    /// A mark that was answered is in the list.
+    MarksAreKept,
 }
 
 /// One broken promise.
@@ -429,6 +556,27 @@ pub struct Counts {
     pub unjudged: u64,
     /// Processes of devices.
     pub processes: u64,
+    /// Users that were deleted, and how often one was told so at the door.
+    pub deleted: u64,
+    pub turned_away: u64,
+    /// Blocks and settings of who may write that were answered, and sends that were refused for one that certainly stood.
+    pub permits: u64,
+    pub barred: u64,
+    /// Rows of groups that only some may write, and changes that were refused for the rank of who asked.
+    pub ranked: u64,
+    pub outranked: u64,
+    /// Groups that were dissolved.
+    pub dissolved: u64,
+    /// Sends that mention somebody.
+    pub mentions: u64,
+    /// Notices to everyone that were answered, those of them at rest, and how often one arrived.
+    pub notices: u64,
+    pub notices_at_rest: u64,
+    pub told: u64,
+    /// Marks that were answered.
+    pub marks: u64,
+    /// Messages in exports.
+    pub exported: u64,
 }
 
 impl std::ops::AddAssign for Counts {
@@ -450,6 +598,19 @@ impl std::ops::AddAssign for Counts {
         self.presence += other.presence;
         self.unjudged += other.unjudged;
         self.processes += other.processes;
+        self.deleted += other.deleted;
+        self.turned_away += other.turned_away;
+        self.permits += other.permits;
+        self.barred += other.barred;
+        self.ranked += other.ranked;
+        self.outranked += other.outranked;
+        self.dissolved += other.dissolved;
+        self.mentions += other.mentions;
+        self.notices += other.notices;
+        self.notices_at_rest += other.notices_at_rest;
+        self.told += other.told;
+        self.marks += other.marks;
+        self.exported += other.exported;
     }
 }
 
@@ -512,6 +673,10 @@ impl History {
         let mut checker = Checker::default();
         for (at, (device, happening)) in self.happenings.iter().enumerate() {
             checker.now = Moment(at);
+            // A round of rest is noted for one device after the other, and judged when all are.
+            if !matches!(happening, Happening::Rested { .. }) {
+                checker.check_presence();
+            }
             checker.take(*device, happening);
         }
         checker.finish()

@@ -5,11 +5,15 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use ringline_client::{
-    Accepted, CallError, Conversation, ErrorCode, Event, History, Message, MessageState, ReadUpto, ReceiptPage,
-    SendError, Signal, UserName, What,
+    Accepted, CallError, Conversation, ErrorCode, Event, History, JoinPolicy, Message, MessageState, ReadUpto,
+    ReceiptPage, Role, SendError, SendOptions, Signal, UserName, What,
 };
+use serde_json::Value;
 
-use crate::checker::{Change, Happening, Listed, Page, Peer, Place, Presence, Receipts, Shown, Source, State};
+use crate::checker::{
+    Change, Export, Happening, Listed, Mentions, Notice, Page, Peer, Place, Presence, Rank, Receipts, Refusal, Shown,
+    Source, State,
+};
 
 /// Messages that an application remembers to amend them.
 const REMEMBERED_MAX: usize = 32;
@@ -59,12 +63,15 @@ pub fn happenings(event: &Event) -> Vec<Happening> {
         }
         Event::ReadUpto(read) => read_upto(read),
         Event::Signal(signal) => vec![self::signal(signal)],
+        Event::Notice(notice) => {
+            let (body, from) = (String::from_utf8_lossy(&notice.body).into_owned(), user(&notice.from));
+            vec![Happening::Notice(Notice::Arrived { body, from })]
+        }
         Event::Connected { .. }
         | Event::CaughtUp { .. }
         | Event::Receipt(_)
         | Event::SignalRefused { .. }
         | Event::Presence(_)
-        | Event::Notice(_)
         | Event::GroupChanged(_)
         | Event::Missed { .. }
         | Event::Goaway { .. }
@@ -103,17 +110,25 @@ pub fn shown(message: &Message) -> Shown {
     let change = message.extra.as_ref().and_then(|extra| extra.change.as_ref());
     let change = change.map(|change| {
         let users = || change.users.iter().map(user).collect();
+        let one = || change.users.first().map_or(u32::MAX, user);
         match change.what {
             What::Created => Change::Created,
             What::Joined => Change::Came(users()),
             What::Left | What::Kicked => Change::Went(users()),
-            What::Renamed | What::Policy | What::Muted | What::Role | What::Transferred | What::Dissolved => {
-                Change::Other
-            }
+            What::Renamed => Change::Renamed,
+            What::Policy => Change::Policy { open: change.number == JoinPolicy::Open as u64 },
+            What::Muted => Change::Muted(one(), change.number),
+            What::Role => Change::Ranked(one(), rank(change.number)),
+            What::Transferred => Change::Transferred(one()),
+            What::Dissolved => Change::Dissolved,
             // Pushes, never rows.
             What::Invited | What::Asked | What::Refused => Change::Other,
         }
     });
+    let mentions = message
+        .extra
+        .as_ref()
+        .map(|extra| Mentions { users: extra.mentions.iter().map(user).collect(), all: extra.mention_all });
     Shown {
         place: Place { conversation: message.conversation.0, seq: message.seq.0 },
         from: user(&message.from),
@@ -124,7 +139,51 @@ pub fn shown(message: &Message) -> Shown {
         change,
         of: message.amendment().map(|amendment| amendment.of.0),
         state: state(message.state()),
+        mentions: mentions.unwrap_or_default(),
+        time_ms: message.time_ms,
     }
+}
+
+fn rank(number: u64) -> Rank {
+    match number {
+        _ if number == Role::Owner as u64 => Rank::Owner,
+        _ if number == Role::Admin as u64 => Rank::Admin,
+        _ => Rank::Member,
+    }
+}
+
+/// What a send of that number mentions, if anything.
+pub fn mentioned(number: u64, options: &SendOptions) -> Option<Happening> {
+    let mentions = Mentions { users: options.mentions.iter().map(user).collect(), all: options.mention_all };
+    (mentions != Mentions::default()).then_some(Happening::Mentioned { number, mentions })
+}
+
+/// The lines of an export, as the checker takes them.
+pub fn export(bytes: &[u8]) -> Export {
+    let mut export = Export::default();
+    for line in bytes.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+        let known = serde_json::from_slice(line).ok().and_then(|line: Value| exported(&line, &mut export));
+        export.broken |= known.is_none();
+    }
+    export
+}
+
+/// Takes one line in; `None`: it is none that is known.
+fn exported(line: &Value, export: &mut Export) -> Option<()> {
+    let text = |field: &str| line.get(field)?.as_str();
+    let named = |text: &str| UserName::new(text).ok().map(|name| user(&name));
+    match text("type")? {
+        "user" => export.user = Some(named(text("name")?)?),
+        "message" => {
+            let conversation = u128::from_str_radix(text("conversation")?, 16).ok()?;
+            let place = Place { conversation, seq: line.get("seq")?.as_u64()? };
+            export.messages.push((place, named(text("from")?)?, text("body")?.to_owned()));
+        }
+        "row" if text("table")? == "block" => export.blocks.push(named(text("key")?)?),
+        "row" | "conversation" => {}
+        _ => return None,
+    }
+    Some(())
 }
 
 fn state(state: MessageState) -> State {
@@ -181,17 +240,34 @@ pub fn end_of_send(number: u64, result: Result<Accepted, SendError>) -> Happenin
             Happening::Accepted { number, place }
         }
         Err(SendError::Unknown) => Happening::Unknown { number },
+        Err(SendError::Refused { code, .. }) => Happening::Refused { number, why: refusal(code) },
         Err(
-            SendError::Refused { .. }
-            | SendError::NotSent
+            SendError::NotSent
             | SendError::QueueFull
             | SendError::BadName
             | SendError::BodyTooLarge { .. }
             | SendError::DeliveryNotAsked,
-        ) => Happening::Refused { number },
+        ) => Happening::Refused { number, why: Refusal::Other },
+    }
+}
+
+fn refusal(code: ErrorCode) -> Refusal {
+    match code {
+        ErrorCode::Blocked => Refusal::Blocked,
+        ErrorCode::NotAccepted => Refusal::NotAccepted,
+        ErrorCode::UserDeleted => Refusal::UserDeleted,
+        ErrorCode::NotAllowed => Refusal::NotAllowed,
+        _ => Refusal::Other,
     }
 }
 
 pub fn listed(row: &Conversation) -> Listed {
-    Listed { conversation: row.conversation.0, first: row.first.0, head: row.head.0, read: row.read.0 }
+    Listed {
+        conversation: row.conversation.0,
+        first: row.first.0,
+        head: row.head.0,
+        read: row.read.0,
+        pinned: row.pinned,
+        muted_until_ms: row.muted_until_ms,
+    }
 }

@@ -29,4 +29,10 @@ fn a_few_seeds_hold_and_do_something() {
     assert!(counts.changes > 50 && counts.reads > 100 && counts.synced > 1_000, "{counts:?}");
     assert!(counts.amended > 50 && counts.hidden > 30, "{counts:?}");
     assert!(counts.passed > 200 && counts.presence > 50 && counts.pages > 30, "{counts:?}");
+    // Each rule was looked at: one that never bites proves nothing.
+    assert!(counts.deleted > 0 && counts.turned_away > 0, "{counts:?}");
+    assert!(counts.permits > 20 && counts.barred > 20, "{counts:?}");
+    assert!(counts.ranked > 20 && counts.outranked > 20 && counts.dissolved > 0, "{counts:?}");
+    assert!(counts.mentions > 50 && counts.marks > 10 && counts.exported > 1_000, "{counts:?}");
+    assert!(counts.notices > 10 && counts.told > 50 && counts.notices_at_rest > 5, "{counts:?}");
 }

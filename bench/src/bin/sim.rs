@@ -120,6 +120,27 @@ struct Totals {
     millis: u64,
 }
 
+/// What was judged beside messages.
+fn print_people(counts: &Counts) {
+    println!(
+        "{} users deleted, {} times turned away; {} blocks and settings of who may write, {} refused for one; {} rows of \
+         rank, {} refused for it; {} groups dissolved, {} mentions; {} notices, {} arrived, {} at rest; {} marks, {} exported",
+        counts.deleted,
+        counts.turned_away,
+        counts.permits,
+        counts.barred,
+        counts.ranked,
+        counts.outranked,
+        counts.dissolved,
+        counts.mentions,
+        counts.notices,
+        counts.told,
+        counts.notices_at_rest,
+        counts.marks,
+        counts.exported
+    );
+}
+
 fn main() -> ExitCode {
     let args = Args::parse();
     if args.history {
@@ -184,5 +205,6 @@ fn main() -> ExitCode {
         counts.presence,
         counts.unjudged
     );
+    print_people(&counts);
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -145,8 +145,9 @@ impl<'a> Checker<'a> {
     }
 
     fn check_lists(&mut self, members: &Members) {
-        for (device, rows) in &self.account.lists {
+        for (device, rows) in std::mem::take(&mut self.account.lists) {
             let rows: BTreeMap<u128, &Listed> = rows.iter().map(|row| (row.conversation, row)).collect();
+            self.check_marks(device, &rows);
             for (conversation, head) in members.of_user(device.user) {
                 let row = rows.get(&conversation);
                 if row.is_none_or(|row| row.head != head) {

@@ -1,13 +1,13 @@
 //! What messages have become: edited, taken back, deleted for all or for one reader.
 //!
 //! What follows from one sighting is judged at once; what a message has to look like in the end follows from the last
-//! amendment of its log. Who may amend: the sender, and in a group who made it deletes too (roles are not played).
+//! amendment of its log. Who may amend: the sender, and in a group who outranks him deletes too.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use super::judge::Checker;
 use super::members::Members;
-use super::{Change, Device, Moment, Peer, Place, Rule, Shown, State};
+use super::{Device, Moment, Peer, Place, Rank, Rule, Shown, State};
 
 /// What was heard of it until now.
 #[derive(Default)]
@@ -128,7 +128,7 @@ impl<'a> Checker<'a> {
             if before.is_some_and(|(before, _)| before != State::Edited) {
                 self.verdict.broken(Rule::GoneStaysGone, format!("{row:?} amends what was gone"));
             }
-            self.check_right(row.original(), (row.from, what), row);
+            self.check_right((row.original(), members), (row.from, what), row);
         }
         for (original, state, by) in std::mem::take(&mut self.amendments.claims) {
             self.check_claim(original, state, by);
@@ -140,24 +140,30 @@ impl<'a> Checker<'a> {
         }
     }
 
-    fn check_right(&mut self, original: Place, (by, what): (u32, Option<State>), row: &Shown) {
+    fn check_right(&mut self, (original, members): (Place, &Members), (by, what): (u32, Option<State>), row: &Shown) {
         // What was let go before anybody saw it can't be judged.
         let Some(sender) = self.shown.get(&original).map(|shown| shown.from) else { return };
         let deletes = what.is_none_or(|what| what == State::Deleted);
-        let may = by == sender || (deletes && self.made_group(original.conversation) == Some(by));
+        // Who has left ranks as a plain member.
+        let rank = |user| self.groups.rank(row.place, user);
+        let outranks = matches!(row.to, Peer::Group(_)) && rank(by) > Some(rank(sender).unwrap_or(Rank::Member));
+        let unjudged = matches!(row.to, Peer::Group(_)) && members.is_unknown(original.conversation);
+        let may = by == sender || (deletes && (outranks || unjudged));
         if !may {
             self.verdict.broken(Rule::OnlyWhoMayAmends, format!("{row:?} amends what user {sender} wrote"));
         }
     }
 
-    fn made_group(&self, conversation: u128) -> Option<u32> {
-        let first = Place { conversation, seq: 1 };
-        let row = self.shown.get(&first).filter(|row| matches!(row.to, Peer::Group(_)))?;
-        (row.change == Some(Change::Created)).then_some(row.from)
-    }
-
     /// Somebody wanted that of the message.
     fn check_claim(&mut self, original: Place, state: State, by: Option<Device>) {
+        // What a deleted user takes back no device of his has asked for.
+        let with_him = match by {
+            Some(by) => by.number == 0 && self.ended.recalls(by.user),
+            None => self.shown.get(&original).is_some_and(|shown| self.ended.recalls(shown.from)),
+        };
+        if state == State::Recalled && with_him {
+            return;
+        }
         let mut wanted = self.sends.iter().filter(|(_, send)| send.amends == Some((original, state)));
         if !wanted.any(|((device, _), _)| by.is_none_or(|by| by == *device)) {
             let text = format!("{original:?} was shown as {state:?} by {by:?}, which nobody made of it");

@@ -8,10 +8,14 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use super::account::Account;
 use super::amended::Amendments;
+use super::ended::Ended;
 use super::kept::Kept;
 use super::members::{Hop, Members};
 use super::passing::Passing;
+use super::permits::Permits;
 use super::presence::Presences;
+use super::roles::Groups;
+use super::told::Told;
 use super::{Device, Happening, Moment, Peer, Place, Rule, Shown, State, Verdict};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,14 +27,14 @@ pub(super) enum End {
 }
 
 pub(super) struct Send<'a> {
-    to: Peer,
+    pub to: Peer,
     /// Empty for an amendment that takes away.
     pub body: &'a str,
     durable: bool,
     /// The message that it makes something of.
     pub amends: Option<(Place, State)>,
     pub at: Moment,
-    end: End,
+    pub end: End,
     pub passed: bool,
     delivered: bool,
 }
@@ -90,7 +94,7 @@ pub(super) struct Checker<'a> {
     /// Those that had the time to reach everything without beginning anew.
     settled: BTreeSet<Device>,
     /// Those that were to be forgotten: nothing is promised of how far they were.
-    dropped: BTreeSet<Device>,
+    pub dropped: BTreeSet<Device>,
     /// The two of each direct conversation.
     pub pairs: BTreeMap<u128, BTreeSet<u32>>,
     /// Where streams and SYNCs left something out.
@@ -105,15 +109,16 @@ pub(super) struct Checker<'a> {
     pub kept: Kept,
     pub passing: Passing<'a>,
     pub presence: Presences<'a>,
+    pub ended: Ended,
+    pub permits: Permits,
+    pub groups: Groups,
+    pub told: Told<'a>,
     /// When the present process of a device began.
     began: HashMap<Device, Moment>,
 }
 
 impl<'a> Checker<'a> {
     pub fn take(&mut self, device: Device, happening: &'a Happening) {
-        if !matches!(happening, Happening::Rested { .. }) {
-            self.check_presence();
-        }
         match happening {
             Happening::Started => self.started(device),
             Happening::Sent { number, to, body, durable } => {
@@ -123,7 +128,8 @@ impl<'a> Checker<'a> {
                 self.sent((device, *number), (*to, true), (body, Some((*of, *what))));
             }
             Happening::Accepted { number, place } => self.accepted((device, *number), *place),
-            Happening::Refused { number } => self.end(device, *number, End::Refused),
+            Happening::Mentioned { number, mentions } => self.mentioned((device, *number), mentions),
+            Happening::Refused { number, why } => self.refused(device, *number, *why),
             Happening::Unknown { number } => self.end(device, *number, End::Unknown),
             Happening::Passed { number } => self.mark(device, *number, |send| send.passed = true),
             Happening::Delivered { number } => self.mark(device, *number, |send| send.delivered = true),
@@ -134,6 +140,12 @@ impl<'a> Checker<'a> {
             Happening::ReadBack { conversation, with, first, head, messages } => {
                 self.read_back((device, *with), (*conversation, *first, *head), messages);
             }
+            Happening::Permit(permit) => self.permit(device, *permit),
+            Happening::Marks { place, mark, kept } => self.marks((device, *place), *mark, *kept),
+            Happening::Notice(notice) => self.notice(device, notice),
+            Happening::Exported(export) => self.exported(device, export),
+            Happening::Invites { group, open, users } => self.invites((*group, *open), users),
+            Happening::Outranked => self.verdict.counts.outranked += 1,
             Happening::Changed(place) => self.changed(device, *place),
             Happening::ReadAsked(place) => self.account.read_asked(device, *place),
             Happening::ReadKept(place) => self.account.read_kept(device, *place),
@@ -150,8 +162,18 @@ impl<'a> Checker<'a> {
                 self.has_shown(device, *user, (*conversation, *delivered, *read));
             }
             Happening::ReceiptsShown(receipts) => self.account.receipts.push((device, receipts)),
+            Happening::WatchAsked(users) => self.watch_asked(device, users),
             Happening::Watches(users) => self.watches(device, users),
-            Happening::PresenceShown { connection, presence } => self.presence_shown(device, *connection, presence),
+            Happening::UnwatchAsked(users) => self.looks_away(device, users),
+            Happening::Unwatched(users) => self.unwatched(device, users),
+            Happening::PresenceShown { connection, presence, pushed } => {
+                self.presence_shown(device, (*connection, *pushed), presence);
+            }
+            Happening::Connects { connection } => self.connects(*connection),
+            Happening::LoggedIn { connection } => self.logged_in(device, *connection),
+            Happening::TurnedAway => self.turned_away(device),
+            Happening::DeleteAsked { user, recall } => self.delete_asked(*user, *recall),
+            Happening::DeleteKept { user } => self.delete_kept(*user),
             Happening::StatusAsked { status, visible } => self.status_asked(device, (status, *visible)),
             Happening::StatusKept => self.status_kept(device),
             Happening::Rested { left_ms } => self.rested(device, *left_ms),
@@ -163,7 +185,8 @@ impl<'a> Checker<'a> {
             }
             Happening::Listed(rows) => self.account.lists.push((device, rows)),
             Happening::Devices(numbers) => self.account.devices.push((device, numbers)),
-            Happening::DropAsked(number) => _ = self.dropped.insert(Device { number: *number, ..device }),
+            Happening::DropAsked(number) => self.drop_asked(Device { number: *number, ..device }),
+            Happening::DropKept(number) => self.drop_kept(Device { number: *number, ..device }),
             Happening::Settled => self.settled(device),
         }
     }
@@ -181,6 +204,7 @@ impl<'a> Checker<'a> {
     fn pushed(&mut self, device: Device, connection: u64, place: Place) {
         self.given.insert((place, device.user));
         self.first_seen.entry(place).or_insert(self.now);
+        self.came_late(device, connection, place);
         let last = self.pushed.insert((connection, place.conversation), place.seq).unwrap_or(0);
         if place.seq <= last {
             self.verdict.broken(Rule::PushesRise, format!("{device:?} was pushed {place:?} after {last}"));
@@ -204,6 +228,9 @@ impl<'a> Checker<'a> {
             self.by_body.insert(body, key);
         }
         self.sends.insert(key, send);
+        if let (Peer::User(user), true) = (to, durable) {
+            self.permits.writes((key.0.user, user), false, self.now);
+        }
         self.verdict.counts.sends += 1;
     }
 
@@ -211,7 +238,16 @@ impl<'a> Checker<'a> {
         self.verdict.counts.accepted += 1;
         self.by_place.insert(place, key);
         self.first_seen.entry(place).or_insert(self.now);
-        if let Some((of, what)) = self.sends.get(&key).and_then(|send| send.amends) {
+        self.send_was_taken(key.0, key.1);
+        let (mut amends, mut writes_to) = (None, None);
+        if let Some(send) = self.sends.get(&key) {
+            amends = send.amends;
+            writes_to = if let (Peer::User(user), true) = (send.to, send.durable) { Some(user) } else { None };
+        }
+        if let Some(user) = writes_to {
+            self.permits.writes((key.0.user, user), true, self.now);
+        }
+        if let Some((of, what)) = amends {
             self.amendment_accepted(of, what);
         }
         self.end(key.0, key.1, End::Accepted(place));
@@ -242,6 +278,7 @@ impl<'a> Checker<'a> {
         self.devices.insert(device);
         self.began.insert(device, self.now);
         self.watches_nobody(device);
+        self.unwatches_nobody(device);
         for (_, send) in self.sends.range_mut((device, 0)..=(device, u64::MAX)) {
             if send.end == End::Open {
                 send.end = End::Unknown;
@@ -253,7 +290,7 @@ impl<'a> Checker<'a> {
         }
     }
 
-    fn end(&mut self, device: Device, number: u64, end: End) {
+    pub fn end(&mut self, device: Device, number: u64, end: End) {
         if let Some(send) = self.sends.get_mut(&(device, number)) {
             self.verdict.counts.unknown += u64::from(end == End::Unknown);
             match send.end {
@@ -330,9 +367,15 @@ impl<'a> Checker<'a> {
         let durable = shown.place.seq != 0;
         if shown.is_message() && shown.state == State::AsSent {
             let sent = self.by_body.get(shown.body.as_str()).filter(|(by, _)| *by == sender);
-            let sent = sent.and_then(|key| self.sends.get(key));
+            let key = sent.copied();
+            let sent = key.and_then(|key| self.sends.get(&key));
             if sent.is_none_or(|send| send.to != shown.to || send.durable != durable || send.amends.is_some()) {
                 self.verdict.broken(Rule::OnlyWhatWasSent, format!("{device:?} was shown {shown:?}"));
+            } else if let Some(key) = key {
+                self.check_mentions(device, key, shown);
+                if device.user != shown.from {
+                    self.send_was_taken(key.0, key.1);
+                }
             }
         } else {
             self.look_at_amended(device, shown);
@@ -344,6 +387,9 @@ impl<'a> Checker<'a> {
             self.pairs.entry(shown.place.conversation).or_default().extend([shown.from, to]);
         }
         self.one_body(device, shown);
+        if self.ended.takes_back(shown) {
+            return;
+        }
         let named = (shown.from, shown.device, shown.client_seq);
         let place = *self.places.entry(named).or_insert(shown.place);
         if place != shown.place {
@@ -430,6 +476,10 @@ impl<'a> Checker<'a> {
         self.check_changes();
         let members = Members::new(&self.logs, (&self.firsts, &self.heads), &self.pairs);
         self.check_groups(&members);
+        self.check_roles(&members);
+        // These look at what was read back, which the judgement of amendments uses up.
+        self.check_ended(&members);
+        self.check_told();
         self.check_amendments(&members);
         self.check_kept();
         self.check_passing(&members);
@@ -448,7 +498,7 @@ impl<'a> Checker<'a> {
         for (place, shown) in &self.shown {
             let kept = self.logs.get(&place.conversation).is_some_and(|log| log.contains_key(&place.seq));
             let dropped = self.firsts.get(&place.conversation).is_some_and(|first| place.seq < *first);
-            if !kept && !dropped {
+            if !kept && !dropped && !self.ended.reads_alone(shown.from, shown.to) {
                 self.verdict.broken(Rule::NothingVanishes, format!("{shown:?} was seen and is gone"));
             }
         }
@@ -471,6 +521,7 @@ impl<'a> Checker<'a> {
             match send.end {
                 End::Open => self.verdict.broken(Rule::EverySendEnds, format!("{} never ended", name())),
                 End::Accepted(place) if place.seq < self.first(place.conversation) => {}
+                End::Accepted(_) if self.ended.reads_alone(device.user, send.to) => {}
                 End::Accepted(place) if send.durable && kept != Some(place) => {
                     let text = format!("{} was accepted at {place:?} and is at {kept:?}", name());
                     self.verdict.broken(Rule::AcceptedIsKept, text);
@@ -566,7 +617,7 @@ impl<'a> Checker<'a> {
 
     fn check_heads(&mut self, members: &Members) {
         for &conversation in self.logs.keys() {
-            for device in &self.devices {
+            for device in self.devices.iter().filter(|device| !self.ended.is_deleted(device.user)) {
                 let Some(head) = members.head(conversation, device.user) else { continue };
                 let settled = self.settled.contains(device);
                 let upto = |stream: &Stream| if settled { stream.floor } else { stream.highest };

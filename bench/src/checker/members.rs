@@ -71,7 +71,7 @@ impl Members {
             let came = match &shown.change {
                 Some(Change::Created) => &[shown.from][..],
                 Some(Change::Came(users)) => users,
-                Some(Change::Went(_) | Change::Other) | None => &[],
+                Some(_) | None => &[],
             };
             for user in came {
                 self.ranges.entry((conversation, *user)).or_default().push((seq, head));
@@ -168,7 +168,7 @@ impl Checker<'_> {
             }
         }
         let rows = members.groups.iter().filter_map(|group| self.logs.get(group)).flat_map(BTreeMap::values);
-        for row in rows.filter(|row| row.change.is_none()) {
+        for row in rows.filter(|row| row.change.is_none() && !self.ended.takes_back(row)) {
             if !members.may_see(row.place.conversation, row.from, row.place.seq) {
                 self.verdict.broken(Rule::OnlyMembersWrite, format!("{row:?} is there, its sender was no member"));
             }

@@ -63,6 +63,7 @@ impl<'a> Checker<'a> {
             return self.verdict.broken(Rule::OnlyWhatWasSignalled, text);
         };
         let (from, number, sent, came) = (signal.from, signal.number, signal.sent, self.now);
+        self.was_taken((from.user, to), sent, &format!("the signal {body:?}"));
         if !self.saw.insert((at, body)) {
             self.verdict.broken(Rule::OnlyWhatWasSignalled, format!("{at:?} got the signal {body:?} twice"));
         }
@@ -130,6 +131,7 @@ impl<'a> Checker<'a> {
             }
             let since = |seq: u64| written.range(seq..).next().map_or(Moment(usize::MAX), |(_, at)| *at);
             let until = |seq: u64| begun.range(..=seq).next_back().map_or(Moment::default(), |(_, at)| *at);
+            let dissolved = self.groups.dissolved.get(&conversation).copied();
             let mut users: BTreeMap<u32, Vec<Span>> = BTreeMap::new();
             for user in members.users(conversation) {
                 let spans = users.entry(user).or_default();
@@ -139,6 +141,7 @@ impl<'a> Checker<'a> {
                     from = since(last.saturating_add(1));
                 }
                 spans.push((from, Moment(usize::MAX)));
+                spans.extend(dissolved.map(|seq| (since(seq), Moment(usize::MAX))));
             }
             groups.insert(number, (users, conversation));
         }

@@ -41,7 +41,26 @@ impl<'a> Checker<'a> {
         self.presence.views.entry(device).or_default().watched.extend(users);
     }
 
-    pub fn presence_shown(&mut self, device: Device, connection: u64, presence: &'a Presence) {
+    /// Perhaps already, perhaps not yet.
+    pub fn looks_away(&mut self, device: Device, users: &[u32]) {
+        let view = self.presence.views.entry(device).or_default();
+        view.watched.retain(|user| !users.contains(user));
+    }
+
+    /// Who is deleted is not to be seen any more; `kept`: for certain.
+    pub fn presence_ends(&mut self, user: u32, kept: bool) {
+        let said = self.presence.said.entry(user).or_default();
+        if kept {
+            *said = Said { kept: Some(("", false)), asked: Vec::new() };
+        } else {
+            said.asked.push(("", false));
+        }
+    }
+
+    pub fn presence_shown(&mut self, device: Device, (connection, pushed): (u64, bool), presence: &'a Presence) {
+        if pushed {
+            self.presence_pushed(device, presence.user);
+        }
         self.verdict.counts.presence += 1;
         let view = self.presence.views.entry(device).or_default();
         if view.connection != connection {
@@ -56,6 +75,10 @@ impl<'a> Checker<'a> {
     }
 
     pub fn status_kept(&mut self, device: Device) {
+        // Which of the two was later, a deletion or this, is not known.
+        if self.ended.is_deleted(device.user) {
+            return;
+        }
         let said = self.presence.said.entry(device.user).or_default();
         said.kept = said.asked.last().copied().or(said.kept);
         said.asked.clear();
@@ -77,7 +100,7 @@ impl<'a> Checker<'a> {
                 let left = resting.iter().filter(|(other, _)| other.user == *user).map(|(_, left_ms)| *left_ms);
                 // Online while one device is; else gone since the last of them went.
                 let left_ms = left.min_by_key(|left_ms| left_ms.map_or(0, |at| u64::MAX - at)).flatten();
-                if !shown.is_some_and(|shown| self.is_true(shown, left_ms)) {
+                if !shown.is_some_and(|shown| self.is_true((shown, device.user), left_ms)) {
                     wrong.push(format!("{device:?} was told last {shown:?} of user {user}, who is gone: {left_ms:?}"));
                 }
             }
@@ -85,12 +108,13 @@ impl<'a> Checker<'a> {
         }
     }
 
-    fn is_true(&self, shown: &Presence, left_ms: Option<u64>) -> bool {
+    fn is_true(&self, (shown, watcher): (&Presence, u32), left_ms: Option<u64>) -> bool {
+        let (hides, shows) = self.permits.hides(shown.user, watcher);
         let as_said = |(status, visible): (&str, bool)| {
             let seen_late = left_ms.is_none_or(|at| shown.last_seen_ms >= at);
             let seen = shown.online == left_ms.is_none() && shown.status == status && seen_late;
             let unseen = !shown.online && shown.status.is_empty() && shown.last_seen_ms == 0;
-            if visible { seen } else { unseen }
+            (hides && unseen) || (shows && if visible { seen } else { unseen })
         };
         let Some(said) = self.presence.said.get(&shown.user) else { return as_said(("", true)) };
         let first = said.kept.unwrap_or(("", true));

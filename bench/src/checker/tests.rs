@@ -4,7 +4,9 @@ use std::collections::BTreeSet;
 
 use super::*;
 
+mod ended;
 mod more;
+mod permitted;
 
 const TALK: u128 = 7;
 const ANN: Device = Device { user: 0, number: 1 };
@@ -26,11 +28,21 @@ fn shown(seq: u64) -> Shown {
         change: None,
         of: None,
         state: State::AsSent,
+        mentions: Mentions::default(),
+        time_ms: 0,
     }
 }
 
 fn sent(number: u64) -> Happening {
     Happening::Sent { number, to: Peer::User(1), body: format!("m{number}"), durable: true }
+}
+
+fn listing(head: u64, read: u64) -> Listed {
+    Listed { conversation: TALK, first: 1, head, read, pinned: false, muted_until_ms: 0 }
+}
+
+fn refused(number: u64, why: Refusal) -> Happening {
+    Happening::Refused { number, why }
 }
 
 fn accepted(number: u64) -> Happening {
@@ -97,7 +109,7 @@ fn what_is_lost_doubled_or_changed_is_seen() {
     assert_eq!(with(11, BOB, read_back(&[2])), [Rule::AcceptedIsKept, Rule::Dense, Rule::NothingVanishes]);
     let moved = Happening::Accepted { number: 2, place: place(1) };
     assert_eq!(with(5, ANN, moved), [Rule::AcceptedIsKept]);
-    assert_eq!(with(5, ANN, Happening::Refused { number: 2 }), [Rule::KeptOnce]);
+    assert_eq!(with(5, ANN, refused(2, Refusal::Other)), [Rule::KeptOnce]);
     assert_eq!(with(5, ANN, Happening::Unknown { number: 2 }), [], "an unknown end may be either");
     assert_eq!(and(vec![(ANN, accepted(2))]), [Rule::OnePlacePerSend]);
     let twice = Shown { place: place(3), ..shown(2) };
@@ -152,7 +164,7 @@ fn only_what_was_sent_and_only_to_whom() {
     assert_eq!(and(vec![(ANN, transient(5)), (BOB, flash.clone()), (ANN, ended(5))]), []);
     let doubled = vec![(ANN, transient(5)), (BOB, flash.clone()), (BOB, flash.clone()), (ANN, ended(5))];
     assert_eq!(and(doubled), [Rule::NoRepetition]);
-    let refused = vec![(ANN, transient(5)), (BOB, flash), (ANN, Happening::Refused { number: 5 })];
+    let refused = vec![(ANN, transient(5)), (BOB, flash), (ANN, self::refused(5, Refusal::Other))];
     assert_eq!(and(refused), [Rule::KeptOnce]);
 }
 
@@ -198,7 +210,7 @@ fn at(seq: u64) -> Place {
 
 fn row(seq: u64, from: u32, change: Change) -> Shown {
     let (place, to, body) = (at(seq), Peer::Group(0), String::new());
-    Shown { place, from, to, device: 0, client_seq: 0, body, change: Some(change), of: None, state: State::AsSent }
+    Shown { place, from, to, device: 0, client_seq: 0, body, change: Some(change), ..shown(seq) }
 }
 
 fn said(seq: u64) -> Shown {
@@ -302,7 +314,7 @@ fn what_was_read_rises_is_kept_and_was_asked_for() {
     assert_eq!(and(vec![asked(2), seen(Source::Push, 2), seen(Source::Push, 1)]), [Rule::ReadRises]);
     assert_eq!(and(vec![asked(2), seen(Source::Push, 2), seen(Source::List, 1)]), [], "a list may be a moment late");
     assert_eq!(and(vec![asked(1), seen(Source::Push, 2)]), [Rule::ReadWasAsked]);
-    let listed = |head, read| (BOB, Happening::Listed(vec![Listed { conversation: TALK, first: 1, head, read }]));
+    let listed = |head, read| (BOB, Happening::Listed(vec![listing(head, read)]));
     let kept = (BOB, Happening::ReadKept(place(2)));
     assert_eq!(and(vec![asked(2), kept.clone(), listed(2, 2)]), []);
     assert_eq!(and(vec![asked(2), kept, listed(2, 1)]), [Rule::ReadIsKept]);

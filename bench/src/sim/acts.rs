@@ -1,7 +1,7 @@
 //! What simulated applications do: they send, in bursts, to users and groups; they come into groups and leave them, read, ask for
 //! lists and for what they missed, and log each other out.
 //!
-//! Group n is made by user n, who stays its owner and so can read all of it in the end.
+//! Group n is made by user n, who stays a member, perhaps not its owner, and so can read all of it in the end.
 
 use std::time::Duration;
 
@@ -10,16 +10,15 @@ use ringline_client::machine::Ask;
 use ringline_client::{Class, JoinPolicy, SendOptions};
 use ringline_schema::message::chat::AmendAction;
 
-use super::world::{Action, USERS, World};
-use crate::checker::{Peer, Place, Range};
+use super::device::Device;
+use super::world::{Action, Mortal, USERS, World};
+use crate::checker::{Happening, Peer, Place, Range};
 use crate::observed;
 
 /// At most one a user.
 pub const GROUPS: u32 = 3;
 /// Sends without an answer above which an application waits.
 const OPEN_SENDS_MAX: u32 = 40;
-/// How long a muted member is silent.
-const MUTE_MS: u64 = 500;
 
 const _: () = assert!(GROUPS <= USERS);
 
@@ -45,7 +44,14 @@ impl World {
         }
         let pause = self.random_us(10_000, 400_000);
         self.after(pause, Action::Act { client });
-        if self.chance(30) {
+        if self.clients[client].gone {
+            return;
+        }
+        if self.chance(8) {
+            self.settle_something(client);
+        } else if self.chance(14) {
+            self.change_some_group(client);
+        } else if self.chance(30) {
             self.ask_something(client);
         } else if self.chance(15) {
             self.amend_something(client);
@@ -75,7 +81,7 @@ impl World {
                 class,
                 delivery_timeout: self.chance(wanted_percent).then_some(timeout),
                 give_up_after: self.chance(10).then_some(Duration::from_secs(2)),
-                ..SendOptions::default()
+                ..self.mentions((class, to))
             };
             let now_ms = self.now_ms();
             self.clients[client].send((now_ms, to), (options, padding), &mut self.history);
@@ -89,12 +95,34 @@ impl World {
         let (what, visible) = (self.rng.random_range(0..100), self.chance(80));
         let device = &mut self.clients[client];
         match what {
-            0..60 => device.signal(now_ms, to, &mut self.history),
-            60..85 if other != device.name.user => device.watch(now_ms, &[other]),
+            0..50 => device.signal(now_ms, to, &mut self.history),
+            50..55 => device.tell_everyone(now_ms, false, &mut self.history),
+            55..73 if other != device.name.user && device.may_watch() => {
+                device.watch(now_ms, &[other], &mut self.history);
+            }
+            73..87 if other != device.name.user => device.unwatch(now_ms, other, &mut self.history),
             // The first device of a user speaks for him, so that what was said last is known.
-            85..100 if device.name.number == 1 => device.say(now_ms, visible, &mut self.history),
+            87..100 if device.name.number == 1 => device.say(now_ms, visible, &mut self.history),
             _ => {}
         }
+    }
+
+    /// The user whose time has come is deleted by one of its own devices or by the administrator, who ask until they are
+    /// told that it is done, or may not ask any more.
+    pub(super) fn delete_somebody(&mut self, mortal: Mortal) {
+        let pause = self.random_us(500_000, 3_000_000);
+        let Mortal { user, by, recall } = mortal;
+        let (now_ms, number) = (self.now_ms(), self.rng.random_range(1..=2));
+        let told = self.clients.iter().any(|client| client.name.user == user && client.gone);
+        if !self.lively || told {
+            return;
+        }
+        let asks = |client: &Device| client.name.user == by && client.name.number == number;
+        if let Some(client) = self.clients.iter().position(asks) {
+            self.clients[client].delete_user(now_ms, (user, recall), &mut self.history);
+            self.pump(client);
+        }
+        self.after(pause, Action::Delete(mortal));
     }
 
     /// A part of a history: from anywhere, to anywhere, from either end.
@@ -146,9 +174,11 @@ impl World {
     /// The owner's first wish of a group.
     pub(super) fn create_group(&mut self, client: usize, group: u32) {
         let join = [JoinPolicy::Open, JoinPolicy::Invite, JoinPolicy::Approval][group as usize % 3];
-        let users = (0..USERS).filter(|user| (user + group).is_multiple_of(2)).map(Peer::User).map(observed::name);
-        let ask = Ask::CreateGroup { group: observed::name(Peer::Group(group)), join, users: users.collect() };
-        let now_ms = self.now_ms();
+        let users: Vec<u32> = (0..USERS).filter(|user| (user + group).is_multiple_of(2)).collect();
+        let names = users.iter().map(|user| observed::name(Peer::User(*user))).collect();
+        let ask = Ask::CreateGroup { group: observed::name(Peer::Group(group)), join, users: names };
+        let (name, now_ms) = (self.clients[client].name, self.now_ms());
+        self.history.push(name, Happening::Invites { group, open: Some(join == JoinPolicy::Open), users });
         self.clients[client].ask_group(now_ms, ask);
     }
 
@@ -156,19 +186,18 @@ impl World {
         let number = self.rng.random_range(0..GROUPS);
         let group = observed::name(Peer::Group(number));
         let own = self.clients[client].name.user;
-        let other = (own + self.rng.random_range(1..USERS)) % USERS;
-        let user = observed::name(Peer::User(other));
-        let what = self.rng.random_range(0..100);
-        let ask = match what {
-            0..15 if own == number => return self.create_group(client, number),
-            15..50 if own == number => Ask::Invite { group, users: vec![user] },
-            50..65 if own == number => Ask::AnswerRequest { group, user, approve: true },
-            65..80 if own == number => Ask::Kick { group, user },
-            80..90 if own == number => Ask::RenameGroup { group, title: format!("title {what}") },
-            _ if own == number => Ask::Mute { group, user, for_ms: MUTE_MS },
-            0..70 => Ask::JoinGroup(group),
-            70..85 => Ask::LeaveGroup(group),
-            _ => Ask::AnswerRequest { group, user: observed::name(Peer::User(own)), approve: what % 2 == 0 },
+        let made = own == number;
+        let ask = match self.rng.random_range(0..100) {
+            0..10 if made => return self.create_group(client, number),
+            0..100 if made => return self.change_group(client, number),
+            0..55 => Ask::JoinGroup(group),
+            55..67 => Ask::LeaveGroup(group),
+            67..77 => {
+                let (user, approve) = (observed::name(Peer::User(own)), self.chance(50));
+                Ask::AnswerRequest { group, user, approve }
+            }
+            // He may have been given the rank for it, or not.
+            _ => return self.change_group(client, number),
         };
         let now_ms = self.now_ms();
         self.clients[client].ask_group(now_ms, ask);

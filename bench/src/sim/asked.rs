@@ -7,31 +7,46 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use ringline_client::machine::{Ask, Told};
-use ringline_client::{CallError, ConversationId, ConversationPage, HistoryRange, Seq, SyncPage};
+use ringline_client::{
+    CallError, ConversationId, ConversationPage, ErrorCode, ExportPage, HistoryRange, Seq, SyncPage,
+};
 use ringline_client::{History as Page, Place as WirePlace};
 
 use super::device::Device;
-use crate::checker::{Happening, History, Listed, Moment, Peer, Place, Range, Shown, Source};
+use crate::checker::{Happening, History, Listed, Moment, Notice, Peer, Place, Range, Shown, Source};
 use crate::observed::{self, Memory};
 
 /// Rows of a page: few, so that there are several.
 const PAGE_ROWS: u16 = 20;
 
 /// What an open question is for.
-#[derive(Clone, Copy, Debug)]
-enum Purpose {
+#[derive(Clone, Debug)]
+pub(super) enum Purpose {
     Reading,
     Group,
     Read(Place),
     Sync,
     List,
     Devices,
-    Drop,
+    Drop(u64),
+    Delete(u32),
     Hide(Place),
     Fetch(Moment, (Peer, u128), Range),
     Watch,
+    Unwatch(u32),
     Status,
     Receipts(Place),
+    Once(Once),
+}
+
+/// What is asked without pages, and of which only a success counts.
+#[derive(Clone, Debug)]
+pub(super) enum Once {
+    /// Settles something; what happens when it is kept.
+    Settling(Box<Happening>),
+    /// Tells everyone this.
+    Notice(String),
+    Export,
 }
 
 /// A SYNC, page by page.
@@ -59,6 +74,14 @@ pub struct Asked {
     receipts: Vec<Place>,
     /// A status is on its way.
     saying: bool,
+    /// So is something else that counts by the last answer.
+    pub(super) settling: bool,
+    /// Whom it watches, as it asked last.
+    watching: Option<u32>,
+    /// Whom it has blocked last.
+    pub(super) blocked: Option<u32>,
+    /// Of an export, page after page.
+    exported: Vec<u8>,
     statuses: u32,
     /// What has to be asked when nothing is sent any more.
     last: VecDeque<Last>,
@@ -71,6 +94,7 @@ enum Last {
     List,
     Devices,
     Receipts,
+    Export,
 }
 
 impl Asked {
@@ -92,10 +116,16 @@ fn wire(place: Place) -> WirePlace {
 
 impl Device {
     fn ask(&mut self, now_ms: u64, purpose: Purpose, ask: Ask) {
-        // A full queue: the application asks another time.
-        if let Ok(number) = self.machine.ask(now_ms, ask) {
+        self.asks(now_ms, purpose, ask);
+    }
+
+    /// False: its queue is full, and the application asks another time.
+    pub(super) fn asks(&mut self, now_ms: u64, purpose: Purpose, ask: Ask) -> bool {
+        let number = self.machine.ask(now_ms, ask);
+        if let Ok(number) = number {
             self.asked.open.insert(number, purpose);
         }
+        number.is_ok()
     }
 
     pub fn ask_group(&mut self, now_ms: u64, ask: Ask) {
@@ -110,7 +140,15 @@ impl Device {
 
     pub fn drop_device(&mut self, now_ms: u64, number: u64, history: &mut History) {
         history.push(self.name, Happening::DropAsked(number));
-        self.ask(now_ms, Purpose::Drop, Ask::DropDevice(ringline_client::DeviceId(number)));
+        self.ask(now_ms, Purpose::Drop(number), Ask::DropDevice(ringline_client::DeviceId(number)));
+    }
+
+    /// Its own account, or, as an administrator, another's.
+    pub fn delete_user(&mut self, now_ms: u64, (user, recall): (u32, bool), history: &mut History) {
+        history.push(self.name, Happening::DeleteAsked { user, recall });
+        let token = (user == self.name.user).then(|| "token".to_owned());
+        let ask = Ask::DeleteUser { user: observed::name(Peer::User(user)), token, recall };
+        self.ask(now_ms, Purpose::Delete(user), ask);
     }
 
     /// The user deletes a message for himself.
@@ -129,9 +167,26 @@ impl Device {
     }
 
     /// Watches these users from now on.
-    pub fn watch(&mut self, now_ms: u64, users: &[u32]) {
+    pub fn watch(&mut self, now_ms: u64, users: &[u32], history: &mut History) {
         let names = users.iter().map(|user| observed::name(Peer::User(*user))).collect();
+        history.push(self.name, Happening::WatchAsked(users.to_vec()));
+        self.asked.watching = users.last().copied();
         self.ask(now_ms, Purpose::Watch, Ask::Watch(names));
+    }
+
+    /// Watches somebody no more, whom it watches if there is one. Not while it asks to watch somebody: which of the two is answered first is open.
+    pub fn unwatch(&mut self, now_ms: u64, user: u32, history: &mut History) {
+        let watches = |purpose: &Purpose| matches!(purpose, Purpose::Watch | Purpose::Unwatch(_));
+        if !self.asked.open.values().any(watches) {
+            let user = self.asked.watching.take().unwrap_or(user);
+            history.push(self.name, Happening::UnwatchAsked(vec![user]));
+            self.ask(now_ms, Purpose::Unwatch(user), Ask::Unwatch(vec![observed::name(Peer::User(user))]));
+        }
+    }
+
+    /// Whether it may ask to watch somebody: it has not just asked for the contrary.
+    pub fn may_watch(&self) -> bool {
+        !self.asked.open.values().any(|purpose| matches!(purpose, Purpose::Unwatch(_)))
     }
 
     /// Says something else of its user, one thing after the other.
@@ -182,6 +237,11 @@ impl Device {
         self.ask_last(now_ms, history);
     }
 
+    /// … and at the end of it for all that is kept about its user.
+    pub fn export_too(&mut self) {
+        self.asked.last.push_back(Last::Export);
+    }
+
     fn ask_last(&mut self, now_ms: u64, history: &History) {
         match self.asked.last.front() {
             None => {}
@@ -197,6 +257,10 @@ impl Device {
                 self.list_on(now_ms, ConversationId(0));
             }
             Some(Last::Devices) => self.ask(now_ms, Purpose::Devices, Ask::Devices),
+            Some(Last::Export) => {
+                self.asked.exported.clear();
+                self.ask(now_ms, Purpose::Once(Once::Export), Ask::Export { cursor: String::new() });
+            }
             Some(Last::Receipts) => {
                 self.asked.receipts = self.asked.listed.iter().copied().filter(|place| place.seq > 0).collect();
                 self.receipts_next(now_ms, history);
@@ -284,9 +348,47 @@ impl Device {
                 }
                 self.receipts_next(now_ms, history);
             }
+            (Purpose::Group, Err(CallError::Refused { code: ErrorCode::NotAllowed, .. })) => {
+                history.push(self.name, Happening::Outranked);
+            }
+            (Purpose::Once(once), answer) => self.told_once(now_ms, (once, answer), history),
             (Purpose::Hide(place), Ok(_)) => history.push(self.name, Happening::HideKept(place)),
-            (Purpose::Group | Purpose::Read(_) | Purpose::Drop | Purpose::Hide(_) | Purpose::Watch, _) => {}
+            (Purpose::Unwatch(user), Ok(_)) => history.push(self.name, Happening::Unwatched(vec![user])),
+            (Purpose::Drop(number), Ok(_)) => history.push(self.name, Happening::DropKept(number)),
+            (Purpose::Delete(user), Ok(_)) => history.push(self.name, Happening::DeleteKept { user }),
+            (Purpose::Group | Purpose::Read(_) | Purpose::Hide(_) | Purpose::Watch, _) => {}
+            (Purpose::Drop(_) | Purpose::Delete(_) | Purpose::Unwatch(_), _) => {}
         }
+    }
+
+    fn told_once(&mut self, now_ms: u64, (once, answer): (Once, Result<Told, CallError>), history: &mut History) {
+        match (once, answer) {
+            (Once::Settling(kept), answer) => {
+                self.asked.settling = false;
+                if answer.is_ok() {
+                    history.push(self.name, *kept);
+                }
+            }
+            (Once::Notice(body), Ok(Told::Broadcast(devices))) => {
+                history.push(self.name, Happening::Notice(Notice::Given { body, devices }));
+            }
+            (Once::Notice(_), Err(CallError::Refused { code: ErrorCode::NotAllowed, .. })) => {
+                history.push(self.name, Happening::Outranked);
+            }
+            (Once::Export, Ok(Told::Export(page))) => self.export_page(now_ms, page, history),
+            (Once::Export, _) => self.ask_last(now_ms, history),
+            (Once::Notice(_), _) => {}
+        }
+    }
+
+    fn export_page(&mut self, now_ms: u64, page: ExportPage, history: &mut History) {
+        self.asked.exported.extend(page.body);
+        if let Some(cursor) = page.next {
+            return self.ask(now_ms, Purpose::Once(Once::Export), Ask::Export { cursor });
+        }
+        let export = observed::export(&self.asked.exported);
+        history.push(self.name, Happening::Exported(export));
+        self.last_done(now_ms, history);
     }
 
     fn read_next(&mut self, now_ms: u64, after: Seq, history: &History) {

@@ -30,6 +30,8 @@ pub struct Tap {
     from_server: FrameDecoder,
     /// Sends without an answer: request id → client_seq.
     asked: BTreeMap<u32, u64>,
+    /// Notices that were written, not yet taken note of.
+    notices: Vec<String>,
 }
 
 /// See the module.
@@ -50,6 +52,8 @@ pub struct Device {
     pub taking: bool,
     /// Stays without a connection.
     pub away: bool,
+    /// Its user is deleted, as it was told.
+    pub gone: bool,
     pub open_sends: u32,
     bodies: u64,
     /// What the application has asked beside its sends.
@@ -69,6 +73,7 @@ impl Device {
             wake_us: 0,
             taking: false,
             away: false,
+            gone: false,
             open_sends: 0,
             bodies: 0,
             asked: Asked::default(),
@@ -77,8 +82,8 @@ impl Device {
 
     /// A new process of the same device. Its connection is gone with the old one.
     pub fn restart(&mut self, now_us: u64, history: &mut History) {
-        let (name, process, bodies) = (self.name, self.process + 1, self.bodies);
-        *self = Self { machine: machine(name, now_us), process, bodies, ..Self::new(name) };
+        let (name, process, bodies, gone) = (self.name, self.process + 1, self.bodies, self.gone);
+        *self = Self { machine: machine(name, now_us), process, bodies, gone, ..Self::new(name) };
         history.push(name, Happening::Started);
     }
 
@@ -87,10 +92,20 @@ impl Device {
         self.bodies += 1;
         let body = format!("{}.{} says {} {}", self.name.user, self.name.number, self.bodies, "x".repeat(padding));
         let durable = options.class == Class::Durable;
+        let mentions = options.clone();
         if let Ok(number) = self.machine.send(now_ms, (observed::name(to), body.clone().into()), options) {
             self.open_sends += 1;
             history.push(self.name, Happening::Sent { number, to, body, durable });
+            if let Some(mentioned) = observed::mentioned(number, &mentions) {
+                history.push(self.name, mentioned);
+            }
         }
+    }
+
+    /// A number for a body that nothing else of this device has.
+    pub(super) fn next_body(&mut self) -> u64 {
+        self.bodies += 1;
+        self.bodies
     }
 
     /// The application edits a message, takes it back, or deletes it for all.
@@ -170,9 +185,10 @@ fn machine(name: Name, now_us: u64) -> Machine {
     })
 }
 
-fn presence(row: &PresenceRow<'_>) -> Presence {
+fn presence(row: &PresenceRow<'_>, connection: u64, pushed: bool) -> Happening {
     let user = UserName::new(row.user).map_or(u32::MAX, |name| observed::user(&name));
-    Presence { user, online: row.online, last_seen_ms: row.last_seen_ms, status: row.status.to_owned() }
+    let (online, last_seen_ms, status) = (row.online, row.last_seen_ms, row.status.to_owned());
+    Happening::PresenceShown { connection, presence: Presence { user, online, last_seen_ms, status }, pushed }
 }
 
 impl Tap {
@@ -186,10 +202,19 @@ impl Tap {
                 {
                     client_seq
                 }
+                Ok(Request::Chat(ChatRequest::Broadcast { body, .. })) => {
+                    self.notices.push(String::from_utf8_lossy(body).into_owned());
+                    continue;
+                }
                 _ => continue,
             };
             self.asked.insert(frame.header.request_id, client_seq);
         }
+    }
+
+    /// Notices to everyone that were written since the last call.
+    pub fn take_notices(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.notices)
     }
 
     /// The connection is gone, and with it the answers to these.
@@ -216,12 +241,13 @@ impl Tap {
                         history.push(device, Happening::Passed { number });
                     }
                 }
-                Ok(Reply::Chat(ChatReply::PresenceOk { users } | ChatReply::PresenceChanged { users })) => {
-                    for row in &users {
-                        let presence = presence(row);
-                        history.push(device, Happening::PresenceShown { connection, presence });
-                    }
+                Ok(Reply::Chat(ChatReply::PresenceOk { users })) => {
+                    users.iter().for_each(|row| history.push(device, presence(row, connection, false)));
                 }
+                Ok(Reply::Chat(ChatReply::PresenceChanged { users })) => {
+                    users.iter().for_each(|row| history.push(device, presence(row, connection, true)));
+                }
+                Ok(Reply::LoginOk(_)) => history.push(device, Happening::LoggedIn { connection }),
                 Ok(Reply::SendAck(_)) => {
                     self.asked.remove(&frame.header.request_id);
                 }

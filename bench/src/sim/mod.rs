@@ -9,10 +9,12 @@
 //!
 //! - [`world`]: the queue of what happens when. `node`: the server's shell, played. `faults`: what breaks.
 //! - [`cluster`]: several nodes.
-//! - [`device`]: a client; `acts`: what it does; `asked`: what it asks beside its sends. [`disk`]: what is durable.
+//! - [`device`]: a client; `acts`: what it does; `chat`: what it settles, and what groups become; `asked`: what it asks
+//!   beside its sends. [`disk`]: what is durable.
 
 mod acts;
 mod asked;
+mod chat;
 pub mod cluster;
 pub mod device;
 pub mod disk;

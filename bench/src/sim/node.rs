@@ -17,7 +17,9 @@ use ringline_schema::record::Query;
 use super::Bug;
 use super::device::EPOCH_US;
 use super::disk::Written;
-use super::world::{Action, World};
+use super::world::{ADMIN, Action, World};
+use crate::checker::Peer;
+use crate::observed;
 
 /// Bytes that may wait for a slow device: little, so that devices do lag.
 const OUTBOX_BYTES_MAX: usize = 6 * 1024;
@@ -49,6 +51,7 @@ impl World {
             config.conversations_cached_max = CACHED_MAX;
             config.users_cached_max = CACHED_MAX;
             config.outbox_bytes_max = OUTBOX_BYTES_MAX;
+            config.admins = vec![observed::name(Peer::User(ADMIN))];
             if in_slices {
                 // The groups here are small: one device a slice.
                 (config.fan_out_at_once_max, config.fan_out_slice_units) = (1, FAN_OUT_VISIT_UNITS);

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use ringline_client::machine::Cut;
+use ringline_client::{CloseReason, ErrorCode, KickReason};
 use ringline_core::event::{ConnId, ShardMessage, Token, Work};
 use ringline_schema::frame::FrameDecoder;
 use ringline_schema::ids::{ConversationId, Seq};
@@ -19,9 +20,14 @@ use super::acts;
 use super::device::{Device, EPOCH_US, Tap};
 use super::disk::Disk;
 use super::node::Side;
-use crate::checker::{Device as Name, Happening, History};
+use crate::checker::{Device as Name, Happening, History, Notice};
 
 pub const USERS: u32 = 5;
+/// Deletes others, and tells everyone.
+pub const ADMIN: u32 = 0;
+/// Chance in percent that a user is deleted in a run, and else that groups are dissolved.
+const DELETES_PERCENT: u32 = 40;
+const DISSOLVES_PERCENT: u32 = 60;
 const DEVICES_PER_USER: u64 = 2;
 /// Steps after which a run is given up: something spins.
 const STEPS_MAX: u64 = 3_000_000;
@@ -33,6 +39,8 @@ const CURSOR_TIME_US: u64 = 5_000_000;
 const LETS_GO_PERCENT: u32 = 50;
 /// Longer than a watching shard waits before it asks again how everyone is.
 const REST_US: u64 = 35_000_000;
+/// How long who is deleted waits before it tries again, at most.
+const GONE_US_MAX: u64 = 5_000_000;
 /// As the SDK's shell: a random time up to a bound that doubles from here …
 const BACK_OFF_US_MIN: u64 = 200_000;
 /// … to here (the SDK's is 30 s; shorter, so that more happens in a run).
@@ -103,6 +111,7 @@ pub enum Action {
     Act {
         client: usize,
     },
+    Delete(Mortal),
     Fault,
     /// The disk has written that it lets go of these messages.
     Checkpoint {
@@ -114,6 +123,14 @@ pub enum Action {
         epoch: u32,
         orderly: bool,
     },
+}
+
+/// Who is deleted, by whom, and whether with what he wrote.
+#[derive(Clone, Copy, Debug)]
+pub struct Mortal {
+    pub user: u32,
+    pub by: u32,
+    pub recall: bool,
 }
 
 struct Due {
@@ -185,7 +202,9 @@ pub struct World {
     pub(super) unreadable_percent: u32,
     /// Retention is at work.
     pub(super) lets_go: bool,
-    ends_us: u64,
+    /// Groups are dissolved, towards the end.
+    pub(super) dissolves: bool,
+    pub(super) ends_us: u64,
     pub trace: u64,
     pub steps: u64,
     pub faults: u64,
@@ -216,6 +235,7 @@ impl World {
             slow_disk_percent: rng.random_range(0..10),
             unreadable_percent: 0,
             lets_go: rng.random_range(0..100) < LETS_GO_PERCENT,
+            dissolves: false,
             ends_us: rng.random_range(4_000_000..10_000_000),
             trace: seed,
             steps: 0,
@@ -229,11 +249,24 @@ impl World {
             world.after(connect, Action::Connect { client, process: 0 });
             world.after(act, Action::Act { client });
             let Name { user, number } = world.clients[client].name;
+            if user == ADMIN {
+                world.history.push(world.clients[client].name, Happening::Notice(Notice::Appointed));
+            }
             if user < acts::GROUPS && number == 1 {
                 world.create_group(client, user);
             }
         }
         world.after(300_000, Action::Fault);
+        if world.chance(DELETES_PERCENT) {
+            // Who has made no group; see the checker.
+            let user = world.rng.random_range(acts::GROUPS..USERS);
+            let by = if world.chance(30) { ADMIN } else { user };
+            let (recall, at) = (world.chance(50), world.random_us(1_000_000, world.ends_us));
+            world.after(at, Action::Delete(Mortal { user, by, recall }));
+        } else {
+            // Of who leaves a group that is dissolved nobody is told.
+            world.dissolves = world.chance(DISSOLVES_PERCENT);
+        }
         world
     }
 
@@ -289,15 +322,19 @@ impl World {
         self.clients.iter_mut().for_each(|client| client.stalled_until_us = 0);
         let deadline = self.now_us + HEAL_US;
         self.run_until(deadline, |world| {
-            world.up && world.clients.iter().all(|client| client.open_sends == 0 && client.machine.is_online())
+            let ready = |client: &Device| client.gone || (client.open_sends == 0 && client.machine.is_online());
+            world.up && world.clients.iter().all(ready)
         });
         // Whoever is behind catches up, and acknowledges.
         self.run_until(self.now_us + CURSOR_TIME_US, |_| false);
         self.rest();
+        self.tell_all_at_rest();
+        self.run_until(self.now_us + CURSOR_TIME_US, |_| false);
         let now_ms = self.now_ms();
         for client in 0..self.clients.len() {
-            if self.clients[client].name.number == 1 {
+            if self.clients[client].name.number == 1 && !self.clients[client].gone {
                 self.clients[client].ask_all(now_ms, acts::peers(), &self.history);
+                self.clients[client].export_too();
                 self.pump(client);
             }
         }
@@ -339,6 +376,7 @@ impl World {
     fn note_rest(&mut self, away: Option<(u32, u64)>) {
         for client in &self.clients {
             let left_ms = away.filter(|(user, _)| client.name.user == *user).map(|(_, at_ms)| at_ms);
+            let left_ms = if client.gone { Some(0) } else { left_ms };
             if left_ms.is_some() || client.machine.is_online() {
                 self.history.push(client.name, Happening::Rested { left_ms });
             }
@@ -386,6 +424,7 @@ impl World {
             }
             Action::Take { client, process } => self.take(client, process),
             Action::Act { client } => self.act(client),
+            Action::Delete(mortal) => self.delete_somebody(mortal),
             Action::Fault => self.fault(),
             Action::Checkpoint { epoch, conversation, floor } => {
                 if epoch == self.epoch {
@@ -418,7 +457,7 @@ impl World {
             self.client_writes(link, &bytes);
             match cut {
                 Some(Cut::Lost(_)) => self.client_cuts(link),
-                Some(Cut::End(_)) => return self.restart_process(client),
+                Some(Cut::End(why)) => return self.ended(client, &why),
                 None => {}
             }
         }
@@ -478,6 +517,7 @@ impl World {
         self.sides[shard].conns.insert(self.links[&number].conn, number);
         self.opened(shard, self.links[&number].conn);
         let now_ms = self.now_ms();
+        self.history.push(self.clients[client].name, Happening::Connects { connection: number });
         self.clients[client].link = Some(number);
         self.clients[client].machine.connected(now_ms, "token");
         self.pump(client);
@@ -503,8 +543,10 @@ impl World {
             let delay = self.random_us(50, 2_000);
             let (now_us, Some(open)) = (self.now_us, self.links.get_mut(&link)) else { return };
             open.tap.wrote(piece);
+            let (name, notices) = (self.clients[open.client].name, open.tap.take_notices());
             open.to_server_us = open.to_server_us.max(now_us + delay);
             let (at_us, bytes) = (open.to_server_us, piece.to_vec());
+            notices.into_iter().for_each(|body| self.history.push(name, Happening::Notice(Notice::Written { body })));
             self.at(at_us, Action::ToServer { link, bytes });
         }
     }
@@ -521,11 +563,24 @@ impl World {
         }
         match cut {
             Some(Cut::Lost(_)) => self.client_cuts(link),
-            // Logged out by another device: the application begins anew.
-            Some(Cut::End(_)) => return self.restart_process(client),
+            Some(Cut::End(why)) => return self.ended(client, &why),
             None => {}
         }
         self.pump(client);
+    }
+
+    /// Logged out by another device, or deleted: the application begins anew, and tries whether that is for ever.
+    fn ended(&mut self, client: usize, why: &CloseReason) {
+        let deleted = match why {
+            CloseReason::Kicked { reason, .. } => *reason == KickReason::UserDeleted,
+            CloseReason::Refused { code, .. } => *code == ErrorCode::UserDeleted,
+            CloseReason::ByClient | CloseReason::AuthFailed => false,
+        };
+        if deleted {
+            self.clients[client].gone = true;
+            self.history.push(self.clients[client].name, Happening::TurnedAway);
+        }
+        self.restart_process(client);
     }
 
     /// The client ends a connection.
@@ -576,7 +631,8 @@ impl World {
         }
         let now_us = self.now_us;
         self.clients[client].restart(now_us, &mut self.history);
-        let (delay, process) = (self.random_us(0, 300_000), self.clients[client].process);
+        let later_us = if self.clients[client].gone { GONE_US_MAX } else { 300_000 };
+        let (delay, process) = (self.random_us(0, later_us), self.clients[client].process);
         self.after(delay, Action::Connect { client, process });
     }
 }

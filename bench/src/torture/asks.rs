@@ -1,4 +1,5 @@
-//! What clients of a round ask beside their sends: groups, READ, SYNC, lists, devices; and what is read back in the end.
+//! What clients of a round ask beside their sends: groups, READ, SYNC, lists, devices, who may write, marks, notices; and
+//! what is read back in the end.
 //!
 //! Functions of an SDK client that give what happened, for the device's history. What has no answer (the connection was cut,
 //! the server killed, the act not allowed) gives nothing: only a READ is told when it is asked, because it may count all
@@ -10,11 +11,12 @@ use rand::RngExt;
 use rand::rngs::SmallRng;
 use ringline_client::group::GroupDone;
 use ringline_client::{
-    CallError, Client, ConversationId, ConversationPage, DeviceId, HistoryRange, JoinPolicy, Place as WirePlace, Seq,
+    CallError, Client, ConversationId, ConversationPage, DeviceId, ErrorCode, HistoryRange, JoinPolicy, MessagesFrom,
+    Place as WirePlace, Role, Seq,
 };
 
 use super::traffic::{DEVICES_PER_USER, GROUPS, USERS};
-use crate::checker::{Device, Happening, Moment, Peer, Place, Range, Source};
+use crate::checker::{Device, Happening, Moment, Notice, Peer, Permit, Place, Range, Source, Takes};
 use crate::observed;
 
 const PAGE_ROWS: u16 = 200;
@@ -41,6 +43,21 @@ pub enum Wish {
     Fetch((Peer, u128), Range),
     Watch(u32),
     Say(String),
+    Block(u32, bool),
+    Take(Takes),
+    /// A conversation, pinned or not.
+    Mark(u128, bool),
+    /// A notice to everyone; for one user only.
+    Tell(String),
+    Promote(u32, u32, bool),
+    Transfer(u32, u32),
+    Policy(u32, JoinPolicy),
+    Dissolve(u32),
+}
+
+/// How those may join whom a group does not know.
+fn policy(number: u32) -> JoinPolicy {
+    [JoinPolicy::Open, JoinPolicy::Invite, JoinPolicy::Approval][number as usize % 3]
 }
 
 impl Wish {
@@ -67,6 +84,9 @@ impl Wish {
             0..5 => return Self::Watch((user + rng.random_range(1..USERS)) % USERS),
             // One device speaks for its user, so that what was said last is known.
             5..10 if number == 1 => return Self::Say(format!("{user} feels {}", rng.random_range(0..u32::MAX))),
+            10..20 if number == 1 => return Self::settles(user, seen, rng),
+            20..22 => return Self::Tell(format!("{user}.{number} tells all {}", rng.random_range(0..u64::MAX))),
+            22..28 => return Self::of_rank(user, rng),
             _ => {}
         }
         let group = rng.random_range(0..GROUPS);
@@ -89,9 +109,50 @@ impl Wish {
         }
     }
 
+    /// What counts from the answer on: asked for by one device of a user.
+    fn settles(user: u32, seen: &BTreeMap<u128, u64>, rng: &mut SmallRng) -> Self {
+        let other = (user + rng.random_range(1..USERS)) % USERS;
+        let known = seen.keys().nth(rng.random_range(0..=seen.len()));
+        match (rng.random_range(0..100), known) {
+            (0..45, _) => Self::Block(other, rng.random_range(0..2) == 0),
+            (45..60, _) => Self::Take(Takes::Anyone),
+            (60..66, _) => Self::Take(Takes::Known),
+            (66..70, _) => Self::Take(Takes::Nobody),
+            (pick, Some(&conversation)) => Self::Mark(conversation, pick % 2 == 0),
+            (_, None) => Self::Take(Takes::Anyone),
+        }
+    }
+
+    /// What only some members may: who made the group mostly, others try.
+    fn of_rank(user: u32, rng: &mut SmallRng) -> Self {
+        let group = if rng.random_range(0..4) > 0 { user % GROUPS } else { rng.random_range(0..GROUPS) };
+        let other = (user + rng.random_range(1..USERS)) % USERS;
+        match rng.random_range(0..1_000) {
+            0..600 => Self::Promote(group, other, rng.random_range(0..2) == 0),
+            600..700 => Self::Transfer(group, other),
+            700..900 => Self::Policy(group, policy(rng.random_range(0..3))),
+            900..902 => Self::Dissolve(group),
+            // Who made it stays: nobody else can read all of it.
+            902..950 if other != group => Self::Kick(group, other),
+            _ => Self::Rename(group),
+        }
+    }
+
     /// What is to be noted before it is asked.
     pub fn before(&self) -> Option<Happening> {
         match self {
+            Self::Create(group) => Some(Happening::Invites {
+                group: *group,
+                open: Some(policy(*group) == JoinPolicy::Open),
+                users: Vec::new(),
+            }),
+            Self::Invite(group, other) => Some(Happening::Invites { group: *group, open: None, users: vec![*other] }),
+            Self::Block(user, block) => Some(Happening::Permit(Permit::BlockAsked { user: *user, block: *block })),
+            Self::Take(takes) => Some(Happening::Permit(Permit::TakesAsked(*takes))),
+            Self::Mark(conversation, pinned) => {
+                Some(Happening::Marks { place: *conversation, mark: (*pinned, 0), kept: false })
+            }
+            Self::Tell(body) => Some(Happening::Notice(Notice::Asked { body: body.clone(), at_rest: false })),
             Self::Hide(_, place) => Some(Happening::HideAsked(*place)),
             Self::Say(status) => Some(Happening::StatusAsked { status: status.clone(), visible: true }),
             Self::Read(place) => Some(Happening::ReadAsked(*place)),
@@ -105,10 +166,7 @@ impl Wish {
         let name = |peer| observed::name(peer).as_str().to_owned();
         let (user, group) = (|user| name(Peer::User(user)), |group| name(Peer::Group(group)));
         let done = match self {
-            Self::Create(number) => {
-                let join = [JoinPolicy::Open, JoinPolicy::Invite, JoinPolicy::Approval][number as usize % 3];
-                client.create_group(&group(number), ("a group", join), &[]).await
-            }
+            Self::Create(number) => client.create_group(&group(number), ("a group", policy(number)), &[]).await,
             Self::Join(number) => client.join_group(&group(number), "").await,
             Self::Leave(number) => client.leave_group(&group(number)).await,
             Self::Invite(number, other) => client.invite(&group(number), &[&user(other)]).await,
@@ -135,6 +193,35 @@ impl Wish {
             Self::Say(status) => {
                 return client.set_status(&status).await.map(|()| Happening::StatusKept).into_iter().collect();
             }
+            Self::Block(other, block) => {
+                let (other, kept) = (user(other), Permit::BlockKept { user: other, block });
+                let done = if block { client.block(&other).await } else { client.unblock(&other).await };
+                return done.map(|()| Happening::Permit(kept)).into_iter().collect();
+            }
+            Self::Take(takes) => {
+                let who = match takes {
+                    Takes::Anyone => MessagesFrom::Anyone,
+                    Takes::Known => MessagesFrom::Known,
+                    Takes::Nobody => MessagesFrom::Nobody,
+                };
+                let done = client.take_messages_from(who).await;
+                return done.map(|()| Happening::Permit(Permit::TakesKept(takes))).into_iter().collect();
+            }
+            Self::Mark(conversation, pinned) => {
+                let done = client.pin(ConversationId(conversation), pinned).await;
+                return done
+                    .map(|()| Happening::Marks { place: conversation, mark: (pinned, 0), kept: true })
+                    .into_iter()
+                    .collect();
+            }
+            Self::Tell(body) => return tell(&client, body).await,
+            Self::Promote(number, other, up) => {
+                let role = if up { Role::Admin } else { Role::Member };
+                client.set_role(&group(number), &user(other), role).await
+            }
+            Self::Transfer(number, other) => client.transfer_group(&group(number), &user(other)).await,
+            Self::Policy(number, join) => client.set_join_policy(&group(number), join).await,
+            Self::Dissolve(number) => client.dissolve_group(&group(number)).await,
             Self::DropDevice(number) => {
                 // Whether it was this device itself, its session ends then.
                 let _ = client.drop_device(DeviceId(number)).await;
@@ -142,6 +229,14 @@ impl Wish {
             }
         };
         changed(done).into_iter().collect()
+    }
+}
+
+async fn tell(client: &Client, body: String) -> Vec<Happening> {
+    match client.broadcast(body.clone(), 0).await {
+        Ok(devices) => vec![Happening::Notice(Notice::Given { body, devices })],
+        Err(CallError::Refused { code: ErrorCode::NotAllowed, .. }) => vec![Happening::Outranked],
+        Err(_) => Vec::new(),
     }
 }
 
@@ -168,6 +263,9 @@ async fn receipts(client: &Client, pages: &[ConversationPage]) -> Vec<Happening>
 }
 
 fn changed(done: Result<GroupDone, CallError>) -> Option<Happening> {
+    if let Err(CallError::Refused { code: ErrorCode::NotAllowed, .. }) = done {
+        return Some(Happening::Outranked);
+    }
     let done = done.ok().filter(|done| done.seq > Seq::ZERO)?;
     Some(Happening::Changed(Place { conversation: done.conversation.0, seq: done.seq.0 }))
 }
@@ -234,10 +332,24 @@ pub async fn read_all(client: &Client, asked: Moment) -> Result<Vec<Happening>, 
     for row in client.watch(&others).await? {
         let presence = observed::presence(&row);
         happenings.push(Happening::Watches(vec![presence.user]));
-        happenings.push(Happening::PresenceShown { connection: 0, presence });
+        happenings.push(Happening::PresenceShown { connection: 0, presence, pushed: false });
     }
     happenings.push(Happening::Devices(devices.iter().map(|device| device.device.0).collect()));
+    happenings.push(export(client).await?);
     Ok(happenings)
+}
+
+/// All that is kept about the user.
+async fn export(client: &Client) -> Result<Happening, CallError> {
+    let (mut bytes, mut cursor) = (Vec::new(), String::new());
+    loop {
+        let page = client.export(&cursor).await?;
+        bytes.extend(page.body);
+        match page.next {
+            Some(next) => cursor = next,
+            None => return Ok(Happening::Exported(observed::export(&bytes))),
+        }
+    }
 }
 
 async fn read_log(client: &Client, with: Peer) -> Result<Happening, CallError> {

@@ -16,6 +16,7 @@ use tokio::net::TcpStream;
 use tokio::time::sleep;
 
 use super::failed;
+use super::traffic::{ADMIN, user_name};
 use crate::Failure;
 use crate::launch::STAY_WITH_PARENT;
 
@@ -105,6 +106,7 @@ impl Server {
             .arg(self.folder.join("data"))
             .args(["--set", &format!("store.free_bytes_min={}", self.free_bytes_min())])
             .args(RETENTION)
+            .args(["--set", &format!("auth.admins={}", user_name(ADMIN))])
             .stdin(Stdio::null())
             .stdout(log)
             .stderr(other)

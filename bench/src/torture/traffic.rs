@@ -23,12 +23,14 @@ use tokio::time::{interval, sleep};
 use super::asks::{self, Wish};
 use super::{Record, failed, with_history};
 use crate::Failure;
-use crate::checker::{Device, Happening, Peer, Place, State};
+use crate::checker::{Device, Happening, Notice, Peer, Place, State};
 use crate::observed::{self, Memory};
 use crate::token::Issuer;
 
 pub const USERS: u32 = 6;
 pub const DEVICES_PER_USER: u64 = 2;
+/// May tell everyone.
+pub const ADMIN: u32 = 0;
 /// At most one a user: group n is made by user n.
 pub const GROUPS: u32 = 3;
 /// The number of the device that reads logs back.
@@ -50,6 +52,8 @@ const HASTE: Duration = Duration::from_millis(300);
 const HASTE_FULL: Duration = Duration::from_millis(1_500);
 /// Chance in percent that an application signals as well.
 const SIGNAL_PERCENT: u32 = 4;
+/// Chance in percent that a durable message mentions somebody, and that all of its group.
+const MENTIONS_PERCENT: u32 = 10;
 /// An application's own signal.
 const SIGNAL_KIND: u8 = 16;
 /// Asked for beside sends, one after the other, so that answers are noted in their order.
@@ -88,7 +92,7 @@ pub struct Traffic {
     record: Record,
 }
 
-fn user_name(user: u32) -> String {
+pub fn user_name(user: u32) -> String {
     observed::name(Peer::User(user)).as_str().to_owned()
 }
 
@@ -232,6 +236,9 @@ impl Life {
         let mut anew = false;
         while self.phase() != Phase::End {
             self.note(Happening::Started);
+            if self.name.user == ADMIN {
+                self.note(Happening::Notice(Notice::Appointed));
+            }
             let (client, events) = loop {
                 match self.builder.clone().connect().await {
                     Ok(connected) => break connected,
@@ -312,7 +319,7 @@ impl Life {
             for presence in rows.iter().map(observed::presence) {
                 // Answers and events come on two ways; these are in the order of the connection.
                 self.note(Happening::Watches(vec![presence.user]));
-                self.note(Happening::PresenceShown { connection: self.connection, presence });
+                self.note(Happening::PresenceShown { connection: self.connection, presence, pushed: false });
             }
         }
         let waits_long = matches!(event, Event::Reconnecting { delay, .. } if delay > PATIENCE);
@@ -394,9 +401,22 @@ impl Life {
         let class = if durable { Class::Durable } else { Class::Transient };
         // While the disk is full nothing else would end, and an application waits with more when so much is open.
         let give_up_after = if full { Some(HASTE_FULL) } else { self.chance(HASTY_PERCENT).then_some(HASTE) };
-        let options = SendOptions { class, give_up_after, ..SendOptions::default() };
+        let options = SendOptions { class, give_up_after, ..self.mentions((class, to)) };
+        if let Some(mentioned) = observed::mentioned(number, &options) {
+            self.note(mentioned);
+        }
         let sending = client.send_with(observed::name(to).as_str(), body, options);
         self.await_end(number, sending, sends);
+    }
+
+    /// Whom a message mentions, mostly nobody.
+    fn mentions(&mut self, (class, to): (Class, Peer)) -> SendOptions {
+        let mut options = SendOptions::default();
+        if class == Class::Durable && self.chance(MENTIONS_PERCENT) {
+            options.mentions = vec![observed::name(Peer::User(self.rng.random_range(0..USERS)))];
+            options.mention_all = matches!(to, Peer::Group(_)) && self.chance(MENTIONS_PERCENT);
+        }
+        options
     }
 
     fn ended(&mut self, ended: Result<Ended, tokio::task::JoinError>) {

@@ -190,7 +190,7 @@ fn who_has_what_is_said_truly() {
 fn watchers_know_who_is_there_after_a_while() {
     let told = |online, last_seen_ms, status: &str| {
         let presence = Presence { user: 0, online, last_seen_ms, status: status.to_owned() };
-        (BOB, Happening::PresenceShown { connection: 1, presence })
+        (BOB, Happening::PresenceShown { connection: 1, presence, pushed: false })
     };
     let watches = || vec![(BOB, Happening::Watches(vec![0]))];
     let rest = |left_ms| [(ANN, Happening::Rested { left_ms }), (BOB, Happening::Rested { left_ms: None })];
