@@ -183,6 +183,8 @@ impl<'a> Checker<'a> {
         let expected = match last {
             None => Some((State::AsSent, shown.body.as_str())),
             Some(row) => match self.said(row) {
+                // Who could see it when is not known of all groups.
+                Some((State::Edited, _)) if members.is_unknown(row.place.conversation) => None,
                 // Who is told of an edit and may not see it is shown no body.
                 Some((State::Edited, _)) if !members.may_see(row.place.conversation, reader.user, row.place.seq) => {
                     Some((State::Edited, ""))

@@ -90,8 +90,11 @@ impl World {
         }
     }
 
-    /// All lanes have room again.
+    /// All lanes have room again, and what they lost is made good by a new life.
     pub(super) fn free_lanes(&mut self) {
+        if self.sides.iter().any(|side| side.lossy) {
+            self.crash();
+        }
         let shards = self.sides.len() as u16;
         for side in &mut self.sides {
             (0..shards).for_each(|to| side.shard.set_lane_blocked(ShardIndex(to), false));
@@ -120,6 +123,7 @@ impl World {
         self.up = false;
         self.epoch += 1;
         self.lanes.clear();
+        self.held_pass = None;
         self.lane_due_us.clear();
         self.sides.clear();
         let links: Vec<u64> = self.links.keys().copied().collect();

@@ -3,8 +3,8 @@
 //!
 //! One thread, virtual time, no clock, socket or randomness but the seed's: an equal seed gives an equal run, which its
 //! trace hash shows. Simulated are the disk (delays, torn writes, lost unsynced data, failing writes, retention), the lanes between
-//! shards (any delay; in order and without loss, as the real ones), connections (bytes in pieces of any size, cut at any
-//! byte, slow readers), clocks of deadlines, crashes and orderly stops of the node at any step with another number of
+//! shards (any delay, in order; what they may lose and double, and in which lives of the node, says `node`), connections (bytes
+//! in pieces of any size, cut at any byte, slow readers), clocks of deadlines, crashes and orderly stops of the node at any step with another number of
 //! shards afterwards, and processes of clients that hang or die. What clients saw goes to the [`checker`](crate::checker).
 //!
 //! - [`world`]: the queue of what happens when. `node`: the server's shell, played. `faults`: what breaks.

@@ -3,6 +3,13 @@
 //!
 //! Invariants: one buffer of a connection is in flight at a time; the shard hears `Closed` once for each connection that
 //! it has not handed over; a lane keeps its order; each append is record n of its shard.
+//!
+//! **What lanes may do.** The real ones delay and are full; they lose and double nothing, and what waits for an answer over one
+//! rests on that. What is durable does not: in some lives of the node lanes lose messages of every kind, and give those twice
+//! that are known again by a number (a plain send by its device's, news of receipts by their place in the log). Then everything
+//! that clients are shown has to be right all the same, and all that waits is made good by the next life and by what devices ask
+//! then. Nothing else is doubled: a push would go out twice (the SDK drops it, a connection is promised better), and answers
+//! and votes are counted. Between two lanes nothing is ordered.
 
 use std::collections::BTreeMap;
 
@@ -28,6 +35,11 @@ const TURN_US_MAX: u64 = 3_000;
 /// A bucket of the cache of users and conversations: small, so that loading and evicting is the common case.
 const CACHED_MAX: usize = 2;
 
+/// Chance in percent that the lanes of a life of the node lose and double.
+const LOSSY_PERCENT: u32 = 15;
+/// Chance in percent that such a lane loses a message, or gives it twice.
+const LOST_PERCENT: u32 = 2;
+
 /// One shard and what its shell knows.
 pub struct Side {
     pub shard: Shard,
@@ -35,6 +47,8 @@ pub struct Side {
     next_slot: u32,
     /// When the timer fires; 0: it does not.
     timer_us: u64,
+    /// Its lanes lose and double.
+    pub lossy: bool,
 }
 
 impl World {
@@ -46,6 +60,7 @@ impl World {
         let hash_seed = self.trace;
         let bug = self.bug;
         let in_slices = self.chance(50);
+        let lossy = self.lively && self.chance(LOSSY_PERCENT);
         let side = |at| {
             let mut config = CoreConfig::new(ShardIndex(at), placement);
             config.conversations_cached_max = CACHED_MAX;
@@ -64,7 +79,7 @@ impl World {
             }
             #[cfg(not(feature = "planted-bugs"))]
             let _ = bug;
-            Side { shard, conns: BTreeMap::new(), next_slot: 0, timer_us: 0 }
+            Side { shard, conns: BTreeMap::new(), next_slot: 0, timer_us: 0, lossy }
         };
         self.sides = (0..shards).map(side).collect();
     }
@@ -142,6 +157,17 @@ impl World {
     }
 
     fn put_on_lane(&mut self, lane: (u16, u16), message: ShardMessage) {
+        let lossy = self.sides[usize::from(lane.0)].lossy;
+        if lossy && self.chance(LOST_PERCENT) {
+            return;
+        }
+        if lossy && has_number(&message) && self.chance(LOST_PERCENT) {
+            self.put_one_on_lane(lane, message.clone());
+        }
+        self.put_one_on_lane(lane, message);
+    }
+
+    fn put_one_on_lane(&mut self, lane: (u16, u16), message: ShardMessage) {
         let delay = if self.chance(3) { self.random_us(1_000, 50_000) } else { self.random_us(1, 300) };
         let due = self.lane_due_us.entry(lane).or_default();
         *due = (*due).max(self.now_us + delay);
@@ -154,19 +180,29 @@ impl World {
         let swap = self.bug == Some(Bug::SwappedDeliveries) && self.chance(30);
         let swap_passes = self.bug == Some(Bug::SwappedPasses);
         let Some(waiting) = self.lanes.get_mut(&lane) else { return };
-        let swaps = |message: &ShardMessage| match message {
-            ShardMessage::Deliver { .. } => swap,
-            ShardMessage::PassGroup { .. } => swap_passes,
-            _ => false,
-        };
-        if waiting.iter().take(2).all(swaps) {
-            waiting.make_contiguous();
-            if waiting.len() > 1 {
-                waiting.swap(0, 1);
-            }
+        let is_delivery = |message: &ShardMessage| matches!(message, ShardMessage::Deliver { .. });
+        if swap && waiting.len() > 1 && waiting.iter().take(2).all(is_delivery) {
+            waiting.swap(0, 1);
         }
         let Some(message) = waiting.pop_front() else { return };
-        let (from, to) = lane;
+        if !swap_passes || !matches!(message, ShardMessage::PassGroup { .. }) {
+            return self.arrives(lane, message);
+        }
+        // Each second one comes before the first.
+        match self.held_pass.take() {
+            None => self.held_pass = Some((lane, message)),
+            Some((of, held)) if of == lane => {
+                self.arrives(lane, message);
+                self.arrives(lane, held);
+            }
+            other => {
+                self.held_pass = other;
+                self.arrives(lane, message);
+            }
+        }
+    }
+
+    fn arrives(&mut self, (from, to): (u16, u16), message: ShardMessage) {
         self.note(2, u64::from(from) << 16 | u64::from(to));
         self.tell(usize::from(to), Event::Shard { from: ShardIndex(from), message });
     }
@@ -315,4 +351,10 @@ impl World {
         }
         self.forget_link(number);
     }
+}
+
+/// Whether who hears it twice knows it again.
+fn has_number(message: &ShardMessage) -> bool {
+    let by_device = |message: &ShardMessage| matches!(message, ShardMessage::Submit(submit) if submit.more.is_none());
+    by_device(message) || matches!(message, ShardMessage::ReceiptNews(_))
 }

@@ -189,6 +189,8 @@ pub struct World {
     pub(super) up: bool,
     pub(super) next_shards: u16,
     pub(super) lanes: BTreeMap<(u16, u16), VecDeque<ShardMessage>>,
+    /// What [`Bug::SwappedPasses`] holds back until the next of its lane.
+    pub(super) held_pass: Option<((u16, u16), ShardMessage)>,
     pub(super) lane_due_us: BTreeMap<(u16, u16), u64>,
     pub(super) links: BTreeMap<u64, Link>,
     pub(super) next_link: u64,
@@ -226,6 +228,7 @@ impl World {
             up: true,
             next_shards: shards,
             lanes: BTreeMap::new(),
+            held_pass: None,
             lane_due_us: BTreeMap::new(),
             links: BTreeMap::new(),
             next_link: 0,
