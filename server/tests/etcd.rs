@@ -23,7 +23,7 @@ use tokio::task::JoinHandle;
 
 fn options(endpoints: &[String]) -> EtcdOptions {
     let endpoints = endpoints.iter().map(|text| text.parse().unwrap()).collect();
-    EtcdOptions { endpoints, prefix: "/test".into(), timeout: Duration::from_secs(2), access: Access::default() }
+    EtcdOptions { endpoints, prefix: "/test".into(), timeout: Duration::from_secs(10), access: Access::default() }
 }
 
 fn entry(number: u16, start: i64) -> Entry {
