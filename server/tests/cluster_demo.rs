@@ -101,10 +101,21 @@ fn process_of(config: &Path) -> u32 {
     pids.find(serves).expect("a node runs")
 }
 
+/// Ends it by a signal: in order, its folder goes and nobody answers at these addresses any more.
+fn leaves_nothing(mut demo: Demo, signal: &str, temporary: &Path, addresses: &[String]) {
+    demo.signal(signal);
+    let (code, error) = demo.wait();
+    assert_eq!((code, error.as_str()), (Some(0), ""));
+    assert_eq!(std::fs::read_dir(temporary).unwrap().count(), 0, "the folder is removed");
+    for address in addresses {
+        assert!(TcpStream::connect(address).is_err(), "{address} is still served");
+    }
+}
+
 #[test]
 fn what_it_prints_works_and_nothing_is_left_behind() {
     let temporary = tempfile::tempdir().unwrap();
-    let mut demo = Demo::start(&["--nodes", "3"], temporary.path());
+    let demo = Demo::start(&["--nodes", "3"], temporary.path());
     let (ann, bob, addresses) = (demo.chat_line("ann"), demo.chat_line("bob"), demo.addresses());
     assert_eq!(addresses.len(), 3, "{}", demo.said.join("\n"));
     // A token makes its user at the first login.
@@ -112,13 +123,7 @@ fn what_it_prints_works_and_nothing_is_left_behind() {
     chat(&ann, "/msg bob hello from ann\n");
     let read = chat(&bob, "/history ann\n");
     assert!(read.contains("hello from ann"), "{read}");
-    demo.signal("INT");
-    let (code, error) = demo.wait();
-    assert_eq!((code, error.as_str()), (Some(0), ""));
-    assert_eq!(std::fs::read_dir(temporary.path()).unwrap().count(), 0, "the folder is removed");
-    for address in addresses {
-        assert!(TcpStream::connect(&address).is_err(), "{address} is still served");
-    }
+    leaves_nothing(demo, "INT", temporary.path(), &addresses);
 }
 
 #[test]
@@ -157,7 +162,7 @@ fn slow_a_demo_of_etcd_starts_and_stops_what_it_needs() {
     let temporary = tempfile::tempdir().unwrap();
     // The user that runs PostgreSQL has to get through.
     std::fs::set_permissions(temporary.path(), std::fs::Permissions::from_mode(0o711)).unwrap();
-    let mut demo = Demo::start(&["--nodes", "2", "--mode", "etcd"], temporary.path());
+    let demo = Demo::start(&["--nodes", "2", "--mode", "etcd"], temporary.path());
     let (ann, bob) = (demo.chat_line("ann"), demo.chat_line("bob"));
     chat(&bob, "");
     chat(&ann, "/msg bob hello from ann\n");
@@ -173,13 +178,7 @@ fn slow_a_demo_of_etcd_starts_and_stops_what_it_needs() {
     let ports = services.split("127.0.0.1:").skip(1).map(|rest| rest.split([',', ' ']).next().unwrap());
     addresses.extend(ports.map(|port| format!("127.0.0.1:{port}")));
     assert_eq!(addresses.len(), 4, "{services}");
-    demo.signal("TERM");
-    let (code, error) = demo.wait();
-    assert_eq!((code, error.as_str()), (Some(0), ""));
-    assert_eq!(std::fs::read_dir(temporary.path()).unwrap().count(), 0, "the folder is removed");
-    for address in addresses {
-        assert!(TcpStream::connect(&address).is_err(), "{address} is still served");
-    }
+    leaves_nothing(demo, "TERM", temporary.path(), &addresses);
 }
 
 #[test]
